@@ -1,0 +1,431 @@
+// attention_bwd.h — block-sparse attention on the CPU, backward in one pass over the scores.
+//
+// Math, with p_ij = exp(s_ij - lse_i), masked p_ij = 0:
+//   delta_i = sum_d do_id o_id - dlse_i     dp_ij = <do_i, v_j>     ds_ij = p_ij (dp_ij - delta_i)
+//   dq_i = softmax_scale sum_j ds_ij k_j    dk_j = softmax_scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
+//
+// Mapping: one task per (batch, kv head, split). A split is a run of q tiles with about the same number
+//   of blocks as the others; the task goes through the q tiles of its split as the forward pass
+//   does, for every query head that shares the kv head, owns their dq, and adds to dk and dv sums of its
+//   own over the keys that the split reads. The sums of the splits are added in their order. How many
+//   splits there are depends on the problem alone, so the result does not depend on the threads.
+// Tiles:   q, do as rows [kTileQ, ld] and as panels [panels][dim, kPanel]     k, v [kTileKV, dim]
+//          p, ds [panels][kTileKV, kPanel]     dq_panels [panels][head_dim, kPanel]
+// Stages:  per key tile: load | s = k q | p | dp = v do | ds | dq += k ds | dv += p do | dk += ds q
+// Memory:  workspace: two tiles of scores a worker, and float32 dk, dv sums: of the present task for
+//          each worker when there is one split, of all tasks otherwise (batch * kv_heads < kMinTasks)
+// Cost:    10 * block_q * block_kv * head_dim FLOP per computed block (five matmuls)
+// Numerics: as the forward pass; lse is read in nats.
+// After:   Dao et al. 2022 (arXiv:2205.14135), algorithm 4, with queries outside.
+#ifndef SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_
+#define SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_
+
+#include "attention_fwd.h"
+
+namespace spattn {
+namespace SPATTN_ISA {
+
+constexpr int64_t kMinTasks = 16;  // split the queries of a head where there are fewer heads than this
+
+// ---- splits ----
+
+// The runs of q tiles and, for each, the kv positions its dk and dv sums cover.
+class Splits {
+ public:
+  explicit Splits(const SpattnBwdParams& params)
+      : problem_(params.problem), plan_(params.plan), group_(problem_.heads / problem_.kv_heads) {
+    const int64_t heads = problem_.batch * problem_.kv_heads;
+    count_ = heads > 0 ? Max(Min(CeilDiv(kMinTasks, heads), plan_.q_tiles), 1) : 1;
+  }
+
+  int64_t count() const { return count_; }
+
+  // First q tile of split s: where s / count of the head's blocks lie before it.
+  int64_t FirstQTile(int64_t plan_head, int64_t s) const {
+    const int32_t* indptr = plan_.kv_indptr + plan_head * plan_.q_tiles;
+    const int64_t blocks = indptr[plan_.q_tiles] - indptr[0];
+    const int64_t target = indptr[0] + blocks * s / count_;
+    if (s == count_) return plan_.q_tiles;
+    int64_t low = 0, high = plan_.q_tiles;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (indptr[middle] < target) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  int64_t PlanHead(int64_t head) const { return plan_.heads == 1 ? 0 : head; }
+
+  // Positions [*begin, *end) of the keys that split s of kv_head may read.
+  void KvRange(int64_t kv_head, int64_t s, int64_t* begin, int64_t* end) const {
+    int64_t first = plan_.kv_blocks, last = -1;
+    for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
+      const int32_t* indptr = plan_.kv_indptr + PlanHead(head) * plan_.q_tiles;
+      const int64_t tile_end = FirstQTile(PlanHead(head), s + 1);
+      for (int64_t tile = FirstQTile(PlanHead(head), s); tile < tile_end; ++tile) {
+        if (indptr[tile] == indptr[tile + 1]) continue;  // kv_indices increase within a tile
+        first = Min(first, plan_.kv_indices[indptr[tile]]);
+        last = Max(last, plan_.kv_indices[indptr[tile + 1] - 1]);
+      }
+      if (plan_.heads == 1) break;
+    }
+    *begin = last < 0 ? 0 : first * plan_.block_kv;
+    *end = (last + 1) * plan_.block_kv;
+  }
+
+ private:
+  const SpattnProblem& problem_;
+  const SpattnPlan& plan_;
+  int64_t group_, count_;
+};
+
+// ---- scratch ----
+
+// float32 sums of dk and dv over the kv positions [begin, end); ld_k, ld_v as the q rows have them.
+struct KvSums {
+  int64_t begin, end;
+  float *dk, *dv;
+};
+
+struct BwdScratch {
+  int64_t ld, ld_v;  // leading dimensions of rows: head_dim and head_dim_v, rounded up to panels
+  float *q_rows, *do_rows, *rows, *q_panels, *do_panels, *dq_panels, *k, *v, *p, *ds;
+  float *lse_log2, *delta;  // [panels * kPanel]; lse in base 2, +inf where p must be 0
+  KeyTile* keys;
+  Leaks key_leaks, q_leaks, do_leaks;
+
+  BwdScratch(Arena* arena, const SpattnProblem& problem) {
+    const int64_t queries = kMaxPanels * kPanel, scores = kMaxPanels * kTileKV * kPanel;
+    ld = RoundUp(problem.head_dim, kPanel);
+    ld_v = RoundUp(problem.head_dim_v, kPanel);
+    q_rows = arena->Take<float>(queries * ld);
+    do_rows = arena->Take<float>(queries * ld_v);
+    rows = arena->Take<float>(queries * Max(ld, ld_v));
+    q_panels = arena->Take<float>(queries * problem.head_dim);
+    do_panels = arena->Take<float>(queries * problem.head_dim_v);
+    dq_panels = arena->Take<float>(queries * problem.head_dim);
+    k = arena->Take<float>(kTileKV * problem.head_dim);
+    v = arena->Take<float>(kTileKV * problem.head_dim_v);
+    p = arena->Take<float>(scores);
+    ds = arena->Take<float>(scores);
+    lse_log2 = arena->Take<float>(queries);
+    delta = arena->Take<float>(queries);
+    keys = arena->Take<KeyTile>(1);
+    float* row = arena->Take<float>(Max(ld, ld_v));
+    key_leaks = q_leaks = do_leaks = Leaks(row);
+  }
+
+  float* P(int panel) const { return p + panel * kTileKV * kPanel; }
+  float* Ds(int panel) const { return ds + panel * kTileKV * kPanel; }
+};
+
+// ---- stages ----
+
+// p[j] = 2^(softmax_scale_log2 * k_j q - lse_log2), 0 where not attended
+template <bool kMasked>
+inline void RecomputeP(const BwdScratch& x, int count, int head_dim, int panel,
+                       float softmax_scale_log2) {
+  const float* q_panel = x.q_panels + panel * head_dim * kPanel;
+  float* p = x.P(panel);
+  ForRowTiles(count, [&](int j, auto height) {
+    constexpr int kRows = decltype(height)::kRows;
+    auto acc = ZeroTile<kRows>();
+    MultiplyAdd<kRowMajor>(acc, x.k + j * head_dim, head_dim, q_panel, kPanel, head_dim);
+    for (int n = 0; n < kPanelVecs; ++n) {
+      const Vec lse = Load(x.lse_log2 + panel * kPanel + n * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        Vec p_rn = Exp2(acc.v[r][n] * softmax_scale_log2 - lse);
+        if (kMasked) {
+          const uint32_t attends = x.keys->attends[panel][j + r];
+          p_rn = Select(LanesOfBits(attends >> (n * kLanes)), p_rn, Vec{});
+        }
+        Store(p + (j + r) * kPanel + n * kLanes, p_rn);
+      }
+    }
+  });
+}
+
+// ds[j] = p[j] * (v_j do - delta), 0 where not attended
+template <bool kMasked>
+inline void ComputeDs(const BwdScratch& x, int count, int head_dim_v, int panel) {
+  const float* do_panel = x.do_panels + panel * head_dim_v * kPanel;
+  const float* p = x.P(panel);
+  float* ds = x.Ds(panel);
+  ForRowTiles(count, [&](int j, auto height) {
+    constexpr int kRows = decltype(height)::kRows;
+    auto acc = ZeroTile<kRows>();
+    MultiplyAdd<kRowMajor>(acc, x.v + j * head_dim_v, head_dim_v, do_panel, kPanel, head_dim_v);
+    for (int n = 0; n < kPanelVecs; ++n) {
+      const Vec delta = Load(x.delta + panel * kPanel + n * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = (j + r) * kPanel + n * kLanes;
+        Vec ds_rn = Load(p + at) * (acc.v[r][n] - delta);
+        if (kMasked) {
+          const uint32_t attends = x.keys->attends[panel][j + r];
+          ds_rn = Select(LanesOfBits(attends >> (n * kLanes)), ds_rn, Vec{});
+        }
+        Store(ds + at, ds_rn);
+      }
+    }
+  });
+}
+
+// dq_panel [head_dim, kPanel] += k^T ds
+inline void AddDq(const BwdScratch& x, int count, int head_dim, int panel) {
+  float* dq_panel = x.dq_panels + panel * head_dim * kPanel;
+  ForRowTiles(head_dim, [&](int d, auto height) {
+    constexpr int kRows = decltype(height)::kRows;
+    RegisterTile<kRows> acc = LoadTile<kRows>(dq_panel + d * kPanel);
+    MultiplyAdd<kColMajor>(acc, x.k + d, head_dim, x.Ds(panel), kPanel, count);
+    StoreTile(acc, dq_panel + d * kPanel);
+  });
+}
+
+// sums[position of key j - begin] += sum_i weights[i][j] rows[i]: dv from p and do, dk from ds and q
+inline void AddKvGrad(const KeyTile& keys, int panels, const float* weights, const float* rows,
+                      int64_t ld, int64_t begin, float* sums) {
+  ForRowTiles(keys.count, [&](int j, auto height) {
+    constexpr int kRows = decltype(height)::kRows;
+    for (int64_t d = 0; d < ld; d += kPanel) {
+      auto acc = ZeroTile<kRows>();
+      for (int panel = 0; panel < panels; ++panel) {
+        MultiplyAdd<kRowMajor>(acc, weights + (panel * kTileKV + j) * kPanel, kPanel,
+                               rows + panel * kPanel * ld + d, ld, kPanel);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        float* sum = sums + (keys.positions[j + r] - begin) * ld + d;
+        for (int n = 0; n < kPanelVecs; ++n) {
+          Store(sum + n * kLanes, Load(sum + n * kLanes) + acc.v[r][n]);
+        }
+      }
+    }
+  });
+}
+
+// sums[key] += weights[i][key] * row for the keys that query i attends to
+inline void AddToKeys(const KeyTile& keys, int i, const float* weights, const float* row, int dim,
+                      int64_t ld, int64_t begin, float* sums) {
+  const int panel = i / kPanel, lane = i % kPanel;
+  for (int j = 0; j < keys.count; ++j) {
+    if (!(keys.attends[panel][j] >> lane & 1)) continue;
+    const float weight = weights[(panel * kTileKV + j) * kPanel + lane];
+    float* sum = sums + (keys.positions[j] - begin) * ld;
+    for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
+  }
+}
+
+// ---- kernel ----
+
+inline void LoadQTile(const BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
+                      const QTile& tile) {
+  const SpattnProblem& problem = params.problem;
+  const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
+  LoadQRows(params.o, problem, b, head, tile, head_dim_v, x.ld_v, x.rows);
+  LoadQRows(params.q, problem, b, head, tile, head_dim, x.ld, x.q_rows);
+  LoadQRows(params.dout, problem, b, head, tile, head_dim_v, x.ld_v, x.do_rows);
+  RowsToPanels(x.q_rows, tile.panels, head_dim, x.ld, x.q_panels);
+  RowsToPanels(x.do_rows, tile.panels, head_dim_v, x.ld_v, x.do_panels);
+  const int64_t first = (b * problem.heads + head) * problem.q_len;
+  for (int i = 0; i < tile.panels * kPanel; ++i) {
+    x.lse_log2[i] = kInf;
+    x.delta[i] = 0.0f;
+    const int64_t row = tile.rows[i];
+    if (row < 0 || params.lse[first + row] == -kInf) continue;
+    Vec sum{};
+    for (int64_t d = 0; d < x.ld_v; d += kLanes) {
+      sum += Load(x.rows + i * x.ld_v + d) * Load(x.do_rows + i * x.ld_v + d);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) x.delta[i] += sum[lane];
+    if (params.dlse) x.delta[i] -= params.dlse[first + row];
+    x.lse_log2[i] = params.lse[first + row] * kLog2E;
+  }
+}
+
+template <bool kMasked>
+inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
+                    int64_t q_tile, const QTile& tile, const KvSums& sums) {
+  const SpattnProblem& problem = params.problem;
+  const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
+  const int64_t kv_head = head / (problem.heads / problem.kv_heads);
+  if (kMasked) {
+    x.q_leaks.TakeOut(x.q_rows, tile.panels * kPanel, head_dim, x.ld);
+    x.do_leaks.TakeOut(x.do_rows, tile.panels * kPanel, head_dim_v, x.ld_v);
+  }
+  KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : head, q_tile, b);
+  KeyTile* keys = x.keys;
+  while (walk.Next(keys)) {
+    LoadKeys(params.k, problem, b, kv_head, *keys, head_dim, head_dim, x.k);
+    LoadKeys(params.v, problem, b, kv_head, *keys, head_dim_v, head_dim_v, x.v);
+    for (int panel = 0; panel < tile.panels; ++panel) {
+      RecomputeP<kMasked>(x, keys->count, head_dim, panel, problem.softmax_scale * kLog2E);
+      ComputeDs<kMasked>(x, keys->count, head_dim_v, panel);
+    }
+    if (kMasked) x.key_leaks.TakeOut(x.k, keys->count, head_dim, head_dim);
+    for (int panel = 0; panel < tile.panels; ++panel) AddDq(x, keys->count, head_dim, panel);
+    AddKvGrad(*keys, tile.panels, x.p, x.do_rows, x.ld_v, sums.begin, sums.dv);
+    AddKvGrad(*keys, tile.panels, x.ds, x.q_rows, x.ld, sums.begin, sums.dk);
+    if (kMasked) {
+      for (int n = 0; n < x.key_leaks.count; ++n) {
+        const int j = x.key_leaks.index[n];
+        const float* row = x.key_leaks.Row(params.k, problem, b, kv_head, keys->rows[j], head_dim);
+        for (int panel = 0; panel < tile.panels; ++panel) {
+          AddToPanel(row, head_dim, x.Ds(panel) + j * kPanel, keys->attends[panel][j],
+                     x.dq_panels + panel * head_dim * kPanel);
+        }
+      }
+      for (int n = 0; n < x.do_leaks.count; ++n) {
+        const int i = x.do_leaks.index[n];
+        const float* row = x.do_leaks.Row(params.dout, problem, b, head, tile.rows[i], head_dim_v);
+        AddToKeys(*keys, i, x.p, row, head_dim_v, x.ld_v, sums.begin, sums.dv);
+      }
+      for (int n = 0; n < x.q_leaks.count; ++n) {
+        const int i = x.q_leaks.index[n];
+        const float* row = x.q_leaks.Row(params.q, problem, b, head, tile.rows[i], head_dim);
+        AddToKeys(*keys, i, x.ds, row, head_dim, x.ld, sums.begin, sums.dk);
+      }
+    }
+  }
+}
+
+inline void BwdQTile(BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
+                     int64_t q_tile, const KvSums& sums) {
+  const SpattnProblem& problem = params.problem;
+  const QTile tile(problem, params.plan, q_tile);
+  const int64_t dq_size = static_cast<int64_t>(tile.panels) * kPanel * problem.head_dim;
+  LoadQTile(x, params, b, head, tile);
+  Zero(x.dq_panels, dq_size);
+  BwdKeys<false>(x, params, b, head, q_tile, tile, sums);
+  BwdKeys<true>(x, params, b, head, q_tile, tile, sums);
+  for (int64_t i = 0; i < dq_size; ++i) x.dq_panels[i] *= problem.softmax_scale;
+  PanelsToRows(x.dq_panels, tile.panels, problem.head_dim, x.ld, x.rows);
+  StoreQRows(x.rows, params.dq, problem, b, head, tile, problem.head_dim, x.ld);
+}
+
+// dk and dv at the kv positions [begin, end): the splits' sums, added in their order.
+inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_head,
+                        const KvSums* sums, int64_t splits, int64_t begin, int64_t end, int64_t ld,
+                        int64_t ld_v, float* row) {
+  const SpattnProblem& problem = params.problem;
+  const auto store = [&](const SpattnTensor& t, float* KvSums::*part, int dim, int64_t width,
+                         float scale, int64_t position, int64_t to) {
+    Zero(row, width);
+    for (int64_t s = 0; s < splits; ++s) {
+      if (position < sums[s].begin || position >= sums[s].end) continue;
+      const float* from = sums[s].*part + (position - sums[s].begin) * width;
+      for (int d = 0; d < dim; ++d) row[d] += from[d];
+    }
+    for (int d = 0; d < dim; ++d) row[d] *= scale;
+    const char* address = RowAddress(t, problem.dtype, b, kv_head, to);
+    StoreRow(row, problem.dtype, dim, const_cast<char*>(address));
+  };
+  RowWalk walk(problem.kv_len, problem.row_stride, begin);
+  for (int64_t position = begin; position < end; ++position, walk.Next()) {
+    if (walk.row() < 0) continue;
+    store(params.dk, &KvSums::dk, problem.head_dim, ld, problem.softmax_scale, position, walk.row());
+    store(params.dv, &KvSums::dv, problem.head_dim_v, ld_v, 1.0f, position, walk.row());
+  }
+}
+
+// ---- launcher ----
+
+// How the workspace is laid out; built with no base it only counts bytes.
+struct BwdWorkspaceLayout {
+  Splits splits;
+  int64_t groups;         // kv heads with sums of different extent: 1 when the plan is shared
+  int64_t scratch_bytes;  // of a worker
+  int64_t sums_floats;    // of the longest sums
+  KvSums* sums;           // [batch * kv_heads, splits], or [workers] when there is one split
+  char* scratch;          // [workers]
+  float* row;             // [workers, widest]
+  int64_t bytes;
+
+  BwdWorkspaceLayout(const SpattnBwdParams& params, int32_t workers, void* base) : splits(params) {
+    const SpattnProblem& problem = params.problem;
+    Arena sizes(nullptr), arena(base);
+    const BwdScratch scratch_sizes(&sizes, problem);
+    scratch_bytes = sizes.used();
+    const int64_t width = scratch_sizes.ld + scratch_sizes.ld_v;
+    const int64_t heads = problem.batch * problem.kv_heads, count = splits.count();
+    const int64_t workers_at_least_1 = Max(workers, 1);
+    scratch = arena.Take<char>(workers_at_least_1 * scratch_bytes);
+    row = arena.Take<float>(workers_at_least_1 * width);
+    sums = arena.Take<KvSums>(count == 1 ? workers_at_least_1 : heads * count);
+    groups = params.plan.heads == 1 ? 1 : problem.kv_heads;
+    sums_floats = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t s = 0; s < count; ++s) {
+        KvSums range;
+        splits.KvRange(group, s, &range.begin, &range.end);
+        const int64_t length = range.end - range.begin;
+        sums_floats = Max(sums_floats, length * width);
+        for (int64_t head = group; count > 1 && head < heads; head += groups) {
+          range.dk = arena.Take<float>(length * scratch_sizes.ld);
+          range.dv = arena.Take<float>(length * scratch_sizes.ld_v);
+          if (base) sums[head * count + s] = range;
+        }
+      }
+    }
+    for (int64_t worker = 0; count == 1 && worker < workers_at_least_1; ++worker) {
+      float* floats = arena.Take<float>(sums_floats);
+      if (base) sums[worker].dk = floats;
+    }
+    bytes = arena.used();
+  }
+};
+
+inline int64_t BwdWorkspace(const SpattnBwdParams& params, int32_t workers) {
+  return BwdWorkspaceLayout(params, workers, nullptr).bytes;
+}
+
+inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, void* workspace) {
+  const SpattnProblem& problem = params.problem;
+  const BwdWorkspaceLayout layout(params, threads.workers, workspace);
+  const Splits& splits = layout.splits;
+  const int64_t count = splits.count(), heads = problem.batch * problem.kv_heads;
+  const int64_t group = problem.heads / problem.kv_heads;
+  const int64_t ld = RoundUp(problem.head_dim, kPanel), ld_v = RoundUp(problem.head_dim_v, kPanel);
+  const int64_t positions = params.plan.kv_blocks * params.plan.block_kv;
+
+  ParallelFor(threads, heads * count, [&](int64_t task, int32_t worker) {
+    const int64_t b = task / count / problem.kv_heads, kv_head = task / count % problem.kv_heads;
+    const int64_t s = task % count;
+    Arena arena(layout.scratch + worker * layout.scratch_bytes);
+    BwdScratch scratch(&arena, problem);
+    KvSums sums = layout.sums[count == 1 ? worker : task];
+    if (count == 1) {
+      splits.KvRange(layout.groups == 1 ? 0 : kv_head, 0, &sums.begin, &sums.end);
+      sums.dv = sums.dk + (sums.end - sums.begin) * ld;
+    }
+    Zero(sums.dk, (sums.end - sums.begin) * ld);
+    Zero(sums.dv, (sums.end - sums.begin) * ld_v);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      const int64_t plan_head = splits.PlanHead(head);
+      const int64_t end = splits.FirstQTile(plan_head, s + 1);
+      for (int64_t q_tile = splits.FirstQTile(plan_head, s); q_tile < end; ++q_tile) {
+        BwdQTile(scratch, params, b, head, q_tile, sums);
+      }
+    }
+    if (count == 1) {
+      StoreKvGrad(params, b, kv_head, &sums, 1, 0, positions, ld, ld_v, scratch.rows);
+    }
+  });
+  if (count == 1) return;
+
+  constexpr int64_t kPositions = 256;  // of a task
+  const int64_t chunks = CeilDiv(positions, kPositions);
+  ParallelFor(threads, heads * chunks, [&](int64_t task, int32_t worker) {
+    const int64_t head = task / chunks, begin = task % chunks * kPositions;
+    StoreKvGrad(params, head / problem.kv_heads, head % problem.kv_heads,
+                layout.sums + head * count, count, begin, Min(begin + kPositions, positions), ld,
+                ld_v, layout.row + worker * (ld + ld_v));
+  });
+}
+
+}  // namespace SPATTN_ISA
+}  // namespace spattn
+
+#endif  // SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_

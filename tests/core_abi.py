@@ -1,0 +1,191 @@
+"""csrc/core.h through ctypes: the kernels without TensorFlow, for tests and sanitizers."""
+
+import ctypes
+import threading
+
+import numpy as np
+
+DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
+
+
+class Status(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_int32), ("message", ctypes.c_char * 252)]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "q_len", "kv_len")]
+        + [(name, ctypes.c_int32) for name in ("heads", "kv_heads")]
+        + [(name, ctypes.c_int32) for name in ("head_dim", "head_dim_v", "dtype")]
+        + [("softmax_scale", ctypes.c_float), ("row_stride", ctypes.c_int64)]
+        + [("kv_lengths", ctypes.c_void_p)]
+    )
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (name, ctypes.c_int64) for name in ("batch_stride", "row_stride", "head_stride")
+    ]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("heads", "block_q", "block_kv")]
+        + [(name, ctypes.c_int64) for name in ("q_tiles", "kv_blocks")]
+        + [(name, ctypes.c_int64) for name in ("entries", "mask_blocks")]
+        + [(name, ctypes.c_void_p) for name in ("kv_indptr", "kv_indices")]
+        + [(name, ctypes.c_void_p) for name in ("mask_ids", "mask_bits")]
+    )
+
+
+RUN = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p
+)
+
+
+class Threads(ctypes.Structure):
+    _fields_ = [
+        ("workers", ctypes.c_int32),
+        ("pool", ctypes.c_void_p),
+        ("run", ctypes.c_void_p),
+    ]
+
+
+class FwdParams(ctypes.Structure):
+    _fields_ = (
+        [("problem", Problem), ("plan", Plan)]
+        + [(name, Tensor) for name in ("q", "k", "v", "o")]
+        + [("lse", ctypes.c_void_p)]
+    )
+
+
+class BwdParams(ctypes.Structure):
+    _fields_ = (
+        [("problem", Problem), ("plan", Plan)]
+        + [(name, Tensor) for name in ("q", "k", "v", "o", "dout")]
+        + [("lse", ctypes.c_void_p), ("dlse", ctypes.c_void_p)]
+        + [(name, Tensor) for name in ("dq", "dk", "dv")]
+    )
+
+
+class InvalidArgument(ValueError):
+    """The core returned a status; its message."""
+
+
+@RUN
+def _run_in_threads(pool, workers, work, arg):
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32)(work)
+    threads = [threading.Thread(target=call, args=(arg, w)) for w in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def tensor_of(array):
+    """[batch, rows, heads, dim] with dim contiguous; strides in elements."""
+    size = array.itemsize
+    if array.size and array.strides[3] != size:
+        raise ValueError("dim must be contiguous, got strides %s" % (array.strides,))
+    return Tensor(array.ctypes.data, *(s // size for s in array.strides[:3]))
+
+
+def plan_of(tiles, block_mask):
+    """The SpattnPlan of a `Tiles`; keep `tiles` alive while it is used."""
+    lists = len(tiles.kv_indptr) - 1
+    positions = [
+        -(-length // block_mask.row_stride) * block_mask.row_stride
+        for length in (block_mask.q_len, block_mask.kv_len)
+    ]
+    return Plan(
+        block_mask.heads,
+        tiles.block_q,
+        tiles.block_kv,
+        lists // block_mask.heads,
+        -(-positions[1] // tiles.block_kv),
+        len(tiles.kv_indices),
+        len(tiles.mask_bits),
+        tiles.kv_indptr.ctypes.data,
+        tiles.kv_indices.ctypes.data,
+        tiles.mask_ids.ctypes.data,
+        tiles.mask_bits.ctypes.data,
+    )
+
+
+class Core:
+    """A loaded core library.
+
+    Args:
+      path: The shared library that `_build.build_core()` made.
+    """
+
+    def __init__(self, path):
+        self._library = ctypes.CDLL(str(path))
+        self._library.spattn_cpu_isa.restype = ctypes.c_char_p
+        for phase in ("fwd", "bwd"):
+            for suffix in ("", "_workspace"):
+                function = getattr(self._library, "spattn_%s_cpu%s" % (phase, suffix))
+                function.restype = Status
+
+    def isa(self):
+        return self._library.spattn_cpu_isa().decode()
+
+    def _call(self, phase, params, workers):
+        run = ctypes.cast(_run_in_threads, ctypes.c_void_p)
+        threads = Threads(workers, None, run)
+        size = ctypes.c_int64(-1)
+        workspace_of = getattr(self._library, "spattn_%s_cpu_workspace" % phase)
+        check(workspace_of(ctypes.byref(params), workers, ctypes.byref(size)))
+        workspace = np.full(size.value + 64, 0xFF, np.uint8)  # NaN where read too soon
+        base = -(-workspace.ctypes.data // 64) * 64
+        call = getattr(self._library, "spattn_%s_cpu" % phase)
+        check(
+            call(ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base))
+        )
+
+    def problem(self, q, k, v, dtype, block_mask, softmax_scale, kv_lengths):
+        scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+        return Problem(
+            *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]),
+            *(q.shape[3], v.shape[3], DTYPES.index(dtype), scale),
+            *(block_mask.row_stride, None if kv_lengths is None else kv_lengths.ctypes.data)
+        )
+
+    def fwd(self, q, k, v, block_mask, dtype, tiles=None, plan=None, workers=1, **kwargs):
+        """o, lse of [batch, len, heads, dim] arrays; 16-bit dtypes as their own arrays."""
+        tiles = tiles or block_mask.tiles()
+        softmax_scale, kv_lengths = kwargs.get("softmax_scale"), kwargs.get("kv_lengths")
+        o = np.empty(q.shape[:3] + v.shape[3:], q.dtype)
+        lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), np.float32)
+        params = FwdParams(
+            self.problem(q, k, v, dtype, block_mask, softmax_scale, kv_lengths),
+            plan or plan_of(tiles, block_mask),
+            *[tensor_of(x) for x in (q, k, v, o)],
+            lse.ctypes.data
+        )
+        self._call("fwd", params, workers)
+        return o, lse
+
+    def bwd(
+        self, q, k, v, o, lse, do, block_mask, dtype, dlse=None, tiles=None, plan=None,
+        workers=1, **kwargs
+    ):  # fmt: skip
+        """dq, dk, dv."""
+        tiles = tiles or block_mask.tiles()
+        softmax_scale, kv_lengths = kwargs.get("softmax_scale"), kwargs.get("kv_lengths")
+        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+        params = BwdParams(
+            self.problem(q, k, v, dtype, block_mask, softmax_scale, kv_lengths),
+            plan or plan_of(tiles, block_mask),
+            *[tensor_of(x) for x in (q, k, v, o, do)],
+            lse.ctypes.data,
+            None if dlse is None else dlse.ctypes.data,
+            *[tensor_of(x) for x in (dq, dk, dv)]
+        )
+        self._call("bwd", params, workers)
+        return dq, dk, dv
+
+
+def check(status):
+    if status.code != 0:
+        raise InvalidArgument(status.message.decode())
