@@ -1,0 +1,437 @@
+"""BlockMask: a layout and a mask, compiled into the lists that kernels read.
+
+A block is EMPTY (not computed), PARTIAL (computed, then masked by bits) or FULL (needs
+no mask). All of this is decided here, once, on the host.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .layouts import all_layout, fixed_layout, local_layout, strided_layout
+from .masks import (
+    Span,
+    as_mask,
+    causal_mask,
+    check_positive,
+    fixed_mask,
+    local_mask,
+    strided_mask,
+)
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+# Block sizes, each with the share of its peak a kernel reaches on q tiles that high.
+EFFICIENCY = {8: 0.35, 16: 0.55, 32: 0.75, 64: 0.92, 128: 1.0}
+CHUNK = 1 << 20  # blocks judged, or elements evaluated, at a time: bounds the memory
+
+
+class Tiles(NamedTuple):
+    """Which keys each q tile reads: the arrays of `SpattnPlan` in csrc/core.h.
+
+    Bit q % 8 of `mask_bits[i, kv, q // 8]` is set where query q of the tile attends to
+    key kv of the block.
+    """
+
+    block_q: int  # positions in a q tile
+    block_kv: int  # positions in a kv block
+    kv_indptr: np.ndarray  # int32 [heads * q_tiles + 1], offsets into kv_indices
+    kv_indices: np.ndarray  # int32 [entries], kv blocks, increasing within a q tile
+    mask_ids: np.ndarray  # int32 [entries], index into mask_bits; -1: FULL
+    mask_bits: np.ndarray  # uint8 [mask_blocks, block_kv, block_q / 8]
+
+
+class BlockMask:
+    """A layout and a mask, compiled.
+
+    >>> from sparse_attention.layouts import local_layout
+    >>> from sparse_attention.masks import local_mask
+    >>> BlockMask(local_layout(64, 8, window=24), local_mask(24), block_size=8)
+    BlockMask(q_len=64, kv_len=64, block_size=8, heads=1, density 41 %)
+    ▒·······
+    █▒······
+    ██▒·····
+    ▒██▒····
+    ·▒██▒···
+    ··▒██▒··
+    ···▒██▒·
+    ····▒██▒
+
+    Args:
+      layout: bool [heads or 1, q_blocks, kv_blocks] or [q_blocks, kv_blocks], True =
+        computed. One head: shared between all heads.
+      mask: A `Mask`, or a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts;
+        both in rows. None: every element of a computed block.
+      block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
+      q_len: Queries in rows; None: as many as the blocks hold.
+      kv_len: Keys in rows; None: as many as the blocks hold.
+      row_stride: Positions visit the rows residue by residue: with n =
+        ceil(len / row_stride), position p is row (p mod n) * row_stride + floor(p / n)
+        and does not exist where that is no row. 1: position = row.
+
+    Attributes (arrays are read-only):
+      layout, mask, block_size, q_len, kv_len, row_stride: As given.
+      heads, q_blocks, kv_blocks: The layout's shape; one head: shared.
+      block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL.
+
+    Raises:
+      TypeError: If `mask` is no function.
+      ValueError: If the block size is not supported, the layout does not fit the
+        lengths, or the mask differs between heads and the layout has only one.
+    """
+
+    def __init__(
+        self, layout, mask=None, block_size=64, q_len=None, kv_len=None, row_stride=1
+    ):
+        if block_size not in EFFICIENCY:
+            raise ValueError(
+                f"block_size must be one of {list(EFFICIENCY)}, got {block_size!r}"
+            )
+        layout = np.array(layout, bool)  # a copy: the plan will not change with it
+        self.layout = layout[None] if layout.ndim == 2 else layout
+        if self.layout.ndim != 3 or not layout.size:
+            raise ValueError(
+                "layout must be [heads, q_blocks, kv_blocks], none of them zero, "
+                f"got shape {layout.shape}"
+            )
+        self.heads, self.q_blocks, self.kv_blocks = self.layout.shape
+        self.mask = as_mask(mask)
+        if self.mask.per_head and self.heads == 1:
+            raise ValueError(
+                f"layout must have a head for each that {self.mask} tells apart, got 1"
+            )
+        self.block_size = block_size
+        self.q_len = self.q_blocks * block_size if q_len is None else q_len
+        self.kv_len = self.kv_blocks * block_size if kv_len is None else kv_len
+        self.row_stride = row_stride
+        check_positive(block_size=block_size, row_stride=row_stride)
+        check_positive(q_len=self.q_len, kv_len=self.kv_len)
+        self._q = _Axis("q", self.q_len, block_size, row_stride, self.q_blocks)
+        self._kv = _Axis("kv", self.kv_len, block_size, row_stride, self.kv_blocks)
+        self._heads_differ = self.heads > 1 and self.mask.per_head is not False
+        self.block_kinds = self._judge_blocks()
+        self._partial, self._mask_ids, self._mask_bits = self._evaluate_elements()
+        self._cache = {}
+        _freeze(self.layout, self.block_kinds)
+
+    # ---- building ----
+
+    def _judge_blocks(self):
+        """Block kinds as far as the mask's bounds tell, PARTIAL where they cannot."""
+        kinds = np.full(self.layout.shape, PARTIAL, np.int8)
+        head = np.arange(self.heads)[:, None, None] if self._heads_differ else 0
+        step = max(1, CHUNK // (self.heads * self.kv_blocks))
+        for start in range(0, self.q_blocks, step):
+            part = slice(start, start + step)
+            q = Span(*(field[part, None] for field in self._q.span))
+            all_true, none_true = self.mask.bounds(head, q, self._kv.span)
+            np.copyto(kinds[:, part], FULL, where=all_true)
+            np.copyto(kinds[:, part], EMPTY, where=none_true)
+        exists = self._q.exists.any(axis=1)[:, None] & self._kv.exists.any(axis=1)
+        np.copyto(kinds, EMPTY, where=~(self.layout & exists))
+        return kinds
+
+    def _evaluate_elements(self):
+        """Settles the PARTIAL blocks, in `block_kinds`, by looking at their elements.
+
+        Returns:
+          Of the blocks that stay PARTIAL: flat indices, increasing; for each which mask
+          block it has; the different mask blocks, uint8 [:, block_kv, block_q / 8].
+        """
+        undecided = np.flatnonzero(self.block_kinds == PARTIAL)
+        once, again = undecided, np.arange(len(undecided))
+        if not self._heads_differ:  # evaluate once for all heads
+            in_head = undecided % (self.q_blocks * self.kv_blocks)
+            once, again = np.unique(in_head, return_inverse=True)
+        kinds = np.full(len(once), PARTIAL, np.int8)
+        mask_ids = np.zeros(len(once), np.int32)
+        seen: dict = {}
+        step = CHUNK // self.block_size**2
+        for start in range(0, len(once), step):
+            part = slice(start, start + step)
+            head, q_block, kv_block = np.unravel_index(once[part], self.layout.shape)
+            # [blocks, kv, q], as the bits are stored
+            q_idx = self._q.rows[q_block][:, None, :]
+            kv_idx = self._kv.rows[kv_block][:, :, None]
+            exists = self._q.exists[q_block][:, None, :]
+            exists = exists & self._kv.exists[kv_block][:, :, None]
+            allowed = np.asarray(self.mask(head[:, None, None], q_idx, kv_idx), bool)
+            allowed = allowed & exists
+            kinds[part][(allowed == exists).all(axis=(1, 2))] = FULL
+            kinds[part][~allowed.any(axis=(1, 2))] = EMPTY
+            is_partial = kinds[part] == PARTIAL
+            bits = np.packbits(allowed[is_partial], axis=2, bitorder="little")
+            mask_ids[part][is_partial] = _number(bits, seen)
+        kinds, mask_ids = kinds[again], mask_ids[again]
+        self.block_kinds.reshape(-1)[undecided] = kinds
+        mask_bits = np.frombuffer(b"".join(seen), np.uint8)
+        mask_bits = mask_bits.reshape(-1, self.block_size, self.block_size // 8)
+        return undecided[kinds == PARTIAL], mask_ids[kinds == PARTIAL], mask_bits
+
+    # ---- reading ----
+
+    @property
+    def density(self):
+        """Computed fraction of the score matrix, counted in blocks.
+
+        >>> BlockMask(all_layout(64, 32), causal_mask(), block_size=32).density
+        0.75
+        """
+        return float(np.mean(self.block_kinds != EMPTY))
+
+    @property
+    def kv_indptr(self):
+        """int32 [heads * q_blocks + 1], each q block's offset into `kv_indices`."""
+        return self.tiles(self.block_size).kv_indptr
+
+    @property
+    def kv_indices(self):
+        """int32 [computed blocks], the kv blocks each q block reads, increasing."""
+        return self.tiles(self.block_size).kv_indices
+
+    @property
+    def q_indptr(self):
+        """int32 [heads * kv_blocks + 1], each kv block's offset into `q_indices`."""
+        return self._q_lists()[0]
+
+    @property
+    def q_indices(self):
+        """int32 [computed blocks], the q blocks reading each kv block, increasing."""
+        return self._q_lists()[1]
+
+    def _q_lists(self):
+        if "q" not in self._cache:
+            self._cache["q"] = _lists(self.block_kinds.transpose(0, 2, 1) != EMPTY)
+        return self._cache["q"]
+
+    def tiles(self, block_q=None):
+        """The plan for q tiles of `block_q` positions: what the kernels read.
+
+        A tile merges consecutive q blocks. It reads every kv block that one of them
+        reads; mask bits hide it from the others.
+
+        Args:
+          block_q: `block_size` times a power of two, at most 128; None: the cheapest,
+            by computed elements over `EFFICIENCY`.
+
+        Returns:
+          `Tiles`, the same object each time.
+
+        Raises:
+          ValueError: If `block_q` is none of these.
+        """
+        sizes = [size for size in EFFICIENCY if size >= self.block_size]
+        if block_q is None:
+            if None not in self._cache:
+                self._cache[None] = min(sizes, key=self._cost)
+            block_q = self._cache[None]
+        if block_q not in sizes:
+            raise ValueError(f"block_q must be one of {sizes}, got {block_q!r}")
+        if block_q not in self._cache:
+            self._cache[block_q] = self._merge(block_q)
+        return self._cache[block_q]
+
+    def _cost(self, block_q):
+        entries = np.count_nonzero(self._tile_kinds(block_q).max(axis=2))
+        return entries * block_q / EFFICIENCY[block_q]
+
+    def _tile_kinds(self, block_q):
+        """int8 [heads, q_tiles, q blocks of a tile, kv_blocks]: `block_kinds` by tiles.
+
+        The last q block is repeated until it fills the last tile: only rows that do not
+        exist see the difference.
+        """
+        count = block_q // self.block_size
+        padding = [(0, 0), (0, -self.q_blocks % count), (0, 0)]
+        kinds = np.pad(self.block_kinds, padding, mode="edge")
+        return kinds.reshape(self.heads, -1, count, self.kv_blocks)
+
+    def _merge(self, block_q):
+        kinds = self._tile_kinds(block_q)
+        is_read = kinds.max(axis=2) != EMPTY
+        is_mixed = is_read & (kinds.min(axis=2) != FULL)
+        head, tile, kv_block = (i[:, None] for i in np.nonzero(is_mixed))
+        q_block = tile * kinds.shape[2] + np.arange(kinds.shape[2])
+        codes = self._codes(head, np.minimum(q_block, self.q_blocks - 1), kv_block)
+        seen: dict = {}
+        mask_ids = np.full(np.count_nonzero(is_read), -1, np.int32)
+        mask_ids[is_mixed[is_read]] = _number(codes, seen)
+        codes = np.frombuffer(b"".join(seen), codes.dtype).reshape(-1, kinds.shape[2])
+        mask_bits = self._code_bits()[codes].transpose(0, 2, 1, 3)
+        mask_bits = mask_bits.reshape(-1, self.block_size, block_q // 8)
+        mask_bits = np.ascontiguousarray(mask_bits)  # the kernels read it as it lies
+        _freeze(mask_ids, mask_bits)
+        indptr, indices = _lists(is_read)
+        return Tiles(block_q, self.block_size, indptr, indices, mask_ids, mask_bits)
+
+    def _codes(self, head, q_block, kv_block):
+        """int32, broadcast: where in `_code_bits` a block's elements are."""
+        block = np.ravel_multi_index((head, q_block, kv_block), self.layout.shape)
+        kinds = self.block_kinds[head, q_block, kv_block]
+        codes = np.array([0, 2, 1], np.int32)[kinds]  # by EMPTY, PARTIAL, FULL
+        is_partial = kinds == PARTIAL
+        found = np.searchsorted(self._partial, block[is_partial])
+        codes[is_partial] += self._mask_ids[found]
+        return codes
+
+    def _code_bits(self):
+        """uint8 [codes, block_kv, block_q / 8]: EMPTY, FULL, then the mask blocks."""
+        empty = np.zeros((1, self.block_size, self.block_size // 8), np.uint8)
+        return np.concatenate([empty, ~empty, self._mask_bits])
+
+    def to_dense(self):
+        """The exact pattern, element by element, in rows.
+
+        >>> block_mask = BlockMask(np.eye(2), causal_mask(), block_size=8)
+        >>> block_mask.to_dense()[0, 9].astype(int)
+        array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0])
+
+        Returns:
+          bool [heads, q_len, kv_len], True = attend.
+        """
+        codes = self._codes(*np.indices(self.layout.shape, sparse=True))
+        code_bits = np.unpackbits(self._code_bits(), axis=2, bitorder="little")
+        dense = code_bits.astype(bool)[codes]  # [heads, q_blocks, kv_blocks, kv, q]
+        dense = dense.transpose(0, 1, 4, 2, 3).reshape(
+            self.heads, self._q.exists.size, self._kv.exists.size
+        )
+        return dense[:, self._q.positions[:, None], self._kv.positions]
+
+    # ---- showing ----
+
+    def __repr__(self):
+        names = ["q_len", "kv_len", "block_size", "heads"]
+        names += ["row_stride"] if self.row_stride > 1 else []
+        values = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        density = f"density {100 * self.density:.0f} %"
+        return f"BlockMask({values}, {density})\n{self._drawing()}"
+
+    def _drawing(self):
+        """Up to four heads side by side, one character for each square of blocks."""
+        width = 32 if self.heads == 1 else 16
+        side = -(-max(self.q_blocks, self.kv_blocks) // width)
+        padding = [(0, 0), (0, -self.q_blocks % side), (0, -self.kv_blocks % side)]
+        kinds = np.pad(self.block_kinds[:4], padding, mode="edge")
+        heads, rows, columns = kinds.shape
+        squares = kinds.reshape(heads, rows // side, side, columns // side, side)
+        low, high = squares.min(axis=(2, 4)), squares.max(axis=(2, 4))
+        characters = np.array(list("·▒█"))[np.where(low == high, low, PARTIAL)]
+        lines = ("  ".join(map("".join, line)) for line in characters.swapaxes(0, 1))
+        return "\n".join(lines)
+
+
+class _Axis:
+    """One side of the score matrix: which rows its blocks of positions visit."""
+
+    def __init__(self, name, length, block_size, row_stride, blocks):
+        visits = -(-length // row_stride)
+        expected = -(-visits * row_stride // block_size)
+        if blocks != expected:
+            raise ValueError(
+                f"layout must have {expected} {name}_blocks for {name}_len={length}, "
+                f"block_size={block_size}, row_stride={row_stride}, got {blocks}"
+            )
+        position = np.arange(blocks * block_size).reshape(blocks, block_size)
+        residue, visit = np.divmod(position, visits)
+        row = visit * row_stride + residue
+        self.exists = (residue < row_stride) & (row < length)
+        self.rows = np.minimum(row, length - 1)
+        self.span = Span(
+            lo=np.where(self.exists, row, length).min(axis=1),
+            hi=np.where(self.exists, row, -1).max(axis=1),
+            step=np.where(residue[:, 0] == residue[:, -1], row_stride, 1),
+        )
+        visit, residue = np.divmod(np.arange(length), row_stride)
+        self.positions = residue * visits + visit  # of each row
+
+
+def _lists(is_read):
+    """Offsets and indices, int32, of the True elements of each row of the last axis."""
+    offsets = np.cumsum(np.count_nonzero(is_read, axis=-1), dtype=np.int32)
+    indptr = np.concatenate([np.zeros(1, np.int32), offsets])
+    indices = np.nonzero(is_read)[-1].astype(np.int32)
+    _freeze(indptr, indices)
+    return indptr, indices
+
+
+def _number(arrays, seen):
+    """Gives equal arrays equal numbers, from 0; `seen` maps their bytes to them."""
+    return [seen.setdefault(array.tobytes(), len(seen)) for array in arrays]
+
+
+def _freeze(*arrays):
+    for array in arrays:
+        array.setflags(write=False)
+
+
+# ---- the patterns of the Sparse Transformer ----
+
+
+@lru_cache(maxsize=32)
+def pattern_block_mask(
+    attn_mode,
+    q_len,
+    heads,
+    block_size=32,
+    local_attn_ctx=None,
+    num_verts=None,
+    vertsize=None,
+):
+    """The plan of one of the Sparse Transformer's patterns; cached.
+
+    >>> pattern_block_mask("fixed", 128, 2, 16, local_attn_ctx=32, num_verts=2)
+    BlockMask(q_len=128, kv_len=128, block_size=16, heads=2, density 38 %)
+    ▒·······  ▒·······
+    █▒······  █▒······
+    ·█▒·····  █·▒·····
+    ·██▒····  █·█▒····
+    ·█·█▒···  █·█·▒···
+    ·█·██▒··  █·█·█▒··
+    ·█·█·█▒·  █·█·█·▒·
+    ·█·█·██▒  █·█·█·█▒
+
+    Args:
+      attn_mode: "all", "local", "strided" or "fixed".
+      q_len: Sequence length in positions.
+      heads: Attention heads; only "fixed" tells them apart.
+      block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
+      local_attn_ctx: The window of "local" and "fixed", the stride of "strided", in
+        positions; unused by "all".
+      num_verts: Different summary columns among the heads of "fixed"; None: 4.
+      vertsize: Blocks in a summary column of "fixed"; None: 1.
+
+    Returns:
+      `BlockMask`.
+
+    Raises:
+      ValueError: If an argument is missing, not positive, or does not fit the others.
+
+    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
+      arXiv:1904.10509, section 4.2.
+    """
+    if attn_mode not in ("all", "local", "strided", "fixed"):
+        raise ValueError(
+            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
+        )
+    check_positive(q_len=q_len, heads=heads, block_size=block_size)
+    if attn_mode != "all":
+        check_positive(local_attn_ctx=local_attn_ctx)
+    row_stride = 1
+    if attn_mode == "all":
+        layout, mask = all_layout(q_len, block_size), causal_mask()
+    elif attn_mode == "local":
+        layout = local_layout(q_len, block_size, local_attn_ctx)
+        mask = local_mask(local_attn_ctx)
+    elif attn_mode == "strided":
+        row_stride = min(local_attn_ctx, q_len)  # from q_len on, all strides are alike
+        layout = strided_layout(q_len, block_size, row_stride)
+        mask = strided_mask(row_stride)
+    else:
+        num_verts = 4 if num_verts is None else num_verts
+        vertsize = 1 if vertsize is None else vertsize
+        layout = fixed_layout(
+            q_len, block_size, local_attn_ctx, num_verts, vertsize, heads
+        )
+        mask = fixed_mask(local_attn_ctx, block_size, num_verts, vertsize)
+    return BlockMask(layout, mask, block_size, q_len, q_len, row_stride)

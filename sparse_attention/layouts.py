@@ -1,0 +1,279 @@
+"""Layouts: which blocks of the score matrix are computed at all.
+
+A layout is bool [heads or 1, q_blocks, kv_blocks], True = computed. Each builder is the
+mask of the same name seen from afar: a block is computed unless the mask knows that it
+is empty. Lengths that are no multiple of the block size round up.
+"""
+
+import numpy as np
+
+from .masks import (
+    Span,
+    as_mask,
+    causal_mask,
+    check_positive,
+    chunk_mask,
+    dense_mask,
+    fixed_mask,
+    local_mask,
+    sink_mask,
+)
+
+
+def mask_layout(mask, q_len, block_size, kv_len=None, heads=1):
+    """The blocks that a mask may touch.
+
+    >>> from sparse_attention.masks import causal_mask, chunk_mask
+    >>> mask_layout(chunk_mask(32) & causal_mask(), 64, 16)[0].astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [0, 0, 1, 0],
+           [0, 0, 1, 1]])
+
+    Args:
+      mask: A `Mask`. A plain function may touch every block, for only its elements
+        tell; `BlockMask` then drops the empty ones.
+      q_len: Queries in positions.
+      block_size: Side of a block in positions.
+      kv_len: Keys in positions; None: as many as queries.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, ceil(q_len / block_size), ceil(kv_len / block_size)]; True =
+        computed.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    check_positive(q_len=q_len, kv_len=kv_len, block_size=block_size, heads=heads)
+    mask = as_mask(mask)
+    q_lo = np.arange(0, q_len, block_size)[:, None]
+    kv_lo = np.arange(0, kv_len, block_size)
+    q = Span(q_lo, np.minimum(q_lo + block_size, q_len) - 1)
+    kv = Span(kv_lo, np.minimum(kv_lo + block_size, kv_len) - 1)
+    layout = np.zeros((heads, len(q_lo), len(kv_lo)), bool)
+    for head in range(heads):
+        if head == 0 or mask.per_head:
+            _, none_true = mask.bounds(head, q, kv)
+        layout[head] = np.logical_not(none_true)
+    return layout
+
+
+def dense_layout(q_len, block_size, kv_len=None, heads=1):
+    """Every query looks at every key, in both directions.
+
+    >>> dense_layout(48, 16, kv_len=32)[0].astype(int)
+    array([[1, 1],
+           [1, 1],
+           [1, 1]])
+
+    Args:
+      q_len: Queries in positions.
+      block_size: Side of a block in positions.
+      kv_len: Keys in positions; None: as many as queries.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, ceil(q_len / block_size), ceil(kv_len / block_size)]; True =
+        computed.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+    """
+    return mask_layout(dense_mask(), q_len, block_size, kv_len, heads)
+
+
+def all_layout(q_len, block_size, heads=1):
+    """Each query looks back at everything: causal attention, the seed's "all".
+
+    >>> all_layout(64, 16)[0].astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [1, 1, 1, 1]])
+
+    Args:
+      q_len: Sequence length in positions.
+      block_size: Side of a block in positions.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
+        computed. Pair with `causal_mask()`.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+    """
+    return mask_layout(causal_mask(), q_len, block_size, heads=heads)
+
+
+def local_layout(q_len, block_size, window, heads=1):
+    """Each query looks back over `window` positions, itself included.
+
+    >>> local_layout(64, 16, window=32)[0].astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [0, 1, 1, 1]])
+
+    Args:
+      q_len: Sequence length in positions.
+      block_size: Side of a block in positions.
+      window: Positions a query sees, itself included.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
+        computed. Blocks on the rim are only partly allowed: pair with
+        `local_mask(window)` for the exact pattern.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+
+    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
+      arXiv:1904.10509, section 4.2.
+    """
+    return mask_layout(local_mask(window), q_len, block_size, heads=heads)
+
+
+def strided_layout(q_len, block_size, stride, heads=1):
+    """Each query looks back at every `stride`-th position, itself included.
+
+    Blocks fit these diagonals only in transposed time: positions visit the rows 0,
+    stride, 2 * stride, ..., then 1, 1 + stride, ...: causal attention inside chunks.
+
+    >>> strided_layout(64, 8, stride=4)[0].astype(int)
+    array([[1, 0, 0, 0, 0, 0, 0, 0],
+           [1, 1, 0, 0, 0, 0, 0, 0],
+           [0, 0, 1, 0, 0, 0, 0, 0],
+           [0, 0, 1, 1, 0, 0, 0, 0],
+           [0, 0, 0, 0, 1, 0, 0, 0],
+           [0, 0, 0, 0, 1, 1, 0, 0],
+           [0, 0, 0, 0, 0, 0, 1, 0],
+           [0, 0, 0, 0, 0, 0, 1, 1]])
+
+    Args:
+      q_len: Sequence length in rows. With n = ceil(q_len / stride), position p is row
+        (p mod n) * stride + floor(p / n) and does not exist where that is no row.
+      block_size: Side of a block in positions.
+      stride: Rows between two keys of a query.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(n * stride / block_size); True =
+        computed. Pair with `strided_mask(stride)` and `BlockMask`'s `row_stride`.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    """
+    check_positive(q_len=q_len, stride=stride)
+    chunk = -(-q_len // stride)
+    return mask_layout(
+        chunk_mask(chunk) & causal_mask(), chunk * stride, block_size, heads=heads
+    )
+
+
+def fixed_layout(q_len, block_size, stride, num_verts=4, vertsize=1, heads=None):
+    """Each query sees its own window so far, and a summary of every earlier window.
+
+    >>> for head in fixed_layout(96, 16, stride=32, num_verts=2).astype(int):
+    ...     print(head)
+    [[1 0 0 0 0 0]
+     [1 1 0 0 0 0]
+     [0 1 1 0 0 0]
+     [0 1 1 1 0 0]
+     [0 1 0 1 1 0]
+     [0 1 0 1 1 1]]
+    [[1 0 0 0 0 0]
+     [1 1 0 0 0 0]
+     [1 0 1 0 0 0]
+     [1 0 1 1 0 0]
+     [1 0 1 0 1 0]
+     [1 0 1 0 1 1]]
+
+    Args:
+      q_len: Sequence length in positions.
+      block_size: Side of a block in positions.
+      stride: Positions in a window; a multiple of `block_size`. The paper's l.
+      num_verts: Different summary columns among the heads.
+      vertsize: Blocks in a summary column. The paper's c is `vertsize * block_size`.
+      heads: A multiple of `num_verts`; None: `num_verts`.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
+        computed. Pair with `fixed_mask(stride, block_size, num_verts, vertsize)`.
+
+    Raises:
+      ValueError: If `stride` is no multiple of `block_size`, `vertsize` does not divide
+        the blocks of a window, these are fewer than `num_verts * vertsize`, or `heads`
+        is no multiple of `num_verts`.
+
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    """
+    mask = fixed_mask(stride, block_size, num_verts, vertsize)
+    heads = num_verts if heads is None else heads
+    check_positive(heads=heads)
+    if heads % num_verts:
+        raise ValueError(
+            f"heads must be a multiple of num_verts={num_verts}, got {heads}"
+        )
+    return mask_layout(mask, q_len, block_size, heads=heads)
+
+
+def chunk_layout(q_len, block_size, chunk, heads=1):
+    """Positions of the same chunk attend to each other, in both directions.
+
+    >>> chunk_layout(64, 16, chunk=32)[0].astype(int)
+    array([[1, 1, 0, 0],
+           [1, 1, 0, 0],
+           [0, 0, 1, 1],
+           [0, 0, 1, 1]])
+
+    Args:
+      q_len: Sequence length in positions.
+      block_size: Side of a block in positions.
+      chunk: Positions in a chunk.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
+        computed. Pair with `chunk_mask(chunk)` if blocks do not divide the chunk.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+    """
+    return mask_layout(chunk_mask(chunk), q_len, block_size, heads=heads)
+
+
+def sink_layout(q_len, block_size, window, sinks, heads=1):
+    """Each query looks back over `window` positions, and at the first `sinks` of all.
+
+    >>> sink_layout(80, 16, window=16, sinks=4)[0].astype(int)
+    array([[1, 0, 0, 0, 0],
+           [1, 1, 0, 0, 0],
+           [1, 1, 1, 0, 0],
+           [1, 0, 1, 1, 0],
+           [1, 0, 0, 1, 1]])
+
+    Args:
+      q_len: Sequence length in positions.
+      block_size: Side of a block in positions.
+      window: Positions a query sees, itself included.
+      sinks: Positions at the start that every later query sees.
+      heads: 1 to share the layout between heads.
+
+    Returns:
+      bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
+        computed. Pair with `local_mask(window) | (sink_mask(sinks) & causal_mask())`.
+
+    Raises:
+      ValueError: If a size is not a positive integer.
+
+    Reference: Xiao et al. 2023, "Efficient Streaming Language Models with Attention
+      Sinks", arXiv:2309.17453.
+    """
+    mask = local_mask(window) | (sink_mask(sinks) & causal_mask())
+    return mask_layout(mask, q_len, block_size, heads=heads)

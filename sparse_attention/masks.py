@@ -1,0 +1,413 @@
+"""Masks: which keys each query attends to, one element at a time.
+
+A mask is called with a head, query rows and key rows, any arrays that broadcast, and
+answers True where the query attends to the key. Masks combine with `&` and `|`, also
+with plain functions:
+
+>>> mask = local_mask(3) | (sink_mask(1) & causal_mask())
+>>> mask
+(local_mask(3) | (sink_mask(1) & causal_mask()))
+>>> mask(0, np.arange(6)[:, None], np.arange(6)).astype(int)
+array([[1, 0, 0, 0, 0, 0],
+       [1, 1, 0, 0, 0, 0],
+       [1, 1, 1, 0, 0, 0],
+       [1, 1, 1, 1, 0, 0],
+       [1, 0, 1, 1, 1, 0],
+       [1, 0, 0, 1, 1, 1]])
+
+A mask also judges whole blocks without looking inside (`Mask.bounds`). That is why a
+plan for 65,536 positions takes a second: elements are evaluated only in the blocks that
+the mask cannot decide.
+"""
+
+import numbers
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Span(NamedTuple):
+    """The rows of a block: lo, lo + step, ..., hi; ints, or arrays for many blocks."""
+
+    lo: Any
+    hi: Any  # inclusive
+    step: Any = 1  # also 1 where lo and hi only bound the rows
+
+
+class Mask:
+    """An element rule, with an optional shortcut for whole blocks.
+
+    >>> even_keys = Mask(lambda head, q_idx, kv_idx: kv_idx % 2 == 0, name="even_keys")
+    >>> (even_keys & causal_mask())(0, 4, np.arange(6)).astype(int)
+    array([1, 0, 1, 0, 1, 0])
+
+    Args:
+      fn: `fn(head, q_idx, kv_idx)` -> bool, broadcasting; indices are rows (time).
+      bounds: `bounds(head, q, kv)` -> `(all_true, none_true)`, see `Mask.bounds`; None:
+        only the elements tell.
+      per_head: Whether `head` matters; None: unknown, so it is asked for each.
+      name: What `repr` shows.
+    """
+
+    def __init__(self, fn, bounds=None, per_head=None, name=None):
+        self.fn = fn
+        self.per_head = per_head
+        self.name = name or getattr(fn, "__name__", repr(fn))
+        self._bounds = bounds
+
+    def __call__(self, head, q_idx, kv_idx):
+        return self.fn(head, q_idx, kv_idx)
+
+    def bounds(self, head, q, kv):
+        """Whether all, and whether none, of a block's elements are allowed.
+
+        >>> keys = Span(np.array([0, 8, 16]), np.array([7, 15, 23]))
+        >>> causal_mask().bounds(0, Span(8, 15), keys)
+        (array([ True, False, False]), array([False, False,  True]))
+
+        Args:
+          head: int or int array, the head.
+          q: `Span` of the block's query rows.
+          kv: `Span` of the block's key rows.
+
+        Returns:
+          `(all_true, none_true)`, bool, broadcast; both False where it cannot tell.
+        """
+        return self._bounds(head, q, kv) if self._bounds else (False, False)
+
+    def __and__(self, other):
+        return _combine(self, as_mask(other), "&")
+
+    def __or__(self, other):
+        return _combine(self, as_mask(other), "|")
+
+    def __rand__(self, other):
+        return _combine(as_mask(other), self, "&")
+
+    def __ror__(self, other):
+        return _combine(as_mask(other), self, "|")
+
+    def __repr__(self):
+        return self.name
+
+
+def as_mask(mask):
+    """Returns a `Mask` as it is, a plain function wrapped, None as `dense_mask()`.
+
+    >>> as_mask(None)
+    dense_mask()
+    """
+    if mask is None:
+        return dense_mask()
+    if isinstance(mask, Mask):
+        return mask
+    if not callable(mask):
+        raise TypeError(f"mask must be a Mask or a function, got {mask!r}")
+    return Mask(mask)
+
+
+def _combine(a, b, operator):
+    """`a & b` or `a | b`; for blocks by Kleene's logic: one side alone may decide."""
+    ufuncs = [np.logical_and, np.logical_or]
+    join, dual = ufuncs if operator == "&" else ufuncs[::-1]
+
+    def fn(head, q_idx, kv_idx):
+        return join(a(head, q_idx, kv_idx), b(head, q_idx, kv_idx))
+
+    def bounds(head, q, kv):
+        a_all, a_none = a.bounds(head, q, kv)
+        b_all, b_none = b.bounds(head, q, kv)
+        return join(a_all, b_all), dual(a_none, b_none)
+
+    per_head = max(a.per_head, b.per_head, key=(False, None, True).index)
+    return Mask(fn, bounds, per_head, f"({a} {operator} {b})")
+
+
+def check_positive(**sizes):
+    """Raises ValueError unless every named size is a positive integer.
+
+    >>> check_positive(window=0)
+    Traceback (most recent call last):
+    ValueError: window must be a positive integer, got 0
+    """
+    for name, size in sizes.items():
+        is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+        if not is_integer or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+# ---- single rules ----
+
+
+def dense_mask():
+    """Every query attends to every key.
+
+    >>> bool(dense_mask()(0, 3, 5))
+    True
+    """
+    return Mask(
+        lambda head, q_idx, kv_idx: np.ones(np.broadcast(q_idx, kv_idx).shape, bool),
+        lambda head, q, kv: (True, False),
+        per_head=False,
+        name="dense_mask()",
+    )
+
+
+def causal_mask():
+    """No query sees the future: key j is allowed for query i where j <= i.
+
+    >>> causal_mask()(0, 2, np.arange(4)).astype(int)
+    array([1, 1, 1, 0])
+    """
+    return Mask(
+        lambda head, q_idx, kv_idx: q_idx >= kv_idx,
+        lambda head, q, kv: (q.lo >= kv.hi, q.hi < kv.lo),
+        per_head=False,
+        name="causal_mask()",
+    )
+
+
+def chunk_mask(chunk):
+    """Positions of the same chunk attend to each other, in both directions.
+
+    >>> chunk_mask(2)(0, 2, np.arange(6)).astype(int)
+    array([0, 0, 1, 1, 0, 0])
+
+    Args:
+      chunk: Positions in a chunk.
+
+    Returns:
+      `Mask`; `chunk_mask(chunk) & causal_mask()` looks back only.
+
+    Raises:
+      ValueError: If `chunk` is not positive.
+    """
+    check_positive(chunk=chunk)
+
+    def bounds(head, q, kv):
+        q_first, q_last = q.lo // chunk, q.hi // chunk
+        kv_first, kv_last = kv.lo // chunk, kv.hi // chunk
+        all_true = (q_first == kv_last) & (q_last == kv_first)
+        return all_true, (q_last < kv_first) | (kv_last < q_first)
+
+    return Mask(
+        lambda head, q_idx, kv_idx: q_idx // chunk == kv_idx // chunk,
+        bounds,
+        per_head=False,
+        name=f"chunk_mask({chunk})",
+    )
+
+
+def sink_mask(sinks):
+    """Every query attends to the first keys, the attention's sinks.
+
+    >>> sink_mask(2)(0, 5, np.arange(6)).astype(int)
+    array([1, 1, 0, 0, 0, 0])
+
+    Args:
+      sinks: Number of keys at the start of the sequence.
+
+    Returns:
+      `Mask`; usually `local_mask(window) | (sink_mask(sinks) & causal_mask())`.
+
+    Raises:
+      ValueError: If `sinks` is not positive.
+
+    Reference: Xiao et al. 2023, "Efficient Streaming Language Models with Attention
+      Sinks", arXiv:2309.17453.
+    """
+    check_positive(sinks=sinks)
+    return Mask(
+        lambda head, q_idx, kv_idx: np.logical_and(kv_idx < sinks, q_idx >= 0),
+        lambda head, q, kv: (kv.hi < sinks, kv.lo >= sinks),
+        per_head=False,
+        name=f"sink_mask({sinks})",
+    )
+
+
+# ---- the patterns of the Sparse Transformer ----
+
+
+def local_mask(window):
+    """Each query looks back over `window` positions, itself included.
+
+    >>> local_mask(2)(0, 3, np.arange(5)).astype(int)
+    array([0, 0, 1, 1, 0])
+
+    Args:
+      window: Positions a query sees, itself included.
+
+    Returns:
+      `Mask`.
+
+    Raises:
+      ValueError: If `window` is not positive.
+
+    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
+      arXiv:1904.10509, section 4.2; one position fewer than there, as in its code.
+    """
+    check_positive(window=window)
+    recent = Mask(
+        lambda head, q_idx, kv_idx: q_idx - kv_idx < window,
+        lambda head, q, kv: (q.hi < kv.lo + window, q.lo >= kv.hi + window),
+        per_head=False,
+    )
+    mask = causal_mask() & recent
+    mask.name = f"local_mask({window})"
+    return mask
+
+
+def strided_mask(stride):
+    """Each query looks back at every `stride`-th position, itself included.
+
+    >>> strided_mask(2)(0, 4, np.arange(6)).astype(int)
+    array([1, 0, 1, 0, 1, 0])
+
+    Args:
+      stride: Positions between two keys of a query.
+
+    Returns:
+      `Mask`.
+
+    Raises:
+      ValueError: If `stride` is not positive.
+
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    """
+    check_positive(stride=stride)
+
+    def bounds(head, q, kv):
+        # Rows that step by multiples of the stride share a residue: pairs are alike.
+        is_alike = (q.step % stride == 0) & (kv.step % stride == 0)
+        is_hit = (q.lo - kv.lo) % stride == 0
+        # Other blocks are empty if no multiple of the stride is among their distances.
+        is_missed = (q.hi - kv.lo) // stride < -((kv.hi - q.lo) // stride)
+        return is_alike & is_hit, (is_alike & ~is_hit) | is_missed
+
+    aligned = Mask(
+        lambda head, q_idx, kv_idx: (q_idx - kv_idx) % stride == 0,
+        bounds,
+        per_head=False,
+    )
+    mask = causal_mask() & aligned
+    mask.name = f"strided_mask({stride})"
+    return mask
+
+
+def fixed_mask(stride, block_size, num_verts=4, vertsize=1):
+    """Each query sees its own window so far, and a summary of every earlier window.
+
+    A summary is one column of `vertsize` blocks: counted from the window's end, head h
+    reads column h mod `num_verts`.
+
+    >>> fixed_mask(stride=4, block_size=1, num_verts=2)(
+    ...     np.arange(2)[:, None], 9, np.arange(12)).astype(int)
+    array([[0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 0],
+           [0, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]])
+
+    Args:
+      stride: Positions in a window; a multiple of `block_size`. The paper's l.
+      block_size: Side of a layout block in positions.
+      num_verts: Different summary columns among the heads.
+      vertsize: Blocks in a summary column. The paper's c is `vertsize * block_size`.
+
+    Returns:
+      `Mask`, one rule per head where `num_verts` > 1.
+
+    Raises:
+      ValueError: If `stride` is no multiple of `block_size`, `vertsize` does not divide
+        the blocks of a window, or these are fewer than `num_verts * vertsize`.
+
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    """
+    check_positive(stride=stride, block_size=block_size)
+    check_positive(num_verts=num_verts, vertsize=vertsize)
+    window = stride // block_size
+    if stride % block_size:
+        raise ValueError(
+            f"stride (local_attn_ctx) must be a multiple of block_size={block_size}, "
+            f"got {stride}"
+        )
+    if window % vertsize:
+        raise ValueError(
+            f"vertsize must divide the window's {window} blocks (stride / block_size), "
+            f"got {vertsize}"
+        )
+    if num_verts * vertsize > window:
+        raise ValueError(
+            f"num_verts * vertsize must be at most the window's {window} blocks "
+            f"(stride / block_size), got {num_verts} * {vertsize}"
+        )
+
+    def column(kv_idx):
+        return (stride - 1 - kv_idx % stride) // (vertsize * block_size)
+
+    def bounds(head, q, kv):
+        vert = head % num_verts
+        first, last = column(kv.lo), column(kv.hi)  # columns count down within a window
+        is_one_window = kv.lo // stride == kv.hi // stride
+        all_true = is_one_window & (first == vert) & (last == vert)
+        return all_true, is_one_window & ((first < vert) | (last > vert))
+
+    summary = Mask(
+        lambda head, q_idx, kv_idx: column(kv_idx) == head % num_verts,
+        bounds,
+        per_head=num_verts > 1,
+    )
+    mask = causal_mask() & (chunk_mask(stride) | summary)
+    mask.name = f"fixed_mask({stride}, {block_size}, {num_verts}, {vertsize})"
+    return mask
+
+
+# ---- compatibility ----
+
+
+def callback_mask(mask_callback, layout, block_size):
+    """The rule that blocksparse's `mask_callback` draws, block by computed block.
+
+    >>> def causal(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
+    ...     block = np.ones(blk_shape, bool)
+    ...     return np.tril(block) if query_blk_idx == key_blk_idx else block
+    >>> layout = np.tril(np.ones([2, 2], bool))
+    >>> callback_mask(causal, layout, block_size=2)(0, 2, np.arange(4)).astype(int)
+    array([1, 1, 1, 0])
+
+    Args:
+      mask_callback: `mask_callback(blk_shape, head_idx, query_blk_idx, key_blk_idx,
+        blk_idx)` -> bool [block_size, block_size], True = attend; `blk_idx` counts the
+        computed blocks of a head, row by row. Called once for each of them.
+      layout: bool [heads or 1, q_blocks, kv_blocks] or [q_blocks, kv_blocks], True =
+        computed.
+      block_size: Side of a block in positions.
+
+    Returns:
+      `Mask`, nothing allowed outside the layout.
+
+    Raises:
+      TypeError: If the callback returns neither booleans nor integers.
+      ValueError: If it returns another shape.
+    """
+    check_positive(block_size=block_size)
+    layout = np.array(layout, bool, ndmin=3)
+    blk_shape = (block_size, block_size)
+    seen = {np.zeros(blk_shape, bool).tobytes(): 0}  # equal blocks are kept once
+    block_ids = np.zeros(layout.shape, np.int32)
+    for head, computed in enumerate(layout):
+        for blk_idx, (q, kv) in enumerate(np.argwhere(computed).tolist()):
+            block = np.asarray(mask_callback(blk_shape, head, q, kv, blk_idx))
+            if block.dtype.kind not in "biu":
+                raise TypeError(f"mask_callback must return bool, got {block.dtype}")
+            if block.shape != blk_shape:
+                raise ValueError(
+                    f"mask_callback must return shape {blk_shape}, got {block.shape}"
+                )
+            elements = block.astype(bool).tobytes()
+            block_ids[head, q, kv] = seen.setdefault(elements, len(seen))
+    blocks = np.frombuffer(b"".join(seen), bool).reshape(-1, block_size, block_size)
+
+    def fn(head, q_idx, kv_idx):
+        head = head if len(layout) > 1 else 0
+        block = block_ids[head, q_idx // block_size, kv_idx // block_size]
+        return blocks[block, q_idx % block_size, kv_idx % block_size]
+
+    return Mask(fn, per_head=len(layout) > 1, name="callback_mask(...)")

@@ -1,0 +1,216 @@
+"""What the tests share: the one tolerance, a plain implementation, random cases."""
+
+import importlib
+from collections import namedtuple
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from sparse_attention import masks
+
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("fixed")
+
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def np_dtype(name):
+    """The NumPy dtype of that name; bfloat16's from ml_dtypes, or from TensorFlow 1."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        return np.dtype(importlib.import_module("tensorflow").bfloat16.as_numpy_dtype)
+
+
+def to_dtype(x, dtype):
+    """Rounds to a dtype by way of float32, as TensorFlow's casts do."""
+    return np.asarray(x, np.float32).astype(np_dtype(dtype))
+
+
+def eps(dtype):
+    """The distance from 1 to the next number."""
+    return EPS[np.dtype(dtype).name]
+
+
+def assert_close(got, oracle64, plain_same_dtype, factor):
+    """The one tolerance: the error of a plain implementation in the same dtype.
+
+    max|got - oracle64| <= factor * max|plain_same_dtype - oracle64|
+                           + 2 * eps(dtype) * max|oracle64|
+
+    Args:
+      got: The array under test; its dtype is the eps above.
+      oracle64: The float64 reference's; where it is not finite, `got` must equal it.
+      plain_same_dtype: A plain implementation's on the same inputs.
+      factor: 2 for forward results, 3 for gradients.
+    """
+    got_eps = eps(got.dtype)
+    got, plain = (np.asarray(x).astype(np.float64) for x in (got, plain_same_dtype))
+    assert got.shape == oracle64.shape == plain.shape
+    is_finite = np.isfinite(oracle64)
+    np.testing.assert_array_equal(got[~is_finite], oracle64[~is_finite])
+    got, plain, oracle = got[is_finite], plain[is_finite], oracle64[is_finite]
+
+    def largest(x):
+        return np.abs(x).max(initial=0)  # NaN if any is
+
+    error = largest(got - oracle)
+    bound = factor * largest(plain - oracle) + 2 * got_eps * largest(oracle)
+    assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
+
+
+# ---- plain dense attention ----
+
+
+def plain_attention_fwd(q, k, v, mask=None, softmax_scale=None, kv_lengths=None):
+    """`reference.attention_fwd` as a framework computes it in the dtype of q.
+
+    Matmuls and softmax are float32; weights and results are rounded.
+
+    Returns:
+      o, in q's dtype, and lse, float32.
+    """
+    p, lse, (_, _, v32), _ = _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths)
+    o = _round(p, q.dtype) @ v32
+    return _round(o, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3), lse
+
+
+def plain_attention_bwd(
+    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None
+):
+    """`reference.attention_bwd` as a framework computes it in the dtype of q.
+
+    Returns:
+      dq, dk, dv, in q's dtype.
+    """
+    p, _, (q32, k32, v32), scale = _plain_softmax(
+        q, k, v, mask, softmax_scale, kv_lengths
+    )
+    do32 = _by_head(do)
+    dp = do32 @ v32.swapaxes(2, 3)
+    ds = dp - np.sum(p * dp, axis=3, keepdims=True)
+    if dlse is not None:
+        ds = ds + np.asarray(dlse, np.float32)[..., None]
+    ds = _round(p * ds, q.dtype)
+    dv = _round(p, q.dtype).swapaxes(2, 3) @ do32
+    dq, dk = ds @ k32 * scale, ds.swapaxes(2, 3) @ q32 * scale
+
+    def collect(dx, heads):  # sums the heads that share one
+        dx = dx.reshape(dx.shape[0], heads, -1, *dx.shape[2:]).sum(axis=2)
+        return _round(dx, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3)
+
+    return collect(dq, q.shape[2]), collect(dk, k.shape[2]), collect(dv, v.shape[2])
+
+
+def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths):
+    """Weights, lse, the inputs by head, and the scale; all in float32."""
+    scale = np.float32(softmax_scale or q.shape[3] ** -0.5)
+    share = q.shape[2] // k.shape[2]
+    q32 = _by_head(q)
+    k32, v32 = (np.repeat(_by_head(x), share, axis=1) for x in (k, v))
+    allowed = np.ones([1, 1, 1, k.shape[1]], bool) if mask is None else mask
+    if kv_lengths is not None:
+        limit = np.reshape(kv_lengths, [-1, 1, 1, 1])
+        allowed = allowed & (np.arange(k.shape[1]) < limit)
+    s = np.where(allowed, q32 @ k32.swapaxes(2, 3) * scale, np.float32(-np.inf))
+    row_max = np.maximum(s.max(axis=3, keepdims=True), np.finfo(np.float32).min)
+    p = np.exp(s - row_max)
+    row_sum = p.sum(axis=3, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(row_sum) + row_max)[..., 0]
+    return (
+        p / np.where(row_sum == 0, np.float32(1), row_sum),
+        lse,
+        (q32, k32, v32),
+        scale,
+    )
+
+
+def _by_head(x):
+    """[batch, len, heads, dim] -> float32 [batch, heads, len, dim]"""
+    return np.asarray(x).astype(np.float32).transpose(0, 2, 1, 3)
+
+
+def _round(x, dtype):
+    """float32 -> float32 that the dtype can hold."""
+    return x.astype(dtype).astype(np.float32)
+
+
+# ---- random cases ----
+
+
+Inputs = namedtuple("Inputs", "q k v do dlse")
+
+
+def random_inputs(
+    seed,
+    batch=2,
+    q_len=48,
+    kv_len=None,
+    heads=2,
+    kv_heads=None,
+    head_dim=16,
+    head_dim_v=None,
+    dtype="float32",
+):
+    """Normal q, k, v, do in a dtype and dlse in float32; prints the seed."""
+    print("seed", seed)
+    random = np.random.RandomState(seed)
+    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
+    head_dim_v = head_dim_v or head_dim
+    shapes = (
+        (batch, q_len, heads, head_dim),
+        (batch, kv_len, kv_heads, head_dim),
+        (batch, kv_len, kv_heads, head_dim_v),
+        (batch, q_len, heads, head_dim_v),
+    )
+    tensors = [to_dtype(random.standard_normal(shape), dtype) for shape in shapes]
+    dlse = random.standard_normal((batch, heads, q_len)).astype(np.float32)
+    return Inputs(*tensors, dlse)
+
+
+# What BlockMask takes.
+Case = namedtuple("Case", "layout mask block_size q_len kv_len row_stride")
+
+
+def element_masks():
+    """Hypothesis strategy: a mask, one of this library's or combined from two."""
+    size = st.integers(1, 40)
+    block_size = st.sampled_from([1, 4, 8])
+    one = st.one_of(
+        st.builds(masks.dense_mask),
+        st.builds(masks.causal_mask),
+        st.builds(masks.local_mask, size),
+        st.builds(masks.strided_mask, size),
+        st.builds(masks.chunk_mask, size),
+        st.builds(masks.sink_mask, size),
+        st.builds(lambda b: masks.fixed_mask(4 * b, b, num_verts=1), block_size),
+        st.builds(lambda b: masks.fixed_mask(4 * b, b, num_verts=2), block_size),
+        st.builds(lambda n: lambda head, q, kv: (q * 3 + kv + head) % n > 0, size),
+    ).map(masks.as_mask)
+    both = st.builds(lambda a, b: a & b, one, one)
+    return st.one_of(one, both, st.builds(lambda a, b: a | b, one, one))
+
+
+@st.composite
+def cases(draw, block_sizes=(8, 16, 32), max_len=100, max_heads=3):
+    """Hypothesis strategy: layouts from empty to full, with masks; lengths at will."""
+    mask = draw(element_masks())
+    block_size = draw(st.sampled_from(block_sizes))
+    lengths = q_len, kv_len = draw(st.tuples(*[st.integers(1, max_len)] * 2))
+    row_stride = draw(st.sampled_from([1, 1, 2, 5, 12]))
+    heads = draw(st.integers(2 if mask.per_head else 1, max_heads))
+    density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+    random = np.random.RandomState(draw(st.integers(0, 2**31)))
+    blocks = [-(-(-(-n // row_stride) * row_stride) // block_size) for n in lengths]
+    layout = random.random_sample([heads] + blocks) < density
+    return Case(layout, mask, block_size, q_len, kv_len, row_stride)

@@ -1,0 +1,390 @@
+"""Plans against layout and mask, element by element, in every form that a plan has."""
+
+import doctest
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import Case, cases
+from hypothesis import example, given, settings
+
+from sparse_attention import block_mask as block_mask_module
+from sparse_attention import layouts, masks
+from sparse_attention.block_mask import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    BlockMask,
+    pattern_block_mask,
+)
+
+NO_ROWS_IN_A_BLOCK = Case(np.ones([1, 2, 2], bool), masks.dense_mask(), 8, 1, 1, 12)
+
+
+def visited_rows(case):
+    """The rows that the q and the kv positions visit, in order; -1: none."""
+    for length, blocks in zip((case.q_len, case.kv_len), case.layout.shape[1:]):
+        visits = -(-length // case.row_stride)
+        residues = range(case.row_stride)
+        rows = [n * case.row_stride + b for b in residues for n in range(visits)]
+        rows += [length] * (blocks * case.block_size - len(rows))
+        yield np.array([row if row < length else -1 for row in rows])
+
+
+def in_positions(case):
+    """allowed and exists, bool [heads, q positions, kv positions]: the definition."""
+    q, kv = visited_rows(case)
+    computed = case.layout.repeat(case.block_size, 1).repeat(case.block_size, 2)
+    exists = np.ones_like(computed) & (q >= 0)[:, None] & (kv >= 0)
+    allowed = computed & exists
+    for head in range(len(allowed)):
+        allowed[head] &= np.asarray(case.mask(head, q[:, None], kv), bool)
+    return allowed, exists
+
+
+def in_rows(case):
+    """bool [heads, q_len, kv_len]: the definition."""
+    q, kv = visited_rows(case)
+    allowed, _ = in_positions(case)
+    dense = np.zeros((len(allowed), case.q_len, case.kv_len), bool)
+    dense[:, q[q >= 0, None], kv[kv >= 0]] = allowed[:, q >= 0][:, :, kv >= 0]
+    return dense
+
+
+def in_blocks(elements, q_size, kv_size):
+    """[heads, q_blocks, kv_blocks, q_size, kv_size]; False past the end."""
+    heads, q, kv = elements.shape
+    padded = np.pad(
+        elements, [(0, 0), (0, -q % q_size), (0, -kv % kv_size)], "constant"
+    )
+    padded = padded.reshape(heads, -(-q // q_size), q_size, -(-kv // kv_size), kv_size)
+    return padded.transpose(0, 1, 3, 2, 4)
+
+
+@given(cases())
+def test_to_dense_is_layout_and_mask(case):
+    np.testing.assert_array_equal(BlockMask(*case).to_dense(), in_rows(case))
+
+
+@given(cases())
+@example(NO_ROWS_IN_A_BLOCK)
+def test_block_kinds_are_exact(case):
+    allowed, exists = (in_blocks(x, *[case.block_size] * 2) for x in in_positions(case))
+    expected = np.where((allowed == exists).all(axis=(3, 4)), FULL, PARTIAL)
+    expected[~allowed.any(axis=(3, 4))] = EMPTY
+    block_mask = BlockMask(*case)
+    np.testing.assert_array_equal(block_mask.block_kinds, expected)
+    assert block_mask.density == np.count_nonzero(expected) / expected.size
+
+
+@settings(max_examples=60)
+@given(cases())
+@example(NO_ROWS_IN_A_BLOCK)
+def test_tiles_of_every_size_hold_the_exact_pattern(case):
+    in_order = in_positions(case)
+    size = case.block_size
+    for block_q in [n for n in (8, 16, 32, 64, 128) if n >= size]:
+        tiles = BlockMask(*case).tiles(block_q)
+        assert (tiles.block_q, tiles.block_kv) == (block_q, size)
+        allowed, exists = (in_blocks(x, block_q, size) for x in in_order)
+        # Every (head, q tile) in a row, as the offsets have them.
+        allowed, exists = (x.reshape((-1,) + x.shape[2:]) for x in (allowed, exists))
+        bits = np.unpackbits(tiles.mask_bits, axis=2, bitorder="little").astype(bool)
+        got = np.zeros(allowed.shape, bool)
+        is_full = np.zeros(allowed.shape[:2], bool)
+        ends = tiles.kv_indptr.tolist()
+        assert len(ends) == len(allowed) + 1
+        assert (ends[0], ends[-1]) == (0, len(tiles.mask_ids))
+        for i, (start, end) in enumerate(zip(ends, ends[1:])):
+            kv_blocks = tiles.kv_indices[start:end].tolist()
+            assert kv_blocks == np.flatnonzero(allowed[i].any(axis=(1, 2))).tolist()
+            for kv_block, mask_id in zip(kv_blocks, tiles.mask_ids[start:end]):
+                is_full[i, kv_block] = mask_id == -1
+                got[i, kv_block] = True if mask_id == -1 else bits[mask_id].T
+        np.testing.assert_array_equal(got & exists, allowed)
+        if case.row_stride <= case.q_len:  # beyond, whole q blocks hold no row
+            is_whole = (allowed == exists).all(axis=(2, 3)) & allowed.any(axis=(2, 3))
+            np.testing.assert_array_equal(is_full, is_whole)
+        assert len(set(map(bytes, tiles.mask_bits))) == len(tiles.mask_bits)
+        assert set(tiles.mask_ids) - {-1} == set(range(len(tiles.mask_bits)))
+
+
+@given(cases())
+def test_lists_by_query_and_by_key_hold_the_same_blocks(case):
+    block_mask = BlockMask(*case)
+    expected = np.argwhere(block_mask.block_kinds != EMPTY)
+
+    def pairs(indptr, indices, blocks):
+        owner = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        return owner // blocks, owner % blocks, indices
+
+    head, q, kv = pairs(
+        block_mask.kv_indptr, block_mask.kv_indices, block_mask.q_blocks
+    )
+    np.testing.assert_array_equal(np.stack([head, q, kv], axis=1), expected)
+    head, kv, q = pairs(block_mask.q_indptr, block_mask.q_indices, block_mask.kv_blocks)
+    by_key = expected[np.lexsort(expected[:, [1, 2, 0]].T)]
+    np.testing.assert_array_equal(np.stack([head, q, kv], axis=1), by_key)
+
+
+@given(cases(block_sizes=[8]))
+def test_block_sizes_do_not_change_the_pattern(case):
+    dense = [
+        BlockMask(
+            layouts.dense_layout(case.q_len, size, case.kv_len, heads=2),
+            case.mask,
+            size,
+            case.q_len,
+            case.kv_len,
+        ).to_dense()
+        for size in (8, 16, 32, 64, 128)
+    ]
+    for other in dense[1:]:
+        np.testing.assert_array_equal(other, dense[0])
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_building_in_pieces_does_not_change_the_plan(case):
+    whole = BlockMask(*case)
+    chunk = block_mask_module.CHUNK
+    try:
+        block_mask_module.CHUNK = 3 * case.block_size**2
+        pieces = BlockMask(*case)
+    finally:
+        block_mask_module.CHUNK = chunk
+    np.testing.assert_array_equal(pieces.block_kinds, whole.block_kinds)
+    for a, b in zip(pieces.tiles(), whole.tiles()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_mask_leaves_every_block_full():
+    block_mask = BlockMask([[1, 0], [1, 1]], block_size=8, q_len=13, kv_len=11)
+    np.testing.assert_array_equal(block_mask.block_kinds, [[[2, 0], [2, 2]]])
+    assert block_mask.to_dense().sum() == 13 * 11 - 8 * 3
+
+
+def test_elements_are_evaluated_only_where_blocks_are_undecided():
+    evaluated = []
+    causal = masks.causal_mask()
+
+    def fn(head, q_idx, kv_idx):
+        evaluated.append(np.broadcast(q_idx, kv_idx).size)
+        return causal(head, q_idx, kv_idx)
+
+    def count(per_head):
+        del evaluated[:]
+        mask = masks.Mask(fn, causal.bounds, per_head)
+        layout = layouts.dense_layout(1000, 16, heads=4)
+        BlockMask(layout, mask, 16, q_len=1000, kv_len=1000)
+        return sum(evaluated)
+
+    assert count(per_head=False) == 63 * 16 * 16  # the diagonal, for all heads at once
+    assert count(per_head=None) == count(per_head=True) == 4 * 63 * 16 * 16
+
+
+def test_equal_mask_blocks_are_stored_once():
+    for mode in "all", "local", "strided", "fixed":
+        block_mask = pattern_block_mask(mode, 4096, 4, 32, local_attn_ctx=128)
+        assert len(block_mask.tiles(32).mask_bits) == (2 if mode == "local" else 1)
+
+
+def test_the_cheapest_tile_is_chosen():
+    def chosen(mode, q_len, stride, block_size=32):
+        return pattern_block_mask(mode, q_len, 4, block_size, stride).tiles().block_q
+
+    assert chosen("all", 4096, 128) == 128
+    assert chosen("fixed", 4096, 128) == 128  # a window of queries shares its keys
+    assert chosen("strided", 4096, 128) == 32  # residues of 32 rows share no key
+    # Blocks read by a tile of 32, 64, 128 queries:
+    assert chosen("local", 4096, 64) == 32  # 3, 4, 6
+    assert chosen("local", 4096, 128) == 64  # 5, 6, 8
+    assert chosen("local", 4096, 1024) == 128  # 33, 34, 36
+
+
+def test_plans_are_made_once_and_are_read_only():
+    layout = np.ones([1, 2, 2], bool)
+    block_mask = BlockMask(layout, masks.causal_mask(), 8)
+    layout[:] = False
+    assert block_mask.layout.all()
+    assert block_mask.tiles() is block_mask.tiles()
+    assert block_mask.tiles(16) is block_mask.tiles(16)
+    assert block_mask.q_indices is block_mask.q_indices
+    arrays = [block_mask.layout, block_mask.block_kinds, block_mask.q_indptr]
+    arrays += [
+        block_mask.q_indices,
+        *block_mask.tiles(16)[2:],
+        *block_mask.tiles(8)[2:],
+    ]
+    for array in arrays:
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_tile_arrays_have_the_types_that_kernels_read():
+    for mask in masks.causal_mask(), None:
+        _, _, *lists, mask_bits = BlockMask(np.ones([2, 2]), mask, 8).tiles(8)
+        assert [array.dtype for array in lists] == [np.int32] * 3
+        assert mask_bits.dtype == np.uint8
+        assert mask_bits.shape[1:] == (8, 1)
+
+
+# ---- patterns ----
+
+
+@pytest.mark.parametrize("q_len", [1, 8, 31, 96, 100])
+@pytest.mark.parametrize("ctx", [1, 8, 16, 40, 200])
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_patterns_follow_the_rules(q_len, ctx, block_size):
+    rules = {
+        "all": lambda i, j: j <= i,
+        "local": lambda i, j: 0 <= i - j < ctx,
+        "strided": lambda i, j: j <= i and (i - j) % ctx == 0,
+    }
+    for mode, rule in rules.items():
+        dense = pattern_block_mask(mode, q_len, 4, block_size, ctx).to_dense()
+        expected = [[rule(i, j) for j in range(q_len)] for i in range(q_len)]
+        np.testing.assert_array_equal(dense, [expected], mode)
+
+
+@pytest.mark.parametrize("num_verts, vertsize", [(None, None), (2, 2), (1, 4), (1, 1)])
+def test_fixed_pattern_follows_the_rule(num_verts, vertsize):
+    dense = pattern_block_mask("fixed", 100, 8, 8, 32, num_verts, vertsize).to_dense()
+    num_verts, vertsize = num_verts or 4, vertsize or 1
+    assert len(dense) == 8
+    for head, i, j in np.ndindex(8, 100, 100):
+        end = 4 - vertsize * (head % num_verts)
+        is_summary = end - vertsize <= j % 32 // 8 < end
+        assert dense[head, i, j] == (j <= i and (i // 32 == j // 32 or is_summary))
+
+
+def test_patterns_are_cached():
+    first = pattern_block_mask("fixed", 256, 4, 32, 128)
+    assert pattern_block_mask("fixed", 256, 4, 32, 128) is first
+    assert pattern_block_mask("fixed", 256, 8, 32, 128) is not first
+
+
+def test_a_stride_beyond_the_sequence_costs_nothing():
+    block_mask = pattern_block_mask("strided", 20, 1, 8, local_attn_ctx=10**9)
+    np.testing.assert_array_equal(block_mask.to_dense(), [np.eye(20, dtype=bool)])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("sideways", 64, 4), "attn_mode must be 'all', .*, got 'sideways'"),
+        (("all", 0, 4), "q_len must be a positive integer, got 0"),
+        (("all", 64, -1), "heads must be a positive integer, got -1"),
+        (
+            ("all", 64, 4, 24),
+            r"block_size must be one of \[8, 16, 32, 64, 128\], got 24",
+        ),
+        (("all", 64, 4, 256), "block_size must be one of .*, got 256"),
+        (("all", 64, 4, 0), "block_size must be a positive integer, got 0"),
+        (("local", 64, 4, 32), "local_attn_ctx must be a positive integer, got None"),
+        (("strided", 64, 4, 32, 0), "local_attn_ctx must be .*, got 0"),
+        (("fixed", 64, 4, 32, -128), "local_attn_ctx must be .*, got -128"),
+        (("fixed", 64, 4, 32, 100), "local_attn_ctx.* multiple of .*=32, got 100"),
+        (("fixed", 64, 6, 32, 128), "heads must be a multiple of num_verts=4, got 6"),
+        (("fixed", 64, 4, 32, 128, 1, 3), "vertsize must divide .* 4 blocks .*, got 3"),
+        (("fixed", 64, 4, 32, 128, 4, 2), r"num_verts \* vertsize must be at most"),
+    ],
+)
+def test_patterns_name_what_does_not_fit(args, message):
+    with pytest.raises(ValueError, match=message):
+        pattern_block_mask(*args)
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"block_size": 12}, r"block_size must be one of \[8, .*\], got 12"),
+        ({"block_size": 8.0}, "block_size must be a positive integer, got 8.0"),
+        ({"q_len": 8}, "layout must have 1 q_blocks for q_len=8, .*, got 2"),
+        ({"kv_len": 17}, "layout must have 3 kv_blocks for kv_len=17, .*, got 2"),
+        ({"q_len": 0}, "q_len must be a positive integer, got 0"),
+        ({"kv_len": 2.5}, "kv_len must be a positive integer, got 2.5"),
+        ({"row_stride": 0}, "row_stride must be a positive integer, got 0"),
+        ({"q_len": 10, "row_stride": 9}, "must have 3 q_blocks .* row_stride=9, got 2"),
+        ({"layout": np.ones(4)}, r"layout must be .*, got shape \(4,\)"),
+        ({"layout": np.ones([1, 1, 2, 2])}, "layout must be .*, got shape"),
+        ({"layout": np.ones([0, 2, 2])}, "layout must be .*, got shape"),
+        ({"mask": masks.fixed_mask(16, 8, 2)}, "layout must have a head for .*, got 1"),
+    ],
+)
+def test_block_mask_names_what_does_not_fit(kwargs, message):
+    args = dict({"layout": np.ones([2, 2]), "block_size": 8}, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        BlockMask(**args)
+
+
+def test_block_mask_wants_a_function():
+    with pytest.raises(
+        TypeError, match="mask must be a Mask or a function, got 'causal'"
+    ):
+        BlockMask(np.ones([2, 2]), "causal", 8)
+
+
+@pytest.mark.parametrize("block_q", [8, 24, 48, 256, "32"])
+def test_tiles_name_a_size_that_does_not_fit(block_q):
+    block_mask = BlockMask(np.ones([2, 2]), block_size=16)
+    with pytest.raises(ValueError, match=r"one of \[16, 32, 64, 128\], got"):
+        block_mask.tiles(block_q)
+
+
+# ---- showing ----
+
+
+def test_repr_draws_a_square_of_blocks_as_one_character():
+    drawing = repr(pattern_block_mask("all", 64 * 32, 1, 32)).splitlines()
+    assert drawing[0] == (
+        "BlockMask(q_len=2048, kv_len=2048, block_size=32, heads=1, density 51 %)"
+    )
+    assert drawing[1:] == ["█" * i + "▒" + "·" * (31 - i) for i in range(32)]
+
+
+def test_repr_draws_at_most_four_heads_and_says_the_row_stride():
+    lines = repr(pattern_block_mask("fixed", 8192, 8, 32, 128)).splitlines()
+    assert [len(line) for line in lines[1:]] == [4 * 16 + 3 * 2] * 16
+    assert repr(pattern_block_mask("strided", 64, 1, 8, 8)).splitlines() == [
+        "BlockMask(q_len=64, kv_len=64, block_size=8, heads=1, row_stride=8, "
+        "density 12 %)"
+    ] + ["·" * i + "▒" + "·" * (7 - i) for i in range(8)]
+
+
+def test_block_mask_docstrings_run():
+    assert doctest.testmod(block_mask_module).attempted
+    assert not doctest.testmod(block_mask_module).failed
+
+
+# ---- cost ----
+
+# The peak of this process alone: getrusage would count the parent's, too.
+MEASURE = """
+import re, time
+from sparse_attention.block_mask import pattern_block_mask
+start = time.process_time()
+pattern_block_mask({mode!r}, 65536, 8, 32, {ctx}).tiles()
+seconds = time.process_time() - start
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1)
+print(seconds, int(peak) / 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "mode, ctx", [("fixed", 128), ("all", None), ("local", 128), ("strided", 256)]
+)
+def test_plan_for_65536_positions_takes_2_seconds_and_500_mb_at_most(mode, ctx):
+    code = MEASURE.format(mode=mode, ctx=ctx)
+    path = ":".join(filter(None, sys.path))
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path}, universal_newlines=True
+    )
+    seconds, peak_mb = map(float, output.split())
+    print(f"{mode}: {seconds:.2f} s, {peak_mb:.0f} MB")
+    assert seconds < 2
+    assert peak_mb < 500
