@@ -1,4 +1,4 @@
-"""csrc/core.h through ctypes: the kernels without TensorFlow, for tests and sanitizers."""
+"""csrc/core.h through ctypes: the kernels without TensorFlow."""
 
 import ctypes
 import threading
@@ -92,6 +92,9 @@ def tensor_of(array):
 
 def plan_of(tiles, block_mask):
     """The SpattnPlan of a `Tiles`; keep `tiles` alive while it is used."""
+    for name in ("kv_indptr", "kv_indices", "mask_ids", "mask_bits"):
+        if not getattr(tiles, name).flags.c_contiguous:
+            raise ValueError("%s must be contiguous" % name)
     lists = len(tiles.kv_indptr) - 1
     positions = [
         -(-length // block_mask.row_stride) * block_mask.row_stride
@@ -139,48 +142,55 @@ class Core:
         workspace = np.full(size.value + 64, 0xFF, np.uint8)  # NaN where read too soon
         base = -(-workspace.ctypes.data // 64) * 64
         call = getattr(self._library, "spattn_%s_cpu" % phase)
-        check(
-            call(ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base))
-        )
+        check(call(ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base)))
 
-    def problem(self, q, k, v, dtype, block_mask, softmax_scale, kv_lengths):
+    def problem(self, q, k, v, block_mask, softmax_scale, kv_lengths):
         scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
         return Problem(
             *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]),
-            *(q.shape[3], v.shape[3], DTYPES.index(dtype), scale),
-            *(block_mask.row_stride, None if kv_lengths is None else kv_lengths.ctypes.data)
+            *(q.shape[3], v.shape[3], DTYPES.index(q.dtype.name), scale),
+            *(
+                block_mask.row_stride,
+                None if kv_lengths is None else kv_lengths.ctypes.data,
+            ),
         )
 
-    def fwd(self, q, k, v, block_mask, dtype, tiles=None, plan=None, workers=1, **kwargs):
-        """o, lse of [batch, len, heads, dim] arrays; 16-bit dtypes as their own arrays."""
+    def fwd(self, q, k, v, block_mask, tiles=None, plan=None, workers=1, **kwargs):
+        """o, lse of [batch, len, heads, dim] arrays, their dtype one of DTYPES."""
         tiles = tiles or block_mask.tiles()
-        softmax_scale, kv_lengths = kwargs.get("softmax_scale"), kwargs.get("kv_lengths")
+        softmax_scale, kv_lengths = (
+            kwargs.get("softmax_scale"),
+            kwargs.get("kv_lengths"),
+        )
         o = np.empty(q.shape[:3] + v.shape[3:], q.dtype)
         lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), np.float32)
         params = FwdParams(
-            self.problem(q, k, v, dtype, block_mask, softmax_scale, kv_lengths),
+            self.problem(q, k, v, block_mask, softmax_scale, kv_lengths),
             plan or plan_of(tiles, block_mask),
             *[tensor_of(x) for x in (q, k, v, o)],
-            lse.ctypes.data
+            lse.ctypes.data,
         )
         self._call("fwd", params, workers)
         return o, lse
 
     def bwd(
-        self, q, k, v, o, lse, do, block_mask, dtype, dlse=None, tiles=None, plan=None,
+        self, q, k, v, o, lse, do, block_mask, dlse=None, tiles=None, plan=None,
         workers=1, **kwargs
     ):  # fmt: skip
         """dq, dk, dv."""
         tiles = tiles or block_mask.tiles()
-        softmax_scale, kv_lengths = kwargs.get("softmax_scale"), kwargs.get("kv_lengths")
+        softmax_scale, kv_lengths = (
+            kwargs.get("softmax_scale"),
+            kwargs.get("kv_lengths"),
+        )
         dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
         params = BwdParams(
-            self.problem(q, k, v, dtype, block_mask, softmax_scale, kv_lengths),
+            self.problem(q, k, v, block_mask, softmax_scale, kv_lengths),
             plan or plan_of(tiles, block_mask),
             *[tensor_of(x) for x in (q, k, v, o, do)],
             lse.ctypes.data,
             None if dlse is None else dlse.ctypes.data,
-            *[tensor_of(x) for x in (dq, dk, dv)]
+            *[tensor_of(x) for x in (dq, dk, dv)],
         )
         self._call("bwd", params, workers)
         return dq, dk, dv

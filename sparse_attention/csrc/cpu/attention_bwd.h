@@ -107,7 +107,7 @@ struct BwdScratch {
     rows = arena->Take<float>(queries * Max(ld, ld_v));
     q_panels = arena->Take<float>(queries * problem.head_dim);
     do_panels = arena->Take<float>(queries * problem.head_dim_v);
-    dq_panels = arena->Take<float>(queries * problem.head_dim);
+    dq_panels = arena->Take<float>(queries * Max(problem.head_dim, problem.head_dim_v));
     k = arena->Take<float>(kTileKV * problem.head_dim);
     v = arena->Take<float>(kTileKV * problem.head_dim_v);
     p = arena->Take<float>(scores);
@@ -124,6 +124,18 @@ struct BwdScratch {
 };
 
 // ---- stages ----
+
+// delta = sum_d o_d do_d, in the order in which dp is summed: with one key o = v, and ds is exactly 0.
+inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_dim_v, float* delta) {
+  for (int n = 0; n < kPanelVecs; ++n) {
+    Vec sum{};
+    for (int d = 0; d < head_dim_v; ++d) {
+      const int at = d * kPanel + n * kLanes;
+      sum += Load(o_panel + at) * Load(do_panel + at);
+    }
+    Store(delta + n * kLanes, sum);
+  }
+}
 
 // p[j] = 2^(softmax_scale_log2 * k_j q - lse_log2), 0 where not attended
 template <bool kMasked>
@@ -229,19 +241,18 @@ inline void LoadQTile(const BwdScratch& x, const SpattnBwdParams& params, int64_
   LoadQRows(params.dout, problem, b, head, tile, head_dim_v, x.ld_v, x.do_rows);
   RowsToPanels(x.q_rows, tile.panels, head_dim, x.ld, x.q_panels);
   RowsToPanels(x.do_rows, tile.panels, head_dim_v, x.ld_v, x.do_panels);
+  float* o_panels = x.dq_panels;  // not in use yet
+  RowsToPanels(x.rows, tile.panels, head_dim_v, x.ld_v, o_panels);
+  for (int panel = 0; panel < tile.panels; ++panel) {
+    ComputeDelta(o_panels + panel * head_dim_v * kPanel, x.do_panels + panel * head_dim_v * kPanel,
+                 head_dim_v, x.delta + panel * kPanel);
+  }
   const int64_t first = (b * problem.heads + head) * problem.q_len;
   for (int i = 0; i < tile.panels * kPanel; ++i) {
-    x.lse_log2[i] = kInf;
-    x.delta[i] = 0.0f;
     const int64_t row = tile.rows[i];
-    if (row < 0 || params.lse[first + row] == -kInf) continue;
-    Vec sum{};
-    for (int64_t d = 0; d < x.ld_v; d += kLanes) {
-      sum += Load(x.rows + i * x.ld_v + d) * Load(x.do_rows + i * x.ld_v + d);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) x.delta[i] += sum[lane];
-    if (params.dlse) x.delta[i] -= params.dlse[first + row];
-    x.lse_log2[i] = params.lse[first + row] * kLog2E;
+    const bool has_keys = row >= 0 && params.lse[first + row] != -kInf;
+    x.lse_log2[i] = has_keys ? params.lse[first + row] * kLog2E : kInf;
+    if (has_keys && params.dlse) x.delta[i] -= params.dlse[first + row];
   }
 }
 

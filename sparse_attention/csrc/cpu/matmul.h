@@ -73,6 +73,7 @@ SPATTN_INLINE void StoreTile(const RegisterTile<kRows>& acc, float* to) {
 template <ALayout kLayout, int kRows>
 SPATTN_INLINE void MultiplyAdd(RegisterTile<kRows>& acc, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int k_size) {
+#pragma GCC unroll 1
   for (int k = 0; k < k_size; ++k) {
     const Vec b0 = Load(b), b1 = Load(b + kLanes);
 #pragma GCC unroll 16

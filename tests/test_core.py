@@ -1,0 +1,413 @@
+"""The CPU kernels through the C ABI, on every instruction set of this machine."""
+
+import itertools
+import os
+import platform
+import re
+import shutil
+
+import numpy as np
+import pytest
+from core_abi import Core, InvalidArgument, plan_of
+from helpers import (
+    assert_close,
+    cases,
+    plain_attention_bwd,
+    plain_attention_fwd,
+    random_inputs,
+    to_dtype,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attention import _build, layouts
+from sparse_attention.block_mask import BlockMask, pattern_block_mask
+from sparse_attention.reference import attention_bwd, attention_fwd
+
+
+def instruction_sets():
+    """Those that this machine can run, by the flags Linux shows."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["baseline"]
+    with open("/proc/cpuinfo") as cpuinfo:
+        flags = cpuinfo.read().split()
+    needs = {"baseline": "sse2", "avx2": "avx2", "avx512": "avx512vl"}
+    return [isa for isa, flag in needs.items() if flag in flags]
+
+
+@pytest.fixture(scope="module", params=instruction_sets())
+def core(request, tmp_path_factory):
+    """The library, made to use one instruction set; it reads the variable once."""
+    copy = tmp_path_factory.mktemp(request.param) / "core.so"
+    shutil.copy(_build.build_core(), str(copy))
+    previous = os.environ.get("SPARSE_ATTENTION_ISA")
+    os.environ["SPARSE_ATTENTION_ISA"] = request.param
+    try:
+        core = Core(copy)
+        assert core.isa() == request.param
+    finally:
+        os.environ.pop("SPARSE_ATTENTION_ISA")
+        if previous is not None:
+            os.environ["SPARSE_ATTENTION_ISA"] = previous
+    return core
+
+
+class Case:
+    """One problem: random arrays in a dtype, and what the core makes of them."""
+
+    # Four in a batch: with few rows the largest error of either is a matter of luck.
+    def __init__(
+        self,
+        core,
+        block_mask,
+        dtype="float32",
+        kv_lengths=None,
+        block_q=None,
+        batch=4,
+        **sizes,
+    ):
+        self.core, self.block_mask, self.dtype = core, block_mask, dtype
+        q_len, kv_len = block_mask.q_len, block_mask.kv_len
+        self.arrays = random_inputs(
+            0, batch, q_len=q_len, kv_len=kv_len, dtype=dtype, **sizes
+        )
+        self.tiles = block_mask.tiles(block_q)
+        self.mask = block_mask.to_dense()
+        self.kv_lengths = None
+        if kv_lengths is not None:
+            self.kv_lengths = np.array(kv_lengths, np.int32)
+
+    def run(self, workers=1, **changed):
+        """o, lse, dq, dk, dv."""
+        q, k, v, do, dlse = self.arrays._replace(**changed)
+        kwargs = {
+            "block_mask": self.block_mask,
+            "tiles": self.tiles,
+            "workers": workers,
+            "kv_lengths": self.kv_lengths,
+        }
+        o, lse = self.core.fwd(q, k, v, **kwargs)
+        return (o, lse) + self.core.bwd(q, k, v, o, lse, do, dlse=dlse, **kwargs)
+
+    def check(self, workers=1):
+        q, k, v, do, dlse = self.arrays
+        fwd, bwd = (q, k, v, self.mask), (q, k, v, self.mask, do, dlse)
+        kwargs = {"kv_lengths": self.kv_lengths}
+        oracle = attention_fwd(*fwd, **kwargs) + attention_bwd(*bwd, **kwargs)
+        plain = plain_attention_fwd(*fwd, **kwargs) + plain_attention_bwd(
+            *bwd, **kwargs
+        )
+        for i, got in enumerate(self.run(workers)):
+            assert_close(got, oracle[i], plain[i], factor=2 if i < 2 else 3)
+
+
+def as_float(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def same_bits(got, expected):
+    return all(a.tobytes() == b.tobytes() for a, b in zip(got, expected))
+
+
+# ---- against the oracle ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("attn_mode", ["all", "local", "strided", "fixed"])
+def test_patterns_match_oracle(core, attn_mode, dtype):
+    for block_size in (8, 16, 32, 64, 128):
+        stride = 8 if attn_mode == "strided" else max(2 * block_size, 32)
+        block_mask = pattern_block_mask(
+            attn_mode, max(2 * block_size, 64) + 5, 2, block_size, stride, num_verts=2
+        )
+        Case(core, block_mask, dtype, head_dim=32).check(workers=2)
+
+
+@pytest.mark.parametrize(
+    "head_dim,head_dim_v",
+    [(8, 8), (40, 24), (64, 128), (128, 64), (96, 96), (256, 256)],
+)
+def test_head_dims_match_oracle(core, head_dim, head_dim_v):
+    block_mask = pattern_block_mask("local", 100, 2, 16, 24)
+    for dtype in ("float32", "bfloat16"):
+        Case(core, block_mask, dtype, head_dim=head_dim, head_dim_v=head_dim_v).check()
+
+
+@pytest.mark.parametrize("block_q", [16, 32, 64, 128])
+def test_merged_q_tiles_match_oracle(core, block_q):
+    for attn_mode in ("strided", "fixed"):
+        block_mask = pattern_block_mask(attn_mode, 150, 4, 16, 32, num_verts=2)
+        Case(core, block_mask, heads=4, block_q=block_q).check()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_shared_kv_heads_match_oracle(core, kv_heads):
+    rng = np.random.RandomState(kv_heads)
+    layout = rng.rand(4, 5, 7) < np.array([0.2, 0.5, 0.8, 1.0]).reshape(4, 1, 1)
+    block_mask = BlockMask(layout, None, 16, q_len=70, kv_len=100)
+    Case(
+        core, block_mask, heads=4, kv_heads=kv_heads, kv_lengths=[100, 37, 1, 99]
+    ).check(workers=3)
+    shared = pattern_block_mask("local", 70, 4, 16, 24)
+    Case(core, shared, heads=4, kv_heads=kv_heads).check()
+
+
+@pytest.mark.parametrize("kv_lengths", [[0, 1, 96, 50], [17, 95, 33, 64]])
+def test_kv_lengths_match_oracle(core, kv_lengths):
+    for attn_mode in ("all", "strided"):
+        block_mask = pattern_block_mask(attn_mode, 96, 2, 32, 4)
+        Case(core, block_mask, kv_lengths=kv_lengths).check()
+
+
+@pytest.mark.parametrize("row_stride", [3, 7, 11])
+def test_strides_that_do_not_divide_match_oracle(core, row_stride):
+    block_mask = pattern_block_mask("strided", 256, 2, 16, row_stride)
+    Case(core, block_mask).check()
+
+
+def test_many_heads_match_oracle(core):
+    """batch * kv_heads >= 16 takes the path without splits."""
+    block_mask = pattern_block_mask("fixed", 90, 8, 16, 32, num_verts=2)
+    Case(core, block_mask, heads=8).check(workers=2)
+    Case(core, block_mask, heads=8, kv_heads=4).check(workers=2)
+
+
+@settings(max_examples=40)
+@given(cases(), st.sampled_from(["float32", "float16", "bfloat16"]))
+def test_random_plans_match_oracle(core, case, dtype):
+    heads = max(case.layout.shape[0], 2)
+    layout = case.layout
+    if layout.shape[0] == 1 and case.mask.per_head:
+        layout = np.repeat(layout, heads, axis=0)
+    Case(core, BlockMask(layout, *case[1:]), dtype, heads=heads, head_dim=8).check(
+        workers=2
+    )
+
+
+def test_tensors_are_read_and_written_through_strides(core):
+    block_mask = pattern_block_mask("all", 40, 2, 16)
+    case = Case(core, block_mask)
+    expected = case.run()
+    apart = {
+        name: np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)
+        for name, x in case.arrays._asdict().items()
+        if name != "dlse"
+    }
+    assert apart["q"].strides != case.arrays.q.strides
+    assert same_bits(case.run(**apart), expected)
+
+
+# ---- determinism ----
+
+
+def test_results_are_bitwise_equal_for_any_number_of_workers(core):
+    for attn_mode, heads in itertools.product(("all", "local", "fixed"), (2, 16)):
+        block_mask = pattern_block_mask(attn_mode, 200, heads, 16, 48, num_verts=2)
+        case = Case(core, block_mask, heads=heads)
+        expected = case.run(workers=1)
+        for workers in (1, 2, 3, 7):
+            assert same_bits(case.run(workers), expected)
+
+
+# ---- NaN, Inf and extremes ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_masked_keys_do_not_leak(core, dtype):
+    """A bad key reaches those who attend to it, and changes no bit elsewhere."""
+    for attn_mode, bad in itertools.product(
+        ("all", "local", "strided"), (np.nan, np.inf)
+    ):
+        block_mask = pattern_block_mask(attn_mode, 60, 2, 16, 24)
+        case = Case(core, block_mask, dtype)
+        clean = case.run()
+        k, v = case.arrays.k.copy(), case.arrays.v.copy()
+        k[:, -1], v[:, -1] = (
+            to_dtype(np.array(bad), dtype),
+            to_dtype(np.array(bad), dtype),
+        )
+        dirty = case.run(k=k, v=v)
+        attends = case.mask[0, :, -1]
+        assert attends.any() and not attends.all()
+        o, lse, dq, dk, dv = dirty
+        assert np.isnan(as_float(o[:, attends])).any()
+        assert same_bits([o[:, ~attends]], [clean[0][:, ~attends]])
+        assert same_bits([lse[..., ~attends]], [clean[1][..., ~attends]])
+        assert same_bits([dq[:, ~attends]], [clean[2][:, ~attends]])
+        # Keys that are read only by queries which do not meet the bad key.
+        apart = ~case.mask[0][attends].any(axis=0)
+        assert same_bits(
+            [dk[:, apart], dv[:, apart]], [clean[3][:, apart], clean[4][:, apart]]
+        )
+
+
+def test_keys_past_kv_lengths_do_not_leak(core):
+    block_mask = BlockMask(layouts.dense_layout(64, 32), None, 32)
+    case = Case(core, block_mask, kv_lengths=[40, 64], batch=2)
+    clean = case.run()
+    k, v = case.arrays.k.copy(), case.arrays.v.copy()
+    k[0, 40:], v[0, 40:] = np.nan, np.inf
+    assert same_bits(case.run(k=k, v=v), clean)
+    assert not clean[3][0, 40:].any() and not clean[4][0, 40:].any()
+
+
+def test_bad_queries_do_not_leak_into_gradients_of_keys_they_do_not_read(core):
+    block_mask = pattern_block_mask("all", 60, 2, 16)
+    case = Case(core, block_mask)
+    clean = case.run()
+    q, do = case.arrays.q.copy(), case.arrays.do.copy()
+    q[:, 20], do[:, 20] = np.nan, np.inf
+    dirty = case.run(q=q, do=do)
+    assert np.isnan(dirty[3][:, :21]).all()
+    assert same_bits([g[:, 21:] for g in dirty[3:]], [g[:, 21:] for g in clean[3:]])
+
+
+def test_rows_without_keys_give_zero(core):
+    layout = np.zeros((1, 3, 3), bool)
+    layout[0, 1, 1] = True
+    case = Case(core, BlockMask(layout, None, 16, q_len=40, kv_len=48))
+    o, lse, dq, dk, dv = case.run()
+    for rows in (slice(0, 16), slice(32, 40)):
+        assert not o[:, rows].any() and not dq[:, rows].any()
+        assert np.isneginf(lse[..., rows]).all()
+    assert not dk[:, 32:].any() and not dv[:, :16].any()
+    case.check()
+
+
+def test_rows_with_one_key_return_its_value(core):
+    block_mask = pattern_block_mask("local", 50, 2, 16, 1)
+    for dtype in ("float32", "float16", "bfloat16"):
+        case = Case(core, block_mask, dtype)
+        assert same_bits([case.run()[0]], [case.arrays.v])
+        no_dlse = np.zeros_like(case.arrays.dlse)
+        assert not as_float(case.run(dlse=no_dlse)[2]).any()  # nothing to choose from
+
+
+def test_constant_values_return_the_constant(core):
+    block_mask = pattern_block_mask("fixed", 100, 2, 16, 32, num_verts=2)
+    case = Case(core, block_mask)
+    o = case.run(v=np.ones_like(case.arrays.v))[0]
+    np.testing.assert_array_max_ulp(o, np.ones_like(o), maxulp=4)
+
+
+def test_extreme_logits_stay_finite(core):
+    """float16 products near +-60,000 after scaling."""
+    block_mask = pattern_block_mask("all", 64, 2, 32)
+    case = Case(core, block_mask, "float16", head_dim=16)
+    sign = np.sign(case.arrays.q)
+    big = to_dtype(sign * 122.5, "float16")  # 16 * 122.5^2 / sqrt(16) = 60,025
+    same = to_dtype(np.abs(sign) * 122.5, "float16")
+    for k in (big, same):
+        assert all(np.isfinite(x).all() for x in case.run(q=big, k=k))
+
+
+# ---- bad input ----
+
+
+@pytest.fixture(scope="module")
+def good():
+    block_mask = pattern_block_mask("fixed", 96, 2, 16, 32, num_verts=2)
+    return block_mask, block_mask.tiles(32)
+
+
+def run_with(core, good, change):
+    """Forward and backward with a changed plan or problem; both must answer alike."""
+    block_mask, tiles = good
+    case = Case(core, block_mask)
+    arrays = {
+        name: getattr(tiles, name).copy()
+        for name in ("kv_indptr", "kv_indices", "mask_ids", "mask_bits")
+    }
+    q, k, v, do, _ = case.arrays
+    o, lse = case.core.fwd(q, k, v, block_mask, tiles)
+    plan = plan_of(tiles._replace(**arrays), block_mask)
+    change(plan, arrays)
+    messages = []
+    for call, tensors in ((core.fwd, (q, k, v)), (core.bwd, (q, k, v, o, lse, do))):
+        try:
+            call(*tensors, block_mask, tiles=tiles, plan=plan)
+            messages.append(None)
+        except InvalidArgument as error:
+            messages.append(str(error))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+def setter(name, index, value):
+    def change(plan, arrays):
+        arrays[name][index] = value
+
+    return change
+
+
+def attribute(name, value):
+    return lambda plan, arrays: setattr(plan, name, value)
+
+
+BAD_PLANS = {
+    r"kv_indptr\[0\] must be 0, got 1": setter("kv_indptr", 0, 1),
+    r"kv_indptr\[2\] must be in \[\d+, \d+\], got -5": setter("kv_indptr", 2, -5),
+    r"kv_indptr\[1\] must be in \[0, \d+\], got 1000": setter("kv_indptr", 1, 1000),
+    r"kv_indptr must end with the number of entries": attribute("entries", 1000),
+    r"kv_indices\[0\] must be in \[0, 6\), got -1": setter("kv_indices", 0, -1),
+    r"kv_indices\[1\] must be in \[\d, 6\), got 6": setter("kv_indices", 1, 6),
+    r"kv_indices\[1\] must be in \[1, 6\), got 0": setter("kv_indices", 1, 0),
+    r"mask_ids\[0\] must be in \[-1, \d+\), got -2": setter("mask_ids", 0, -2),
+    r"mask_ids\[0\] must be in \[-1, \d+\), got 99": setter("mask_ids", 0, 99),
+    r"block_q must be 8, 16, 32, 64 or 128, got 24": attribute("block_q", 24),
+    r"block_kv must be 8, 16, 32, 64 or 128, got 0": attribute("block_kv", 0),
+    r"q_tiles must be 3 for q_len=96, got 4": attribute("q_tiles", 4),
+    r"kv_blocks must be 6 for kv_len=96, got 5": attribute("kv_blocks", 5),
+    r"the plan's heads must be 1 or heads=2, got 3": attribute("heads", 3),
+    r"entries and mask_blocks must be in": attribute("mask_blocks", -1),
+}
+
+
+@pytest.mark.parametrize("message", BAD_PLANS)
+def test_bad_plans_are_refused(core, good, message):
+    got = run_with(core, good, BAD_PLANS[message])
+    assert got is not None
+    assert re.search(message, got), got
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_plan_value_crashes(core, good, data):
+    def change(plan, arrays):
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from(sorted(arrays)))
+            flat = arrays[name].reshape(-1)
+            at = data.draw(st.integers(0, len(flat) - 1))
+            limits = np.iinfo(flat.dtype)
+            near = st.integers(max(limits.min, -3), 12)
+            flat[at] = data.draw(near | st.integers(limits.min, limits.max))
+
+    run_with(core, good, change)  # refused or computed, but it comes back
+
+
+def test_bad_problems_are_refused(core, good):
+    block_mask, tiles = good
+    case = Case(core, block_mask)
+    q, k, v = case.arrays[:3]
+    bad = {
+        "head_dim must be a multiple of 8 in .*got 12": (q[..., :12], k[..., :12], v),
+        "head_dim_v must be a multiple of 8 in .*got 4": (q, k, v[..., :4]),
+        "kv_heads must divide heads, got kv_heads=2 and heads=1": (q[:, :, :1], k, v),
+        "q_tiles must be 2 for q_len=50, got 3": (q[:, :50], k, v),
+    }
+    for message, arrays in bad.items():
+        with pytest.raises(InvalidArgument, match=message):
+            core.fwd(*arrays, block_mask, tiles=tiles)
+    with pytest.raises(
+        InvalidArgument, match=r"kv_lengths\[1\] must be in \[0, kv_len=96\], got 97"
+    ):
+        lengths = np.array([96, 97, 96, 96], np.int32)
+        core.fwd(q, k, v, block_mask, tiles=tiles, kv_lengths=lengths)
+
+
+def test_empty_batch_gives_empty_results(core, good):
+    block_mask, tiles = good
+    case = Case(core, block_mask, batch=0)
+    o, lse, dq, dk, dv = case.run(workers=2)
+    assert o.shape == (0, 96, 2, 16) and lse.shape == (0, 2, 96)
+    assert dk.shape == (0, 96, 2, 16)
