@@ -1,42 +1,23 @@
 // core.cc — checks every argument and every value of a plan, then calls the kernels for this CPU.
 #include "core.h"
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <initializer_list>
 
 #include "cpu/kernels.h"
+#include "status.h"
 
 namespace spattn {
 namespace {
 
 // ---- checks ----
 
-const SpattnStatus kOk = {SPATTN_OK, ""};
-
-__attribute__((format(printf, 1, 2))) SpattnStatus Invalid(const char* format, ...) {
-  SpattnStatus status = {SPATTN_INVALID_ARGUMENT, ""};
-  va_list args;
-  va_start(args, format);
-  vsnprintf(status.message, sizeof(status.message), format, args);
-  va_end(args);
-  return status;
-}
-
-#define SPATTN_RETURN_IF(condition, ...) \
-  do {                                   \
-    if (condition) return Invalid(__VA_ARGS__); \
-  } while (false)
-
 struct Named {
   const char* name;
   int64_t value;
 };
-
-using LongLong = long long;  // what %lld prints, whatever int64_t is
 
 bool IsBlock(int64_t size) {
   return size == 8 || size == 16 || size == 32 || size == 64 || size == 128;
@@ -55,10 +36,10 @@ SpattnStatus CheckProblem(const SpattnProblem& p) {
   }
   SPATTN_RETURN_IF(p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads != 0,
                    "kv_heads must divide heads, got kv_heads=%d and heads=%d", p.kv_heads, p.heads);
-  for (const auto& [name, dim] : {Named{"head_dim", p.head_dim}, Named{"head_dim_v", p.head_dim_v}}) {
+  for (const auto& [name, dim] :
+       {Named{"head_dim", p.head_dim}, Named{"head_dim_v", p.head_dim_v}}) {
     SPATTN_RETURN_IF(dim < 8 || dim > 256 || dim % 8 != 0,
-                     "%s must be a multiple of 8 in [8, 256], got %lld", name,
-                     (LongLong)dim);
+                     "%s must be a multiple of 8 in [8, 256], got %lld", name, (LongLong)dim);
   }
   SPATTN_RETURN_IF(p.dtype < SPATTN_FLOAT32 || p.dtype > SPATTN_BFLOAT16,
                    "dtype must be 0, 1 or 2 (float32, float16, bfloat16), got %d", p.dtype);
@@ -69,13 +50,14 @@ SpattnStatus CheckProblem(const SpattnProblem& p) {
                      "kv_lengths[%lld] must be in [0, kv_len=%lld], got %d", (LongLong)b,
                      (LongLong)p.kv_len, p.kv_lengths[b]);
   }
-  return kOk;
+  return Ok();
 }
 
 SpattnStatus CheckPlan(const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF(plan.heads != 1 && plan.heads != problem.heads,
                    "the plan's heads must be 1 or heads=%d, got %d", problem.heads, plan.heads);
-  for (const auto& [name, size] : {Named{"block_q", plan.block_q}, Named{"block_kv", plan.block_kv}}) {
+  for (const auto& [name, size] :
+       {Named{"block_q", plan.block_q}, Named{"block_kv", plan.block_kv}}) {
     SPATTN_RETURN_IF(!IsBlock(size), "%s must be 8, 16, 32, 64 or 128, got %lld", name,
                      (LongLong)size);
   }
@@ -104,20 +86,20 @@ SpattnStatus CheckPlan(const SpattnProblem& problem, const SpattnPlan& plan) {
                        "kv_indices[%d] must be in [%d, %lld), got %d", e, least,
                        (LongLong)kv_blocks, plan.kv_indices[e]);
       SPATTN_RETURN_IF(plan.mask_ids[e] < -1 || plan.mask_ids[e] >= plan.mask_blocks,
-                       "mask_ids[%d] must be in [-1, %lld), got %d", e,
-                       (LongLong)plan.mask_blocks, plan.mask_ids[e]);
+                       "mask_ids[%d] must be in [-1, %lld), got %d", e, (LongLong)plan.mask_blocks,
+                       plan.mask_ids[e]);
     }
   }
   SPATTN_RETURN_IF(plan.kv_indptr[lists] != plan.entries,
                    "kv_indptr must end with the number of entries, %lld, got %d",
                    (LongLong)plan.entries, plan.kv_indptr[lists]);
-  return kOk;
+  return Ok();
 }
 
 template <class Params>
 SpattnStatus Check(const Params& params) {
-  const SpattnStatus status = CheckProblem(params.problem);
-  return status.code == SPATTN_OK ? CheckPlan(params.problem, params.plan) : status;
+  SPATTN_RETURN_IF_ERROR(CheckProblem(params.problem));
+  return CheckPlan(params.problem, params.plan);
 }
 
 // ---- instruction sets ----
@@ -140,7 +122,8 @@ Isa ChooseIsa() {
       __builtin_cpu_supports("avx512vl")) {
     return {"avx512", &avx512::kKernels};
   }
-  if (allowed("avx2", "avx512") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (allowed("avx2", "avx512") && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma")) {
     return {"avx2", &avx2::kKernels};
   }
 #endif
@@ -164,28 +147,28 @@ const char* spattn_cpu_isa(void) { return CpuIsa().name; }
 
 SpattnStatus spattn_fwd_cpu_workspace(const SpattnFwdParams* params, int32_t workers,
                                       int64_t* bytes) {
-  const SpattnStatus status = Check(*params);
-  if (status.code == SPATTN_OK) *bytes = CpuIsa().kernels->fwd_workspace(*params, workers);
-  return status;
+  SPATTN_RETURN_IF_ERROR(Check(*params));
+  *bytes = CpuIsa().kernels->fwd_workspace(*params, workers);
+  return spattn::Ok();
 }
 
 SpattnStatus spattn_bwd_cpu_workspace(const SpattnBwdParams* params, int32_t workers,
                                       int64_t* bytes) {
-  const SpattnStatus status = Check(*params);
-  if (status.code == SPATTN_OK) *bytes = CpuIsa().kernels->bwd_workspace(*params, workers);
-  return status;
+  SPATTN_RETURN_IF_ERROR(Check(*params));
+  *bytes = CpuIsa().kernels->bwd_workspace(*params, workers);
+  return spattn::Ok();
 }
 
 SpattnStatus spattn_fwd_cpu(const SpattnFwdParams* params, const SpattnThreads* threads,
                             void* workspace) {
-  const SpattnStatus status = Check(*params);
-  if (status.code == SPATTN_OK) CpuIsa().kernels->fwd(*params, *threads, workspace);
-  return status;
+  SPATTN_RETURN_IF_ERROR(Check(*params));
+  CpuIsa().kernels->fwd(*params, *threads, workspace);
+  return spattn::Ok();
 }
 
 SpattnStatus spattn_bwd_cpu(const SpattnBwdParams* params, const SpattnThreads* threads,
                             void* workspace) {
-  const SpattnStatus status = Check(*params);
-  if (status.code == SPATTN_OK) CpuIsa().kernels->bwd(*params, *threads, workspace);
-  return status;
+  SPATTN_RETURN_IF_ERROR(Check(*params));
+  CpuIsa().kernels->bwd(*params, *threads, workspace);
+  return spattn::Ok();
 }

@@ -41,15 +41,15 @@ typedef enum { SPATTN_FLOAT32 = 0, SPATTN_FLOAT16 = 1, SPATTN_BFLOAT16 = 2 } Spa
 
 // Sizes of one attention call. Tensors are [batch, rows, heads, dim] through SpattnTensor's strides.
 typedef struct {
-  int64_t batch, q_len, kv_len;   // rows
-  int32_t heads, kv_heads;        // kv_heads divides heads: head h reads kv head h / (heads / kv_heads)
-  int32_t head_dim, head_dim_v;   // multiples of 8, at most 256
-  int32_t dtype;                  // SpattnDtype of q, k, v, o and their gradients
-  float softmax_scale;            // multiplies QK^T
+  int64_t batch, q_len, kv_len;  // rows
+  int32_t heads, kv_heads;  // kv_heads divides heads: head h reads kv head h / (heads / kv_heads)
+  int32_t head_dim, head_dim_v;  // multiples of 8, at most 256
+  int32_t dtype;                 // SpattnDtype of q, k, v, o and their gradients
+  float softmax_scale;           // multiplies QK^T
   // Positions visit the rows residue by residue: with n = ceil(len / row_stride), position p is row
   // (p mod n) * row_stride + p / n, and does not exist where that is no row. 1: position = row.
   int64_t row_stride;
-  const int32_t* kv_lengths;      // [batch] or null: keys in rows at or past it do not exist
+  const int32_t* kv_lengths;  // [batch] or null: keys in rows at or past it do not exist
 } SpattnProblem;
 
 // A tensor [batch, rows, heads, dim]; strides in elements, dim contiguous.
@@ -70,8 +70,9 @@ typedef struct {
   const int32_t* kv_indptr;    // [heads * q_tiles + 1] offsets into kv_indices, from 0 to entries
   const int32_t* kv_indices;   // [entries] kv block, increasing within a q tile
   const int32_t* mask_ids;     // [entries] -1: FULL, no mask; otherwise which block of mask_bits
-  const uint8_t* mask_bits;    // [mask_blocks, block_kv, block_q / 8] bit q mod 8 of byte q / 8 is set
-                               // where the query attends to the key
+  const uint8_t*
+      mask_bits;  // [mask_blocks, block_kv, block_q / 8] bit q mod 8 of byte q / 8 is set
+                  // where the query attends to the key
 } SpattnPlan;
 
 // ---- threads ----

@@ -25,7 +25,8 @@
 namespace spattn {
 namespace SPATTN_ISA {
 
-constexpr int64_t kMinTasks = 16;  // split the queries of a head where there are fewer heads than this
+constexpr int64_t kMinTasks =
+    16;  // split the queries of a head where there are fewer heads than this
 
 // ---- splits ----
 
@@ -126,7 +127,8 @@ struct BwdScratch {
 // ---- stages ----
 
 // delta = sum_d o_d do_d, in the order in which dp is summed: with one key o = v, and ds is exactly 0.
-inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_dim_v, float* delta) {
+inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_dim_v,
+                         float* delta) {
   for (int n = 0; n < kPanelVecs; ++n) {
     Vec sum{};
     for (int d = 0; d < head_dim_v; ++d) {
@@ -321,7 +323,7 @@ inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_hea
                         const KvSums* sums, int64_t splits, int64_t begin, int64_t end, int64_t ld,
                         int64_t ld_v, float* row) {
   const SpattnProblem& problem = params.problem;
-  const auto store = [&](const SpattnTensor& t, float* KvSums::*part, int dim, int64_t width,
+  const auto store = [&](const SpattnTensor& t, float* KvSums::* part, int dim, int64_t width,
                          float scale, int64_t position, int64_t to) {
     Zero(row, width);
     for (int64_t s = 0; s < splits; ++s) {
@@ -336,7 +338,8 @@ inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_hea
   RowWalk walk(problem.kv_len, problem.row_stride, begin);
   for (int64_t position = begin; position < end; ++position, walk.Next()) {
     if (walk.row() < 0) continue;
-    store(params.dk, &KvSums::dk, problem.head_dim, ld, problem.softmax_scale, position, walk.row());
+    store(params.dk, &KvSums::dk, problem.head_dim, ld, problem.softmax_scale, position,
+          walk.row());
     store(params.dv, &KvSums::dv, problem.head_dim_v, ld_v, 1.0f, position, walk.row());
   }
 }

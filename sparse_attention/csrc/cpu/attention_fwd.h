@@ -158,9 +158,8 @@ inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, int64_t 
     for (int panel = 0; panel < panels; ++panel) {
       const float* q_panel = x.q_panels + panel * head_dim * kPanel;
       float* o_panel = x.o_panels + panel * head_dim_v * kPanel;
-      const RegisterTile<1> largest =
-          MatmulQK<kMasked>(x, keys->count, head_dim, q_panel, problem.softmax_scale * kLog2E,
-                            keys->attends[panel]);
+      const RegisterTile<1> largest = MatmulQK<kMasked>(
+          x, keys->count, head_dim, q_panel, problem.softmax_scale * kLog2E, keys->attends[panel]);
       const RegisterTile<1> rescale = OnlineSoftmax(x, keys->count, panel, largest);
       MatmulPV(x, keys->count, head_dim_v, rescale, o_panel);
       for (int n = 0; kMasked && n < leaks.count; ++n) {

@@ -94,7 +94,9 @@ SPATTN_INLINE Vec Exp2(Vec x) {
 
 // ---- 16-bit elements ----
 
-SPATTN_INLINE Vec FromBfloat16(HalfVec h) { return (Vec)(__builtin_convertvector(h, BitVec) << 16); }
+SPATTN_INLINE Vec FromBfloat16(HalfVec h) {
+  return (Vec)(__builtin_convertvector(h, BitVec) << 16);
+}
 
 // Rounds to nearest, ties to even; a NaN keeps its sign and stays a NaN.
 SPATTN_INLINE HalfVec ToBfloat16(Vec x) {
@@ -113,8 +115,8 @@ SPATTN_INLINE Vec FromFloat16(HalfVec h) {
 #else
   const BitVec bits = __builtin_convertvector(h, BitVec);
   const BitVec magnitude = bits & 0x7fffu;
-  const BitVec normal = (magnitude << 13) + (112u << 23);                       // rebias 15 to 127
-  const BitVec special = (magnitude << 13) | 0x7f800000u;                       // Inf, NaN
+  const BitVec normal = (magnitude << 13) + (112u << 23);  // rebias 15 to 127
+  const BitVec special = (magnitude << 13) | 0x7f800000u;  // Inf, NaN
   const BitVec tiny = (BitVec)(__builtin_convertvector((IntVec)magnitude, Vec) * 0x1p-24f);
   BitVec value = magnitude < 0x400u ? tiny : normal;
   value = magnitude >= 0x7c00u ? special : value;

@@ -12,8 +12,8 @@
 namespace spattn {
 namespace SPATTN_ISA {
 
-constexpr int kTileQ = 128;   // positions in a q tile, at most
-constexpr int kTileKV = 64;   // keys in a key tile, at most
+constexpr int kTileQ = 128;  // positions in a q tile, at most
+constexpr int kTileKV = 64;  // keys in a key tile, at most
 constexpr int kMaxPanels = kTileQ / kPanel;
 
 SPATTN_INLINE int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -128,7 +128,8 @@ inline void LoadQRows(const SpattnTensor& t, const SpattnProblem& problem, int64
                       const QTile& tile, int dim, int64_t ld, float* to) {
   for (int i = 0; i < tile.panels * kPanel; ++i, to += ld) {
     const bool exists = tile.rows[i] >= 0;
-    if (exists) LoadRow(RowAddress(t, problem.dtype, b, head, tile.rows[i]), problem.dtype, dim, to);
+    if (exists)
+      LoadRow(RowAddress(t, problem.dtype, b, head, tile.rows[i]), problem.dtype, dim, to);
     const int filled = exists ? dim : 0;
     Zero(to + filled, ld - filled);
   }
@@ -236,10 +237,11 @@ class KeyWalk {
   int column_ = 0;
 };
 
-inline void LoadKeys(const SpattnTensor& t, const SpattnProblem& problem, int64_t b, int64_t kv_head,
-                     const KeyTile& tile, int dim, int64_t ld, float* to) {
+inline void LoadKeys(const SpattnTensor& t, const SpattnProblem& problem, int64_t b,
+                     int64_t kv_head, const KeyTile& tile, int dim, int64_t ld, float* to) {
   for (int i = 0; i < tile.count; ++i) {
-    LoadRow(RowAddress(t, problem.dtype, b, kv_head, tile.rows[i]), problem.dtype, dim, to + i * ld);
+    LoadRow(RowAddress(t, problem.dtype, b, kv_head, tile.rows[i]), problem.dtype, dim,
+            to + i * ld);
   }
 }
 

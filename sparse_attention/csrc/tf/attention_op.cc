@@ -2,18 +2,13 @@
 //
 // This file checks ranks, shapes and attributes and fills the structs of core.h; the core checks
 // every value in them. It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
-#include <string>
-
-#include "../core.h"
+#include "binding.h"
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "worker_pool.h"
 
 namespace spattn {
 namespace {
 
-using tensorflow::DataType;
 using tensorflow::int32;
 using tensorflow::int64;
 using tensorflow::OpKernel;
@@ -22,17 +17,10 @@ using tensorflow::OpKernelContext;
 using tensorflow::Status;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
-using tensorflow::uint8;
 using tensorflow::errors::InvalidArgument;
 using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
-
-#define RETURN_IF_ERROR(expression)          \
-  do {                                       \
-    const Status status_ = (expression);     \
-    if (!status_.ok()) return status_;       \
-  } while (false)
 
 // ---- registration ----
 
@@ -44,18 +32,18 @@ Status DimOfWidth(InferenceContext* c, ShapeHandle tensor, int64 heads, Dimensio
 
 Status AttentionShape(InferenceContext* c) {
   ShapeHandle q, k, v;
-  RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &q));
-  RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &k));
-  RETURN_IF_ERROR(c->WithRank(c->input(2), 3, &v));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &q));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &k));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 3, &v));
   int heads, kv_heads;
-  RETURN_IF_ERROR(c->GetAttr("heads", &heads));
-  RETURN_IF_ERROR(c->GetAttr("kv_heads", &kv_heads));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("heads", &heads));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("kv_heads", &kv_heads));
   DimensionHandle head_dim, head_dim_v, width, batch;
-  RETURN_IF_ERROR(DimOfWidth(c, q, heads, &head_dim));
-  RETURN_IF_ERROR(DimOfWidth(c, v, kv_heads, &head_dim_v));
-  RETURN_IF_ERROR(c->Multiply(head_dim_v, heads, &width));
-  RETURN_IF_ERROR(c->Merge(c->Dim(q, 0), c->Dim(k, 0), &batch));
-  RETURN_IF_ERROR(c->Merge(batch, c->Dim(v, 0), &batch));
+  SPATTN_TF_RETURN_IF_ERROR(DimOfWidth(c, q, heads, &head_dim));
+  SPATTN_TF_RETURN_IF_ERROR(DimOfWidth(c, v, kv_heads, &head_dim_v));
+  SPATTN_TF_RETURN_IF_ERROR(c->Multiply(head_dim_v, heads, &width));
+  SPATTN_TF_RETURN_IF_ERROR(c->Merge(c->Dim(q, 0), c->Dim(k, 0), &batch));
+  SPATTN_TF_RETURN_IF_ERROR(c->Merge(batch, c->Dim(v, 0), &batch));
   c->set_output(0, c->MakeShape({batch, c->Dim(q, 1), width}));
   c->set_output(1, c->MakeShape({batch, c->MakeDim(heads), c->Dim(q, 1)}));
   return Status();
@@ -64,7 +52,7 @@ Status AttentionShape(InferenceContext* c) {
 Status AttentionGradShape(InferenceContext* c) {
   for (int i = 0; i < 3; ++i) {
     ShapeHandle shape;
-    RETURN_IF_ERROR(c->WithRank(c->input(i), 3, &shape));
+    SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 3, &shape));
     c->set_output(i, shape);
   }
   return Status();
@@ -132,17 +120,6 @@ REGISTER_OP("BlockSparseAttentionGrad")
 
 // ---- from tensors to core.h's structs ----
 
-Status CheckShape(const char* name, const Tensor& tensor, const TensorShape& expected) {
-  if (tensor.shape() == expected) return Status();
-  return InvalidArgument(name, " must have shape ", expected.DebugString(), ", got ",
-                         tensor.shape().DebugString());
-}
-
-template <class T>
-T* DataOf(const Tensor& tensor) {
-  return reinterpret_cast<T*>(const_cast<char*>(tensor.tensor_data().data()));
-}
-
 // [batch, rows, heads * dim] as [batch, rows, heads, dim].
 SpattnTensor View(const Tensor& tensor, int64 heads) {
   const int64 rows = tensor.dim_size(1), width = tensor.dim_size(2);
@@ -163,8 +140,9 @@ class AttentionOp : public OpKernel {
                 InvalidArgument("kv_heads must divide heads, got kv_heads=", kv_heads_,
                                 " and heads=", heads_));
     for (int32 block : {block_q_, block_kv_}) {
-      OP_REQUIRES(ctx, block > 0 && block % 8 == 0,
-                  InvalidArgument("block_q and block_kv must be 8, 16, 32, 64 or 128, got ", block));
+      OP_REQUIRES(
+          ctx, block > 0 && block % 8 == 0,
+          InvalidArgument("block_q and block_kv must be 8, 16, 32, 64 or 128, got ", block));
     }
     OP_REQUIRES(ctx, row_stride_ > 0,
                 InvalidArgument("row_stride must be positive, got ", row_stride_));
@@ -174,16 +152,17 @@ class AttentionOp : public OpKernel {
   // Reads inputs 0 to 2 and the plan, which begins at input `plan_input` with kv_lengths.
   Status Read(OpKernelContext* ctx, int plan_input, SpattnProblem* problem, SpattnPlan* plan) {
     const Tensor &q = ctx->input(0), &k = ctx->input(1), &v = ctx->input(2);
-    RETURN_IF_ERROR(CheckWidth("q", q, "heads", heads_));
-    RETURN_IF_ERROR(CheckWidth("k", k, "kv_heads", kv_heads_));
-    RETURN_IF_ERROR(CheckWidth("v", v, "kv_heads", kv_heads_));
+    SPATTN_TF_RETURN_IF_ERROR(CheckWidth("q", q, "heads", heads_));
+    SPATTN_TF_RETURN_IF_ERROR(CheckWidth("k", k, "kv_heads", kv_heads_));
+    SPATTN_TF_RETURN_IF_ERROR(CheckWidth("v", v, "kv_heads", kv_heads_));
     const int64 batch = q.dim_size(0), kv_len = k.dim_size(1);
     const int64 head_dim = q.dim_size(2) / heads_, head_dim_v = v.dim_size(2) / kv_heads_;
-    RETURN_IF_ERROR(CheckShape("k", k, TensorShape({batch, kv_len, kv_heads_ * head_dim})));
-    RETURN_IF_ERROR(CheckShape("v", v, TensorShape({batch, kv_len, v.dim_size(2)})));
+    SPATTN_TF_RETURN_IF_ERROR(
+        CheckShape("k", k, TensorShape({batch, kv_len, kv_heads_ * head_dim})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("v", v, TensorShape({batch, kv_len, v.dim_size(2)})));
     const Tensor& kv_lengths = ctx->input(plan_input);
     const bool has_lengths = kv_lengths.NumElements() != 0;
-    RETURN_IF_ERROR(
+    SPATTN_TF_RETURN_IF_ERROR(
         CheckShape("kv_lengths", kv_lengths, TensorShape({has_lengths ? batch : int64{0}})));
     problem->batch = batch;
     problem->q_len = q.dim_size(1);
@@ -192,9 +171,7 @@ class AttentionOp : public OpKernel {
     problem->kv_heads = kv_heads_;
     problem->head_dim = static_cast<int32>(head_dim);
     problem->head_dim_v = static_cast<int32>(head_dim_v);
-    problem->dtype = q.dtype() == tensorflow::DT_FLOAT  ? SPATTN_FLOAT32
-                     : q.dtype() == tensorflow::DT_HALF ? SPATTN_FLOAT16
-                                                        : SPATTN_BFLOAT16;
+    problem->dtype = DtypeOf(q);
     problem->softmax_scale = softmax_scale_;
     problem->row_stride = row_stride_;
     problem->kv_lengths = has_lengths ? DataOf<int32_t>(kv_lengths) : nullptr;
@@ -226,18 +203,17 @@ class AttentionOp : public OpKernel {
     const int64 lists = kv_indptr.NumElements() - 1;
     plan->heads = lists == plan->q_tiles ? 1 : heads_;
     if (kv_indptr.dims() != 1 || lists != plan->heads * plan->q_tiles) {
-      return InvalidArgument("kv_indptr must have ", plan->q_tiles, " + 1 or heads * ",
-                             plan->q_tiles, " + 1 elements for q_len=", problem.q_len,
-                             " and block_q=", block_q_, ", got shape ",
-                             kv_indptr.shape().DebugString(),
-                             "; was the plan made for this length?");
+      return InvalidArgument(
+          "kv_indptr must have ", plan->q_tiles, " + 1 or heads * ", plan->q_tiles,
+          " + 1 elements for q_len=", problem.q_len, " and block_q=", block_q_, ", got shape ",
+          kv_indptr.shape().DebugString(), "; was the plan made for this length?");
     }
     plan->entries = kv_indices.NumElements();
     plan->mask_blocks = mask_bits.dims() == 3 ? mask_bits.dim_size(0) : 0;
-    RETURN_IF_ERROR(CheckShape("kv_indices", kv_indices, TensorShape({plan->entries})));
-    RETURN_IF_ERROR(CheckShape("mask_ids", mask_ids, TensorShape({plan->entries})));
-    RETURN_IF_ERROR(CheckShape("mask_bits", mask_bits,
-                               TensorShape({plan->mask_blocks, block_kv_, block_q_ / 8})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("kv_indices", kv_indices, TensorShape({plan->entries})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("mask_ids", mask_ids, TensorShape({plan->entries})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape(
+        "mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_kv_, block_q_ / 8})));
     plan->kv_indptr = DataOf<int32_t>(kv_indptr);
     plan->kv_indices = DataOf<int32_t>(kv_indices);
     plan->mask_ids = DataOf<int32_t>(mask_ids);
@@ -255,28 +231,6 @@ class AttentionOp : public OpKernel {
   float softmax_scale_;
 };
 
-Status ToStatus(const SpattnStatus& status) {
-  if (status.code == SPATTN_OK) return Status();
-  const std::string message(status.message);
-  if (status.code == SPATTN_UNSUPPORTED) return tensorflow::errors::Unimplemented(message);
-  if (status.code == SPATTN_INTERNAL) return tensorflow::errors::Internal(message);
-  return InvalidArgument(message);
-}
-
-// Asks the core for its workspace, takes it from TensorFlow's allocator and makes the call.
-template <class Params>
-void RunOnCpu(OpKernelContext* ctx, const Params& params,
-              SpattnStatus (*workspace_bytes)(const Params*, int32_t, int64_t*),
-              SpattnStatus (*call)(const Params*, const SpattnThreads*, void*)) {
-  const SpattnThreads threads = WorkerPool(ctx);
-  int64_t bytes = 0;
-  OP_REQUIRES_OK(ctx, ToStatus(workspace_bytes(&params, threads.workers, &bytes)));
-  Tensor workspace;
-  OP_REQUIRES_OK(ctx, ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes + 64}), &workspace));
-  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(DataOf<char>(workspace)) + 63) / 64 * 64;
-  OP_REQUIRES_OK(ctx, ToStatus(call(&params, &threads, reinterpret_cast<void*>(aligned))));
-}
-
 // ---- kernels ----
 
 class BlockSparseAttentionOp : public AttentionOp {
@@ -289,8 +243,8 @@ class BlockSparseAttentionOp : public AttentionOp {
     OP_REQUIRES_OK(ctx, Read(ctx, /*plan_input=*/3, &problem, &params.plan));
     Tensor *o = nullptr, *lse = nullptr;
     const int64 width = static_cast<int64>(problem.heads) * problem.head_dim_v;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(
-                            0, TensorShape({problem.batch, problem.q_len, width}), &o));
+    OP_REQUIRES_OK(ctx,
+                   ctx->allocate_output(0, TensorShape({problem.batch, problem.q_len, width}), &o));
     OP_REQUIRES_OK(ctx, ctx->allocate_output(
                             1, TensorShape({problem.batch, problem.heads, problem.q_len}), &lse));
     params.q = View(ctx->input(0), problem.heads);
