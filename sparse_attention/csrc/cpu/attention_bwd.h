@@ -139,13 +139,23 @@ inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_d
   }
 }
 
+// p and ds of the keys that the panel does not read: AddKvGrad's tiles may overlap them.
+inline void ZeroUnread(const BwdScratch& x, int count, int panel) {
+  const KeyRange read = x.keys->read[panel];
+  float* const scores[] = {x.P(panel), x.Ds(panel)};
+  for (float* s : scores) {
+    Zero(s, read.begin * kPanel);
+    Zero(s + read.end * kPanel, (count - read.end) * kPanel);
+  }
+}
+
 // p[j] = 2^(softmax_scale_log2 * k_j q - lse_log2), 0 where not attended
 template <bool kMasked>
-inline void RecomputeP(const BwdScratch& x, int count, int head_dim, int panel,
+inline void RecomputeP(const BwdScratch& x, KeyRange read, int head_dim, int panel,
                        float softmax_scale_log2) {
   const float* q_panel = x.q_panels + panel * head_dim * kPanel;
   float* p = x.P(panel);
-  ForRowTiles(count, [&](int j, auto height) {
+  const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     auto acc = ZeroTile<kRows>();
     MultiplyAdd<kRowMajor>(acc, x.k + j * head_dim, head_dim, q_panel, kPanel, head_dim);
@@ -160,16 +170,17 @@ inline void RecomputeP(const BwdScratch& x, int count, int head_dim, int panel,
         Store(p + (j + r) * kPanel + n * kLanes, p_rn);
       }
     }
-  });
+  };
+  ForRowTiles(read.end, matmul, read.begin);
 }
 
 // ds[j] = p[j] * (v_j do - delta), 0 where not attended
 template <bool kMasked>
-inline void ComputeDs(const BwdScratch& x, int count, int head_dim_v, int panel) {
+inline void ComputeDs(const BwdScratch& x, KeyRange read, int head_dim_v, int panel) {
   const float* do_panel = x.do_panels + panel * head_dim_v * kPanel;
   const float* p = x.P(panel);
   float* ds = x.Ds(panel);
-  ForRowTiles(count, [&](int j, auto height) {
+  const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     auto acc = ZeroTile<kRows>();
     MultiplyAdd<kRowMajor>(acc, x.v + j * head_dim_v, head_dim_v, do_panel, kPanel, head_dim_v);
@@ -185,16 +196,18 @@ inline void ComputeDs(const BwdScratch& x, int count, int head_dim_v, int panel)
         Store(ds + at, ds_rn);
       }
     }
-  });
+  };
+  ForRowTiles(read.end, matmul, read.begin);
 }
 
 // dq_panel [head_dim, kPanel] += k^T ds
-inline void AddDq(const BwdScratch& x, int count, int head_dim, int panel) {
+inline void AddDq(const BwdScratch& x, KeyRange read, int head_dim, int panel) {
   float* dq_panel = x.dq_panels + panel * head_dim * kPanel;
   ForRowTiles(head_dim, [&](int d, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     RegisterTile<kRows> acc = LoadTile<kRows>(dq_panel + d * kPanel);
-    MultiplyAdd<kColMajor>(acc, x.k + d, head_dim, x.Ds(panel), kPanel, count);
+    MultiplyAdd<kColMajor>(acc, x.k + read.begin * head_dim + d, head_dim,
+                           x.Ds(panel) + read.begin * kPanel, kPanel, read.count());
     StoreTile(acc, dq_panel + d * kPanel);
   });
 }
@@ -207,6 +220,8 @@ inline void AddKvGrad(const KeyTile& keys, int panels, const float* weights, con
     for (int64_t d = 0; d < ld; d += kPanel) {
       auto acc = ZeroTile<kRows>();
       for (int panel = 0; panel < panels; ++panel) {
+        const KeyRange read = keys.read[panel];
+        if (j >= read.end || j + kRows <= read.begin) continue;
         MultiplyAdd<kRowMajor>(acc, weights + (panel * kTileKV + j) * kPanel, kPanel,
                                rows + panel * kPanel * ld + d, ld, kPanel);
       }
@@ -274,11 +289,15 @@ inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, int64_t b, int
     LoadKeys(params.k, problem, b, kv_head, *keys, head_dim, head_dim, x.k);
     LoadKeys(params.v, problem, b, kv_head, *keys, head_dim_v, head_dim_v, x.v);
     for (int panel = 0; panel < tile.panels; ++panel) {
-      RecomputeP<kMasked>(x, keys->count, head_dim, panel, problem.softmax_scale * kLog2E);
-      ComputeDs<kMasked>(x, keys->count, head_dim_v, panel);
+      const KeyRange read = keys->read[panel];
+      if (kMasked) ZeroUnread(x, keys->count, panel);
+      RecomputeP<kMasked>(x, read, head_dim, panel, problem.softmax_scale * kLog2E);
+      ComputeDs<kMasked>(x, read, head_dim_v, panel);
     }
     if (kMasked) x.key_leaks.TakeOut(x.k, keys->count, head_dim, head_dim);
-    for (int panel = 0; panel < tile.panels; ++panel) AddDq(x, keys->count, head_dim, panel);
+    for (int panel = 0; panel < tile.panels; ++panel) {
+      AddDq(x, keys->read[panel], head_dim, panel);
+    }
     AddKvGrad(*keys, tile.panels, x.p, x.do_rows, x.ld_v, sums.begin, sums.dv);
     AddKvGrad(*keys, tile.panels, x.ds, x.q_rows, x.ld, sums.begin, sums.dk);
     if (kMasked) {

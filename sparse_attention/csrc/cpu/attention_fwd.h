@@ -10,6 +10,8 @@
 // Tiles:   q_panels [panels][head_dim, kPanel]     k [kTileKV, head_dim]   v [kTileKV, head_dim_v]
 //          s [kTileKV, kPanel], one panel at a time (L1)     o_panels [panels][head_dim_v, kPanel]
 // Stages:  per key tile: load | per panel: s = k q | mask (PARTIAL only) | online softmax | o += v p
+//          A panel skips the keys before the first and after the last that it attends to, so a tile
+//          on the diagonal costs about half.
 // Memory:  workspace a worker: about 4 (kTileQ (2 d + 2 dv) + kTileKV (d + dv)) bytes, 160 KB at 64
 // Cost:    4 * block_q * block_kv * head_dim FLOP per computed block (two matmuls)
 // Numerics: float32 inside, base-2 softmax with running maximum, lse in nats. Bitwise deterministic:
@@ -56,11 +58,12 @@ struct FwdScratch {
 
 // s[j] = softmax_scale_log2 * k_j q, -inf where not attended; returns each query's largest.
 template <bool kMasked>
-inline RegisterTile<1> MatmulQK(const FwdScratch& x, int count, int head_dim, const float* q_panel,
-                                float softmax_scale_log2, const uint32_t* attends) {
+inline RegisterTile<1> MatmulQK(const FwdScratch& x, KeyRange read, int head_dim,
+                                const float* q_panel, float softmax_scale_log2,
+                                const uint32_t* attends) {
   RegisterTile<1> largest;
   for (Vec& max : largest.v[0]) max = Vec{} - kInf;
-  ForRowTiles(count, [&](int j, auto height) {
+  const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     auto acc = ZeroTile<kRows>();
     MultiplyAdd<kRowMajor>(acc, x.k + j * head_dim, head_dim, q_panel, kPanel, head_dim);
@@ -72,12 +75,13 @@ inline RegisterTile<1> MatmulQK(const FwdScratch& x, int count, int head_dim, co
         Store(x.s + (j + r) * kPanel + n * kLanes, s);
       }
     }
-  });
+  };
+  ForRowTiles(read.end, matmul, read.begin);
   return largest;
 }
 
 // s becomes p = 2^(s - row_max) under the new maximum; returns what older sums must be scaled by.
-inline RegisterTile<1> OnlineSoftmax(const FwdScratch& x, int count, int panel,
+inline RegisterTile<1> OnlineSoftmax(const FwdScratch& x, KeyRange read, int panel,
                                      const RegisterTile<1>& largest) {
   RegisterTile<1> rescale;
   for (int n = 0; n < kPanelVecs; ++n) {
@@ -88,7 +92,7 @@ inline RegisterTile<1> OnlineSoftmax(const FwdScratch& x, int count, int panel,
     const Vec subtract = Select(new_max == -kInf, Vec{}, new_max);
     rescale.v[0][n] = Exp2(old_max - subtract);
     Vec sum = Load(row_sum) * rescale.v[0][n];
-    for (int j = 0; j < count; ++j) {
+    for (int j = read.begin; j < read.end; ++j) {
       float* s = x.s + j * kPanel + n * kLanes;
       const Vec p = Exp2(Load(s) - subtract);
       Store(s, p);
@@ -101,15 +105,16 @@ inline RegisterTile<1> OnlineSoftmax(const FwdScratch& x, int count, int panel,
 }
 
 // o_panel [head_dim_v, kPanel] = o_panel * rescale + v^T p
-inline void MatmulPV(const FwdScratch& x, int count, int head_dim_v, const RegisterTile<1>& rescale,
-                     float* o_panel) {
+inline void MatmulPV(const FwdScratch& x, KeyRange read, int head_dim_v,
+                     const RegisterTile<1>& rescale, float* o_panel) {
   ForRowTiles(head_dim_v, [&](int d, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     RegisterTile<kRows> acc = LoadTile<kRows>(o_panel + d * kPanel);
     for (auto& row : acc.v) {
       for (int n = 0; n < kPanelVecs; ++n) row[n] *= rescale.v[0][n];
     }
-    MultiplyAdd<kColMajor>(acc, x.v + d, head_dim_v, x.s, kPanel, count);
+    MultiplyAdd<kColMajor>(acc, x.v + read.begin * head_dim_v + d, head_dim_v,
+                           x.s + read.begin * kPanel, kPanel, read.count());
     StoreTile(acc, o_panel + d * kPanel);
   });
 }
@@ -156,12 +161,14 @@ inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, int64_t 
     LoadKeys(params.v, problem, b, kv_head, *keys, head_dim_v, head_dim_v, x.v);
     if (kMasked) leaks.TakeOut(x.v, keys->count, head_dim_v, head_dim_v);
     for (int panel = 0; panel < panels; ++panel) {
+      const KeyRange read = keys->read[panel];
+      if (read.count() == 0) continue;
       const float* q_panel = x.q_panels + panel * head_dim * kPanel;
       float* o_panel = x.o_panels + panel * head_dim_v * kPanel;
       const RegisterTile<1> largest = MatmulQK<kMasked>(
-          x, keys->count, head_dim, q_panel, problem.softmax_scale * kLog2E, keys->attends[panel]);
-      const RegisterTile<1> rescale = OnlineSoftmax(x, keys->count, panel, largest);
-      MatmulPV(x, keys->count, head_dim_v, rescale, o_panel);
+          x, read, head_dim, q_panel, problem.softmax_scale * kLog2E, keys->attends[panel]);
+      const RegisterTile<1> rescale = OnlineSoftmax(x, read, panel, largest);
+      MatmulPV(x, read, head_dim_v, rescale, o_panel);
       for (int n = 0; kMasked && n < leaks.count; ++n) {
         const int j = leaks.index[n];
         const float* row = leaks.Row(params.v, problem, b, kv_head, keys->rows[j], head_dim_v);

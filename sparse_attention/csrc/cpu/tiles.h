@@ -165,12 +165,19 @@ inline void PanelsToRows(const float* panels, int count, int dim, int64_t ld, fl
 
 // ---- key tiles ----
 
+// Keys [begin, end) of a tile.
+struct KeyRange {
+  int begin, end;
+  int count() const { return end - begin; }
+};
+
 // The keys of one tile: where each lies, and for PARTIAL blocks who attends to it.
 struct KeyTile {
   int count;
   int64_t rows[kTileKV];
   int64_t positions[kTileKV];
   uint32_t attends[kMaxPanels][kTileKV];  // bit i: query i of the panel attends to the key
+  KeyRange read[kMaxPanels];  // what any query of the panel attends to lies in it: skip the rest
 };
 
 // Walks the keys of one q tile's FULL blocks (kMasked = false) or PARTIAL ones, tile by tile.
@@ -191,6 +198,16 @@ class KeyWalk {
     while (tile->count < kTileKV && entry_ < end_) {
       if ((plan_.mask_ids[entry_] >= 0) == kMasked) TakeFromBlock(tile);
       if (column_ == 0) ++entry_;
+    }
+    for (int panel = 0; panel * kPanel < plan_.block_q; ++panel) {
+      KeyRange& read = tile->read[panel];
+      read = {0, tile->count};
+      if (!kMasked) continue;
+      const uint32_t* attends = tile->attends[panel];
+      while (read.end > 0 && attends[read.end - 1] == 0) --read.end;
+      while (read.begin < read.end && attends[read.begin] == 0) ++read.begin;
+      read.begin -= read.begin % 4;  // a few keys more are cheaper than a low register tile
+      read.end = static_cast<int>(Min(RoundUp(read.end, 4), tile->count));
     }
     return tile->count > 0;
   }
@@ -222,9 +239,11 @@ class KeyWalk {
         plan_.mask_bits +
         (static_cast<int64_t>(plan_.mask_ids[entry_]) * plan_.block_kv + column_) * row_bytes;
     for (int panel = 0; panel * kPanel < plan_.block_q; ++panel) {
-      uint32_t word = 0;
-      for (int byte = 0; byte < kPanel / 8 && panel * kPanel / 8 + byte < row_bytes; ++byte) {
-        word |= static_cast<uint32_t>(bits[panel * kPanel / 8 + byte]) << (8 * byte);
+      uint32_t word = 0;  // bytes in little-endian order: bit 8 of the word is bit 0 of byte 1
+      if (plan_.block_q >= kPanel) {
+        memcpy(&word, bits + panel * (kPanel / 8), kPanel / 8);
+      } else {
+        memcpy(&word, bits, row_bytes);
       }
       tile->attends[panel][tile->count] = word;
     }
