@@ -1,0 +1,71 @@
+"""Packages sparse_attention.
+
+`python setup.py bdist_wheel` compiles the ops into the wheel, for the minor version of
+TensorFlow that it finds here; such a wheel needs no compiler. Without TensorFlow or a
+compiler the wheel holds the sources alone, and the first op call compiles them.
+"""
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+
+from setuptools import setup
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class BdistWheelWithOps(bdist_wheel):
+    def run(self):
+        build_lib = self.get_finalized_command("build").build_lib
+        has_ops = ship_ops(os.path.join(build_lib, "sparse_attention", "prebuilt"))
+        if has_ops and not self.plat_name_supplied:
+            # The ops depend on the platform, and on no version of Python.
+            self.plat_name, self.plat_name_supplied = sysconfig.get_platform(), True
+        super().run()
+
+
+def ship_ops(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        import tensorflow  # noqa: F401
+    except ImportError:
+        return False
+    sys.path.insert(0, HERE)
+    from sparse_attention import _build
+
+    for name in filter(_build.is_for_tensorflow, _build.LIBRARIES):
+        path = _build.library(name)
+        if path is None:
+            return False
+        shipped = os.path.join(folder, os.path.basename(_build.prebuilt(name)))
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(path, shipped)
+        shutil.copy(path + ".json", shipped + ".json")
+    return True
+
+
+with open(
+    os.path.join(HERE, "sparse_attention", "__init__.py"), encoding="utf-8"
+) as file:
+    version = re.search(r'^__version__ = "(.*)"$', file.read(), re.MULTILINE).group(1)
+
+setup(
+    name="sparse_attention",
+    version=version,
+    description="Block-sparse fused attention for TensorFlow, on CPUs and GPUs",
+    author="sparse_attention authors",
+    license="MIT",
+    packages=["sparse_attention"],
+    package_data={"sparse_attention": ["csrc/*.*", "csrc/*/*.*"]},
+    python_requires=">=3.7",
+    install_requires=["numpy"],
+    extras_require={"tf": ["tensorflow>=1.15"]},
+    cmdclass={"bdist_wheel": BdistWheelWithOps},
+)

@@ -1,0 +1,299 @@
+"""Finds the compiled libraries, and compiles them with g++ where there are none.
+
+A library is looked for, in this order,
+  1. in the package, where a wheel may have brought it (`prebuilt/`),
+  2. in the user's cache, `$SPARSE_ATTENTION_CACHE_DIR` or `~/.cache/sparse_attention`
+     (where that cannot be written: a private folder in the temporary directory),
+  3. and is otherwise compiled into the cache, by one process while others wait.
+
+Paths carry a fingerprint of all that went into a library, so that one which no longer
+fits is not found. Its size and SHA-256 lie beside it: a damaged one is not used. A
+builder that is killed takes its lock along, and had put nothing in place yet.
+
+Environment:
+  SPARSE_ATTENTION_CACHE_DIR: Where compiled libraries are kept.
+  SPARSE_ATTENTION_NO_JIT: 1 to compile nothing.
+  SPARSE_ATTENTION_VERBOSE: 1 to say on stderr what is found and what is run.
+  CXX: The compiler; `g++` by default.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from subprocess import DEVNULL, PIPE, STDOUT
+
+import sparse_attention
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+CSRC = os.path.join(PACKAGE, "csrc")
+
+# The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
+CORE = ("core.cc", "cpu/kernels.cc")
+LIBRARIES = {
+    "spattn_core": CORE,
+    "attention_ops": (*CORE, "tf/attention_op.cc"),
+}
+
+FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
+ISAS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c"
+    ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl " + ISAS["avx2"]
+else:
+    FLAGS += ["-DSPATTN_ONLY_BASELINE"]
+
+Found = collections.namedtuple("Found", "path why")
+Compiler = collections.namedtuple("Compiler", "command version")
+Recipe = collections.namedtuple("Recipe", "name tf_version objects link_flags")
+
+
+def library(name, extra_flags=(), broken=None):
+    """The path of a library that fits, compiled now if there is none.
+
+    Args:
+      name: A key of `LIBRARIES`.
+      extra_flags: More flags to compile and link with.
+      broken: Path of a library that did not load, to be replaced.
+
+    Returns:
+      str, or None where there is none and nothing can be compiled.
+
+    Raises:
+      RuntimeError: If the compiler fails: the command, and the end of what it said.
+    """
+    path, why = find(name, extra_flags, broken)
+    if path is None and why_no_compiling() is None:
+        path, why = _build(_recipe(name, extra_flags), broken), "compiled"
+    _say(f"{name}: {why}, {path}")
+    return path
+
+
+def build_core(extra_flags=()):
+    """The path of the kernels behind `csrc/core.h` alone: they need no TensorFlow."""
+    return library("spattn_core", extra_flags)
+
+
+def find(name, extra_flags=(), broken=None):
+    """`Found(path, why)`: what there is now; path None before it is compiled."""
+    candidates = [] if extra_flags else [(prebuilt(name), "shipped in the package")]
+    for folder in cache_folders():
+        pattern = _cached(_recipe(name, extra_flags), glob.escape(folder))
+        candidates += [(path, "cached") for path in glob.glob(pattern)]
+    for path, why in candidates:
+        if path != broken and _is_intact(path):
+            return Found(path, why)
+    return Found(None, why_no_compiling() or "not compiled yet: the first call does it")
+
+
+def prebuilt(name):
+    """Where a wheel puts the library; it serves all patch releases of a TF minor."""
+    recipe = _recipe(name)
+    minor = ".".join(recipe.tf_version.split(".")[:2])
+    key = _fingerprint(recipe, minor)
+    return os.path.join(PACKAGE, "prebuilt", f"{name}-tf{minor}-{key}.so")
+
+
+def compiler():
+    """`Compiler(command, version)`, or None where none runs."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    try:
+        said = subprocess.check_output([*command, "--version"]).decode(errors="replace")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return Compiler(command, said.split("\n")[0])
+
+
+def why_no_compiling():
+    """What keeps a library from being compiled here: str, or None if nothing does."""
+    if os.environ.get("SPARSE_ATTENTION_NO_JIT", "0") not in ("", "0"):
+        return "SPARSE_ATTENTION_NO_JIT is set"
+    if os.name != "posix" or compiler() is None:
+        return f"no compiler: {os.environ.get('CXX') or 'g++'} does not run"
+    return None
+
+
+def cache_folders():
+    """[str]: where libraries are cached. All are searched; the last is written."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.join(os.path.expanduser("~"), ".cache")
+    chosen = os.environ.get("SPARSE_ATTENTION_CACHE_DIR")
+    folder = os.path.abspath(chosen or os.path.join(home, "sparse_attention"))
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return [folder]
+    return [folder, _private_temp_folder()]
+
+
+# ---- recipe ----
+
+
+def is_for_tensorflow(name):
+    return any(source.startswith("tf/") for source in LIBRARIES[name])
+
+
+def _recipe(name, extra_flags=()):
+    """What is compiled and linked, with which flags."""
+    version, compile_flags, link_flags = "", [], []
+    if is_for_tensorflow(name):
+        version, compile_flags, link_flags = _tensorflow()
+    flags = [*FLAGS, "-I" + CSRC, *extra_flags]
+    objects = []  # [(source, flags)]
+    for source in LIBRARIES[name]:
+        if source.startswith("tf/"):
+            objects.append((source, flags + compile_flags))
+        elif source.startswith("cpu/"):
+            for isa in ISAS:
+                isa_flags = f"-std=c++17 -DSPATTN_ISA={isa} {ISAS[isa]}".split()
+                objects.append((source, flags + isa_flags))
+        else:
+            objects.append((source, [*flags, "-std=c++17"]))
+    return Recipe(name, version, objects, flags + link_flags)
+
+
+def _tensorflow():
+    import tensorflow as tf
+
+    compile_flags = tf.sysconfig.get_compile_flags()
+    if not any("-std=" in flag for flag in compile_flags):
+        # TF before 2.10 names no standard and is C++14: an op library compiled as C++17
+        # links, but does not load.
+        compile_flags = [*compile_flags, "-std=c++14"]
+    return tf.__version__, compile_flags, tf.sysconfig.get_link_flags()
+
+
+def _fingerprint(recipe, tf_version):
+    """str: a hash of all that makes the library, save the version of the compiler."""
+    parts = [sparse_attention.__version__, sys.platform, platform.machine(), tf_version]
+    for source, flags in [*recipe.objects, ("link", recipe.link_flags)]:
+        parts.append(source)  # where TensorFlow lies does not matter
+        parts += [flag for flag in flags if not flag.startswith(("-I", "-L"))]
+    compiled = {source for source, _ in recipe.objects}
+    for path in sorted(glob.glob(os.path.join(CSRC, "**", "*.*"), recursive=True)):
+        source = os.path.relpath(path, CSRC)
+        if source in compiled or not source.endswith(".cc"):  # else another library's
+            with open(path, "rb") as file:
+                parts += [source, hashlib.sha256(file.read()).hexdigest()]
+    return _hash(parts)[:16]
+
+
+def _hash(parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+# ---- places ----
+
+
+def _cached(recipe, folder):
+    """With no compiler this is a pattern: whichever one built it will do."""
+    key = _fingerprint(recipe, recipe.tf_version)
+    by = compiler()
+    by = by and _hash([by.version, *by.command[1:]])[:8]
+    return os.path.join(folder, f"{key}-{by or '*'}", recipe.name + ".so")
+
+
+def _is_intact(path):
+    try:
+        with open(path, "rb") as file, open(path + ".json") as record:
+            return json.load(record) == _record(file.read())
+    except (OSError, ValueError):
+        return False
+
+
+def _record(content):
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _private_temp_folder():
+    """Nobody else may write where libraries are loaded from."""
+    folder = os.path.join(tempfile.gettempdir(), f"sparse_attention-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    info = os.lstat(folder)
+    is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
+    if not is_ours or info.st_mode & 0o077:
+        raise RuntimeError(
+            f"{folder} must be a directory of this user with mode 700, got owner "
+            f"{info.st_uid} and mode {info.st_mode:o}"
+        )
+    return folder
+
+
+# ---- build ----
+
+
+def _build(recipe, broken):
+    import fcntl  # not everywhere, but where compilers are
+
+    path = _cached(recipe, cache_folders()[-1])
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # no locks here: several may then compile
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for abandoned in glob.glob(os.path.join(glob.escape(folder), "building-*")):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        if path != broken and _is_intact(path):
+            return path  # another process was first
+        with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as work:
+            built = os.path.join(work, "built")
+            _compile(recipe, work, built)
+            with open(built, "rb") as file, open(built + ".json", "w") as record:
+                json.dump(_record(file.read()), record)
+            os.replace(built, path)
+            os.replace(built + ".json", path + ".json")
+    return path
+
+
+def _compile(recipe, work, built):
+    command, version = compiler()
+    compiles, objects = [], []
+    for source, flags in recipe.objects:
+        objects.append(os.path.join(work, f"{len(objects)}.o"))
+        source = os.path.join(CSRC, *source.split("/"))
+        compiles.append([*command, *flags, "-c", source, "-o", objects[-1]])
+    link = [*command, "-shared", "-o", built, *objects, *recipe.link_flags]
+    _say("\n".join(" ".join(line) for line in [*compiles, link]))
+    target = f" for TensorFlow {recipe.tf_version}" if recipe.tf_version else ""
+    what = f"{recipe.name}{target} with {version}"
+    sys.stderr.write(f"sparse_attention: compiling {what}, once ... ")
+    sys.stderr.flush()
+    start, outcome = time.time(), "failed"
+    try:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda line: _run(line, work), compiles))
+        _run(link, work)
+        outcome = f"{time.time() - start:.1f} s"
+    finally:
+        sys.stderr.write(outcome + "\n")
+
+
+def _run(command, work):
+    environment = dict(os.environ, TMPDIR=work)  # so that nothing is left elsewhere
+    ran = subprocess.run(
+        command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=environment
+    )
+    if ran.returncode != 0:
+        said = ran.stdout.decode(errors="replace").rstrip().split("\n")
+        raise RuntimeError(
+            f"the compiler ended with status {ran.returncode}, expected 0:\n"
+            + "\n".join([" ".join(command), *said[-20:]])
+        )
+
+
+def _say(text):
+    if os.environ.get("SPARSE_ATTENTION_VERBOSE", "0") not in ("", "0"):
+        sys.stderr.write(f"sparse_attention: {text}\n")

@@ -1,0 +1,39 @@
+"""Loads the compiled TensorFlow ops, on first use and once per process."""
+
+import sys
+import threading
+
+from . import _build
+
+_loaded = {}
+_lock = threading.Lock()
+
+
+def attention_ops():
+    """The module with the attention ops, or None where they cannot be had.
+
+    The first call looks for the library and compiles it if it must; see `_build.py`.
+    """
+    return _load("attention_ops")
+
+
+def _load(name):
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _open(name)
+        return _loaded[name]
+
+
+def _open(name):
+    import tensorflow as tf
+
+    path = _build.library(name)
+    try:
+        ops = path and tf.load_op_library(path)
+    except tf.errors.NotFoundError as error:  # so TensorFlow says that dlopen failed
+        sys.stderr.write(f"sparse_attention: does not load: {error.message}\n")
+        path = _build.library(name, broken=path)
+        ops = path and tf.load_op_library(path)
+    if ops:
+        ops.path = path
+    return ops

@@ -1,0 +1,30 @@
+"""What all tests share: quiet TensorFlow logs, and tests that need a GPU."""
+
+import ctypes
+import functools
+import os
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None or gpu_count() > 0:
+        return
+    if "gpu" in os.environ.get("SPARSE_ATTENTION_REQUIRE", "").split(","):
+        pytest.fail("SPARSE_ATTENTION_REQUIRE=gpu, and the driver shows no GPU")
+    pytest.skip("needs a GPU, and the driver shows none")
+
+
+@functools.lru_cache(maxsize=None)
+def gpu_count():
+    """Asks the driver, not TensorFlow, which takes seconds and memory to start."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    driver.cuInit(0)
+    driver.cuDeviceGetCount(ctypes.byref(count))  # leaves 0 where it fails
+    return count.value

@@ -1,0 +1,484 @@
+"""Finding, compiling and loading the libraries, whatever goes wrong.
+
+The look-up and the cache are tested on stand-in sources that compile in a moment, the
+outcome for a user on the real ones in fresh processes (`doctor` exits with 0 where
+attention gives the right numbers), unoptimised through $CXX to save time.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sparse_attention import _build, _ops, doctor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PARTS = len(_build.ISAS) + 2  # runs of the compiler for the core: kernels, core, link
+OP_PARTS = PARTS + 1
+
+
+class Compiler:
+    """g++ behind a script that counts its runs and can be held in the middle of one."""
+
+    def __init__(self, folder):
+        self.path = str(folder / "g++-counted")
+        self._log, self._hold = folder / "runs", folder / "hold"
+        self._log.write_text("")
+        with open(self.path, "w") as script:
+            script.write(
+                f"""#!/bin/sh
+                [ "$1" = --version ] && exec g++ --version
+                echo run >> {self._log}
+                while [ -e {self._hold} ]; do sleep 0.05; done
+                exec g++ "$@" -O0
+                """
+            )
+        os.chmod(self.path, 0o755)
+
+    def runs(self):
+        return len(self._log.read_text().split())
+
+    def hold(self):
+        self._hold.write_text("")
+
+    def wait_for_run(self):
+        deadline = time.time() + 60
+        while self.runs() == 0:
+            assert time.time() < deadline, "nothing was compiled"
+            time.sleep(0.05)
+
+    def release(self):
+        self._hold.unlink()
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    return Compiler(tmp_path)
+
+
+@pytest.fixture
+def environment(tmp_path, compiler):
+    """Variables for a process that starts with an empty cache."""
+    (tmp_path / "tmp").mkdir()
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("SPARSE_ATTENTION_")
+    }
+    return dict(
+        kept,
+        PYTHONPATH=ROOT,
+        CXX=compiler.path,
+        SPARSE_ATTENTION_CACHE_DIR=str(tmp_path / "cache"),
+        TMPDIR=str(tmp_path / "tmp"),
+    )
+
+
+@pytest.fixture
+def stand_in(tmp_path, compiler, monkeypatch):
+    """Sources that compile in a moment, in place of csrc; returns their folder."""
+    csrc = tmp_path / "csrc"
+    (csrc / "cpu").mkdir(parents=True)
+    (csrc / "core.h").write_text("const int kAnswer = 42;\n")
+    (csrc / "core.cc").write_text(
+        '#include "core.h"\n'
+        '#define API extern "C" __attribute__((visibility("default")))\n'
+        "API int answer() { return kAnswer; }\n"
+    )
+    (csrc / "cpu" / "kernels.cc").write_text("\n")
+    monkeypatch.setattr(_build, "CSRC", str(csrc))
+    monkeypatch.setenv("CXX", compiler.path)
+    monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARSE_ATTENTION_NO_JIT", raising=False)
+    return csrc
+
+
+def answer(path):
+    return ctypes.CDLL(path).answer()
+
+
+def start(environment, *arguments):
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=environment["TMPDIR"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def start_doctor(environment):
+    return start(environment, "-m", "sparse_attention.doctor")
+
+
+def finish(process):
+    """(what it wrote to stdout, to stderr) once it has ended well."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    return out, err
+
+
+def fill_cache(environment):
+    """Copies the user's library to the cache of `environment`; returns its folder."""
+    folder = os.path.dirname(_build.library("attention_ops"))
+    cache = environment["SPARSE_ATTENTION_CACHE_DIR"]
+    return shutil.copytree(folder, os.path.join(cache, os.path.basename(folder)))
+
+
+def files(folder):
+    return sorted(name for _, _, names in os.walk(str(folder)) for name in names)
+
+
+# ---- what a user sees ----
+
+
+def test_eight_processes_at_once_build_once(environment, compiler):
+    compiler.hold()
+    processes = [start_doctor(environment) for _ in range(8)]
+    compiler.wait_for_run()
+    time.sleep(2)  # for the others to come as far as they can
+    compiler.release()
+    said = [finish(process) for process in processes]
+    assert compiler.runs() == OP_PARTS
+    assert sum(err.count("compiling attention_ops") for _, err in said) == 1
+    assert all("kernels of " in out for out, _ in said)
+    cache = environment["SPARSE_ATTENTION_CACHE_DIR"]
+    assert files(cache) == ["attention_ops.so", "attention_ops.so.json", "lock"]
+
+
+def test_killed_build_is_done_anew(environment, compiler):
+    compiler.hold()
+    killed = start_doctor(environment)
+    compiler.wait_for_run()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    compiler.release()
+    cache = environment["SPARSE_ATTENTION_CACHE_DIR"]
+    assert "attention_ops.so" not in files(cache)
+    out, err = finish(start_doctor(environment))
+    assert "kernels of " in out
+    assert err.count("compiling attention_ops") == 1
+    assert files(cache) == ["attention_ops.so", "attention_ops.so.json", "lock"]
+
+
+def test_read_only_home_builds_in_private_temporary_folder(environment):
+    # Root may write anywhere but below what is no directory.
+    del environment["SPARSE_ATTENTION_CACHE_DIR"]
+    environment.pop("XDG_CACHE_HOME", None)
+    environment["HOME"] = os.devnull
+    out, _ = finish(start_doctor(environment))
+    folder = os.path.join(environment["TMPDIR"], f"sparse_attention-{os.getuid()}")
+    assert f"kernels of {folder}{os.sep}" in out
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+
+
+def test_truncated_library_is_built_anew(environment, compiler):
+    copy = fill_cache(environment)
+    out, err = finish(start_doctor(environment))
+    assert "attention_ops     cached\n" in out and compiler.runs() == 0
+    os.truncate(os.path.join(copy, "attention_ops.so"), 5000)
+    out, err = finish(start_doctor(environment))
+    assert f"kernels of {copy}" in out
+    assert err.count("compiling attention_ops") == 1
+    assert compiler.runs() == OP_PARTS
+
+
+def test_no_compiler_gives_right_numbers_and_one_warning(environment):
+    script = (
+        "import warnings; from sparse_attention import doctor\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    assert doctor.main() == 0 == doctor.main()\n"
+        "print([str(w.message) for w in caught if 'compiled' in str(w.message)])\n"
+    )
+    environment["CXX"] = "missing-g++"
+    out, err = finish(start(environment, "-c", script))
+    assert "no compiler: missing-g++ does not run" in out
+    assert out.count("in use            TensorFlow's own ops") == 2
+    assert "compiling" not in err
+    (warning,) = eval(out.splitlines()[-1])
+    assert "cannot be compiled here" in warning
+
+
+def test_wheel_installs_and_runs_without_compiler(environment, tmp_path):
+    source = str(tmp_path / "source")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    venv = str(tmp_path / "venv")
+    python = os.path.join(venv, "bin", "python")
+    del environment["PYTHONPATH"]
+
+    def run(*command, **changes):
+        process = subprocess.run(
+            command,
+            env=dict(environment, **changes),
+            cwd=source if "setup.py" in command else str(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.returncode == 0, process.stdout
+        return process.stdout
+
+    fill_cache(environment)
+    run(sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    run(sys.executable, "-m", "venv", venv)
+    # TensorFlow and NumPy from where the tests run: the new environment borrows them.
+    here = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    there = os.path.dirname(os.path.dirname(np.__file__))
+    with open(os.path.join(here.strip(), "borrowed.pth"), "w") as path_file:
+        path_file.write(there)
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
+    shutil.rmtree(environment["SPARSE_ATTENTION_CACHE_DIR"])
+    out = run(python, "-m", "sparse_attention.doctor", PATH="", CXX="")
+    assert "attention_ops     shipped in the package" in out
+    assert "kernels of " + os.path.realpath(here.strip()) in out
+    assert "compiling" not in out
+
+
+def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_largest_error", lambda: np.nan)
+    assert doctor.main() == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_ops_are_loaded_once_by_many_threads(monkeypatch):
+    opened = []
+
+    def slow_open(name):
+        opened.append(name)
+        time.sleep(0.2)
+        return name
+
+    monkeypatch.setattr(_ops, "_loaded", {})
+    monkeypatch.setattr(_ops, "_open", slow_open)
+    threads = [threading.Thread(target=_ops.attention_ops) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert opened == ["attention_ops"]
+
+
+def test_library_that_does_not_load_is_replaced_once(monkeypatch, tmp_path, capsys):
+    bad = tmp_path / "bad.so"
+    bad.write_text("no library")
+    good = _build.library("attention_ops")
+    calls = []
+
+    def library(name, broken=None):
+        calls.append(broken)
+        return good if broken else str(bad)
+
+    monkeypatch.setattr(_build, "library", library)
+    assert _ops._open("attention_ops").path == good
+    assert calls == [None, str(bad)]
+    assert "does not load" in capsys.readouterr().err
+
+
+# ---- look-up and cache, on stand-in sources ----
+
+
+def test_library_is_compiled_once_and_then_cached(stand_in, compiler, capsys):
+    path = _build.build_core()
+    assert answer(path) == 42
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sparse_attention: compiling spattn_core with g++")
+    assert line.endswith(" s")
+    assert _build.build_core() == path
+    assert _build.find("spattn_core") == (path, "cached")
+    assert compiler.runs() == PARTS
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "part", ["header", "source", "flag", "version", "compiler", "its arguments"]
+)
+def test_fingerprint_follows(part, stand_in, compiler, monkeypatch):
+    before = _build.build_core()
+    if part == "header":
+        (stand_in / "core.h").write_text("const int kAnswer = 43;\n")
+    elif part == "source":
+        with open(str(stand_in / "cpu" / "kernels.cc"), "a") as file:
+            file.write("static int unused;\n")
+    elif part == "version":
+        monkeypatch.setattr(_build.sparse_attention, "__version__", "0")
+    elif part == "compiler":
+        with open(compiler.path) as file:
+            script = file.read().replace("exec g++ --version", "exec echo another")
+        with open(compiler.path, "w") as file:
+            file.write(script)
+    elif part == "its arguments":
+        monkeypatch.setenv("CXX", compiler.path + " -g")
+    after = _build.build_core(["-DFLAG"] if part == "flag" else [])
+    assert after != before
+    assert answer(after) == (43 if part == "header" else 42)
+
+
+def test_fingerprint_ignores_sources_of_other_libraries(stand_in):
+    before = _build.build_core()
+    (stand_in / "another.cc").write_text("\n")
+    assert _build.build_core() == before
+
+
+def test_shipped_library_serves_its_minor_tensorflow_only(monkeypatch):
+    def prebuilt(version):
+        monkeypatch.setattr(_build, "_tensorflow", lambda: (version, ["-DX"], []))
+        return _build.prebuilt("attention_ops")
+
+    assert prebuilt("2.21.0") == prebuilt("2.21.1")
+    assert prebuilt("2.21.0") != prebuilt("2.22.0")
+
+
+def test_shipped_library_comes_before_cached_unless_broken(
+    stand_in, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(_build, "PACKAGE", str(tmp_path / "package"))
+    cached = _build.build_core()
+    shipped = _build.prebuilt("spattn_core")
+    os.makedirs(os.path.dirname(shipped))
+    shutil.copy(cached, shipped)
+    assert _build.find("spattn_core") == (cached, "cached")  # until its record is there
+    shutil.copy(cached + ".json", shipped + ".json")
+    assert _build.find("spattn_core") == (shipped, "shipped in the package")
+    assert _build.library("spattn_core", broken=shipped) == cached
+    assert _build.build_core(["-DFLAG"]) not in (shipped, cached)
+
+
+def test_broken_cached_library_is_replaced(stand_in, compiler):
+    path = _build.build_core()
+    assert _build.library("spattn_core", broken=path) == path
+    assert compiler.runs() == 2 * PARTS
+
+
+def flip_byte(path):
+    with open(path, "r+b") as file:
+        file.seek(2000)
+        byte = file.read(1)
+        file.seek(2000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 1000),
+        lambda path: os.truncate(path, 0),
+        flip_byte,
+        lambda path: os.truncate(path + ".json", 10),
+        lambda path: os.remove(path + ".json"),
+        os.remove,
+    ],
+    ids=["truncated", "empty", "flipped", "record truncated", "no record", "no file"],
+)
+def test_damaged_library_is_built_anew(damage, stand_in, compiler):
+    path = _build.build_core()
+    damage(path)
+    assert _build.find("spattn_core").path is None
+    assert _build.build_core() == path
+    assert answer(path) == 42
+    assert compiler.runs() == 2 * PARTS
+
+
+def test_builder_killed_without_its_compilers_leaves_no_lock(
+    stand_in, compiler, environment
+):
+    script = (
+        "from sparse_attention import _build\n"
+        f"_build.CSRC = {str(stand_in)!r}\n"
+        "print(_build.build_core())"
+    )
+    compiler.hold()
+    killed = start(environment, "-c", script)
+    compiler.wait_for_run()
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    compiler.release()
+    out, _ = finish(start(environment, "-c", script))
+    assert answer(out.strip()) == 42
+    cache = environment["SPARSE_ATTENTION_CACHE_DIR"]
+    assert files(cache) == ["lock", "spattn_core.so", "spattn_core.so.json"]
+
+
+def test_no_jit_never_compiles(stand_in, compiler, monkeypatch):
+    monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "1")
+    assert _build.build_core() is None
+    assert _build.find("spattn_core") == (None, "SPARSE_ATTENTION_NO_JIT is set")
+    assert compiler.runs() == 0
+    monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "0")
+    path = _build.build_core()
+    monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "1")
+    assert _build.build_core() == path
+
+
+def test_cached_library_needs_no_compiler(stand_in, monkeypatch):
+    path = _build.build_core()
+    monkeypatch.setenv("CXX", "missing-g++")
+    assert _build.build_core() == path
+
+
+@pytest.mark.parametrize("command", ["missing-g++", "false", os.devnull])
+def test_no_compiler_is_said(command, stand_in, monkeypatch):
+    monkeypatch.setenv("CXX", command)
+    assert _build.build_core() is None
+    why = _build.find("spattn_core").why
+    assert why == f"no compiler: {command} does not run"
+
+
+def test_compile_error_shows_command_and_end_of_output(stand_in, capsys):
+    with open(str(stand_in / "core.cc"), "a") as file:
+        file.write("\n".join(f"wrong{i} line;" for i in range(30)))
+    with pytest.raises(RuntimeError) as error:
+        _build.build_core()
+    first, command, *said = str(error.value).splitlines()
+    assert first == "the compiler ended with status 1, expected 0:"
+    assert f"-c {stand_in}/core.cc" in command
+    assert len(said) == 20
+    assert "wrong29" in "".join(said) and "wrong0 " not in "".join(said)
+    assert capsys.readouterr().err.endswith("once ... failed\n")
+
+
+def test_verbose_says_what_runs_and_is_found(stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("SPARSE_ATTENTION_VERBOSE", "1")
+    path = _build.build_core()
+    assert _build.build_core() == path
+    err = capsys.readouterr().err
+    assert err.count(" -c ") == PARTS - 1 and err.count(" -shared ") == 1
+    assert f"spattn_core: compiled, {path}\n" in err
+    assert f"spattn_core: cached, {path}\n" in err
+
+
+def test_cache_is_under_xdg_cache_home_or_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPARSE_ATTENTION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert _build.cache_folders() == [str(tmp_path / "xdg" / "sparse_attention")]
+    monkeypatch.setenv("XDG_CACHE_HOME", "not absolute")
+    assert _build.cache_folders() == [str(tmp_path / ".cache" / "sparse_attention")]
+
+
+@pytest.mark.parametrize("trap", ["writable by others", "a link", "a file"])
+def test_temporary_folder_that_is_not_private_is_refused(trap, monkeypatch, tmp_path):
+    folder = tmp_path / f"sparse_attention-{os.getuid()}"
+    if trap == "a file":
+        folder.write_text("")
+    elif trap == "a link":
+        (tmp_path / "elsewhere").mkdir(0o700)
+        folder.symlink_to("elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", os.path.join(os.devnull, "cache"))
+    monkeypatch.setattr(_build.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="must be a directory of this user"):
+        _build.cache_folders()
