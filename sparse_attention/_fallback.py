@@ -1,0 +1,179 @@
+"""Block-sparse attention in TensorFlow's own ops: where the kernels cannot be compiled.
+
+Every entry of the plan is a pair of a q tile and a kv block. All pairs are gathered and
+multiplied in one batch; maxima and sums over the blocks of a q tile are segment sums. The
+scores of all computed blocks are a tensor, unlike in the kernels. TensorFlow
+differentiates it.
+
+A key that no query of its head attends to is set to zero first, so nothing that it holds
+can leak. NaN or Inf in a key that some query attends to does reach the other queries of
+that query's tile: 0 * NaN is NaN.
+"""
+
+import functools
+import warnings
+from collections import namedtuple
+
+import numpy as np
+import tensorflow as tf
+
+# A plan as these ops read it, for all heads; n pairs.
+Pairs = namedtuple(
+    "Pairs",
+    [
+        "q_tile",  # int [n], head * q_tiles + tile
+        "kv_block",  # int [n], kv head * kv_blocks + block
+        "mask_ids",  # int [n], into `masks`
+        "masks",  # bool [mask_blocks + 1, block_q, block_kv]; the last is all True
+        "is_attended",  # bool [kv_len, kv_heads, 1], by any query
+        "q_rows",  # int [q_tiles, block_q], row of each position, or q_len: it has none
+        "kv_rows",  # int [kv_blocks, block_kv], likewise
+        "q_positions",  # int [q_len], the position of each row
+    ],
+)
+
+
+def attention(
+    q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths=None, name=None
+):
+    """`block_sparse_attention` for arguments that it has checked; returns o and lse."""
+    _warn_once()
+    with tf.name_scope(name or "block_sparse_attention"):
+        pairs = _pairs(block_mask, heads, kv_heads)
+        end = _end(kv_lengths, block_mask.kv_len)
+        rows = np.arange(block_mask.kv_len)[:, None, None]
+        exists = pairs.is_attended & (rows < end[:, None, None, None])
+        q_tiles = _blocks(_split(q, heads) * softmax_scale, pairs.q_rows)
+        k_blocks = _blocks(_select(exists, _split(k, kv_heads), 0.0), pairs.kv_rows)
+        v_blocks = _blocks(_select(exists, _split(v, kv_heads), 0.0), pairs.kv_rows)
+        o, lse = _attend(q_tiles, k_blocks, v_blocks, pairs, end)
+        o = _rows(o, heads, pairs)
+        o = tf.reshape(o, [tf.shape(q)[0], block_mask.q_len, heads * o.shape[3]])
+        lse = _rows(lse[..., None], heads, pairs)[..., 0]
+        return tf.cast(o, q.dtype), tf.transpose(lse, [0, 2, 1])
+
+
+def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
+    """o and lse of the q tiles, [heads * q_tiles, batch, block_q, ...]."""
+
+    def gather_tile(x):
+        return tf.gather(x, pairs.q_tile)
+
+    def sum_tile(x):
+        return tf.math.unsorted_segment_sum(x, pairs.q_tile, q_tiles.shape[0])
+
+    s = tf.matmul(
+        gather_tile(q_tiles), tf.gather(k_blocks, pairs.kv_block), transpose_b=True
+    )
+    kv_rows = tf.gather(pairs.kv_rows, pairs.kv_block % len(pairs.kv_rows))
+    allowed = tf.gather(pairs.masks, pairs.mask_ids)[:, None]
+    allowed &= kv_rows[:, None, None, :] < end[:, None, None]
+    s = _select(allowed, s, -np.inf)
+    row_max = tf.math.unsorted_segment_max(
+        tf.reduce_max(tf.stop_gradient(s), axis=3), pairs.q_tile, q_tiles.shape[0]
+    )
+    # -inf where all is masked, the lowest float where there is nothing.
+    row_max = _select(row_max > tf.float32.min, row_max, 0.0)
+    p = tf.exp(s - gather_tile(row_max)[..., None])
+    row_sum = sum_tile(tf.reduce_sum(p, axis=3))
+    o = sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block)))
+    is_empty = tf.equal(row_sum, 0.0)
+    row_sum = _select(is_empty, 1.0, row_sum)
+    lse = _select(is_empty, -np.inf, row_max + tf.math.log(row_sum))
+    return o / row_sum[..., None], lse
+
+
+def _end(kv_lengths, kv_len):
+    """int32 [batch or 1]: the first key that does not exist, as the kernels check it."""
+    if kv_lengths is None:
+        return tf.constant([kv_len])
+    expectation = f"kv_lengths must be in [0, kv_len={kv_len}]"
+    is_valid = [
+        tf.compat.v1.assert_non_negative(kv_lengths, message=expectation),
+        tf.compat.v1.assert_less_equal(kv_lengths, kv_len, message=expectation),
+    ]
+    with tf.control_dependencies([check for check in is_valid if check is not None]):
+        return tf.identity(kv_lengths)
+
+
+def _split(x, heads):
+    """[batch, len, heads * dim] -> float32 [batch, len, heads, dim]"""
+    _, length, width = x.shape.as_list()
+    x = tf.reshape(x, [tf.shape(x)[0], length, heads, width // heads])
+    return tf.cast(x, tf.float32)
+
+
+def _blocks(x, rows):
+    """[batch, len, heads, dim] -> [heads * blocks, batch, block, dim]"""
+    _, _, heads, dim = x.shape.as_list()
+    x = tf.pad(x, [[0, 0], [0, 1], [0, 0], [0, 0]])  # the row of positions without one
+    x = tf.transpose(tf.gather(x, rows, axis=1), [3, 1, 0, 2, 4])
+    blocks, block = rows.shape
+    return tf.reshape(x, [heads * blocks, tf.shape(x)[2], block, dim])
+
+
+def _rows(x, heads, pairs):
+    """[heads * tiles, batch, block, dim] -> [batch, len, heads, dim]"""
+    tiles, block = pairs.q_rows.shape
+    dim = x.shape[3]
+    x = tf.reshape(x, [heads, tiles, tf.shape(x)[1], block, dim])
+    x = tf.transpose(x, [2, 1, 3, 0, 4])
+    x = tf.reshape(x, [tf.shape(x)[0], tiles * block, heads, dim])
+    return tf.gather(x, pairs.q_positions, axis=1)
+
+
+def _select(condition, x, y):
+    return tf.compat.v1.where_v2(condition, x, y)
+
+
+@functools.lru_cache(maxsize=32)
+def _pairs(block_mask, heads, kv_heads):
+    block_q, block_kv, kv_indptr, kv_indices, mask_ids, mask_bits = block_mask.tiles()
+    stride = block_mask.row_stride
+    q_rows, q_positions = _axis(block_mask.q_len, stride, block_q)
+    kv_rows, kv_positions = _axis(block_mask.kv_len, stride, block_kv)
+    counts = np.diff(kv_indptr)
+    q_tile = np.repeat(np.arange(len(counts)), counts)
+    if block_mask.heads < heads:  # one plan for all heads
+        shift = np.repeat(np.arange(heads), len(q_tile)) * len(counts)
+        q_tile = np.tile(q_tile, heads) + shift
+        kv_indices, mask_ids = np.tile(kv_indices, heads), np.tile(mask_ids, heads)
+    kv_head = q_tile // len(q_rows) // (heads // kv_heads)
+    masks = np.unpackbits(mask_bits, axis=2, bitorder="little").astype(bool)
+    masks = np.concatenate([masks, np.ones([1, block_kv, block_q], bool)])
+    mask_ids = np.where(mask_ids < 0, len(masks) - 1, mask_ids)
+    kv_block = kv_head * len(kv_rows) + kv_indices
+    is_attended = np.zeros([kv_heads * len(kv_rows), block_kv], bool)
+    np.logical_or.at(is_attended, kv_block, masks.any(axis=2)[mask_ids])
+    is_attended = is_attended.reshape(kv_heads, -1)[:, kv_positions]
+    return Pairs(
+        q_tile,
+        kv_block,
+        mask_ids,
+        masks.transpose(0, 2, 1),
+        is_attended.T[..., None],
+        q_rows,
+        kv_rows,
+        q_positions,
+    )
+
+
+def _axis(length, row_stride, block):
+    """Row of each position, [blocks, block], `length` where it has none; and the inverse."""
+    row = np.arange(length)
+    visits = -(-length // row_stride)
+    positions = row % row_stride * visits + row // row_stride
+    blocks = -(-visits * row_stride // block)
+    rows = np.full(blocks * block, length, np.int32)
+    rows[positions] = row
+    return rows.reshape(blocks, block), positions
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once():
+    warnings.warn(
+        "the attention kernels cannot be compiled here, so TensorFlow's own ops do the "
+        "work, more slowly; `python -m sparse_attention.doctor` says why",
+        RuntimeWarning,
+        stacklevel=4,
+    )

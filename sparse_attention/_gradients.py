@@ -1,0 +1,28 @@
+"""The gradients of the compiled attention op, for tapes and graphs, saved ones included."""
+
+import tensorflow as tf
+
+from . import _ops
+
+
+@tf.RegisterGradient("BlockSparseAttention")
+def _attention_gradient(op, do, dlse):
+    """dq, dk, dv; the lengths and the plan have no gradient."""
+    q, k, v, *plan = op.inputs
+    o, lse = op.outputs
+    do = tf.zeros_like(o) if do is None else do
+    dlse = tf.zeros_like(lse) if dlse is None else dlse
+    attributes = ("heads", "kv_heads", "softmax_scale", "row_stride")
+    attributes += ("block_q", "block_kv")
+    grads = _ops.attention_ops().block_sparse_attention_grad(
+        q, k, v, o, lse, do, dlse, *plan, **{a: op.get_attr(a) for a in attributes}
+    )
+    return [*grads, *[None] * len(plan)]
+
+
+@tf.RegisterGradient("BlockSparseAttentionGrad")
+def _second_gradient(op, *_):
+    raise NotImplementedError(
+        "block_sparse_attention has a first derivative only, got a request for the "
+        "second; attention_impl has both"
+    )

@@ -1,0 +1,63 @@
+"""What `import sparse_attention` gives, with and without TensorFlow."""
+
+import re
+
+import pytest
+from tf_helpers import run_script
+
+import sparse_attention as sa
+
+WITHOUT_TENSORFLOW = """
+import sys
+if sys.argv[1:] == ["hidden"]:
+    sys.modules["tensorflow"] = None  # what a failed import leaves
+import sparse_attention as sa
+assert not any(name.split(".")[0] == "tensorflow" and sys.modules[name] for name in sys.modules)
+block_mask = sa.BlockMask(sa.local_layout(32, 8, 16), sa.local_mask(16), 8)
+print(sa.reference.attention_fwd.__module__, block_mask.heads)
+for name in sa.__all__:
+    try:
+        getattr(sa, name)
+    except ImportError as error:
+        print(name, "|", error)
+"""
+
+TENSORFLOW_NAMES = [
+    "attention_impl",
+    "block_sparse_attention",
+    "blocksparse_attention_impl",
+    "get_attn_mask",
+    "get_callback",
+    "load_ops",
+    "merge_heads",
+    "merge_states",
+    "recomputable",
+    "shape_list",
+    "split_heads",
+    "split_states",
+    "strided_transpose",
+]
+
+
+def test_every_name_is_there():
+    assert set(TENSORFLOW_NAMES) <= set(sa.__all__) <= set(dir(sa))
+    assert all(hasattr(sa, name) for name in sa.__all__)
+    assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="has no attribute 'flash_attention'"):
+        sa.flash_attention  # noqa: B018
+
+
+def test_import_brings_no_tensorflow():
+    first, *missing = run_script(WITHOUT_TENSORFLOW).splitlines()
+    assert first == "sparse_attention.reference 1" and not missing
+
+
+def test_plans_work_without_tensorflow_and_the_rest_says_what_to_install():
+    first, *missing = run_script(WITHOUT_TENSORFLOW, "hidden").splitlines()
+    assert first == "sparse_attention.reference 1"
+    names, errors = zip(*(line.split(" | ") for line in missing))
+    assert set(TENSORFLOW_NAMES) <= set(names)
+    assert all("pip install tensorflow" in error for error in errors)

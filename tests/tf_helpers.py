@@ -1,0 +1,141 @@
+"""Runs functions of tensors in every mode of TensorFlow 1 and 2, and checks attention."""
+
+import os
+import subprocess
+import sys
+
+import tensorflow as tf
+from helpers import (
+    assert_close,
+    plain_attention_bwd,
+    plain_attention_fwd,
+    random_inputs,
+)
+from tensorflow.python.eager import context
+
+from sparse_attention.reference import attention_bwd, attention_fwd
+
+MODES = ("graph", "eager", "function")
+
+
+def run(function, *arrays, mode="graph"):
+    """What `function(*tensors)` gives, a nest of tensors, as arrays.
+
+    Args:
+      function: Takes one tensor for each of `arrays`.
+      mode: "graph" (a session runs it), "eager", or "function" (`tf.function`).
+    """
+    if mode == "graph":
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            tensors = [
+                tf.compat.v1.placeholder(tf.as_dtype(x.dtype), x.shape) for x in arrays
+            ]
+            result = function(*tensors)
+            session.run(tf.compat.v1.global_variables_initializer())
+            return session.run(result, dict(zip(tensors, arrays)))
+    with context.eager_mode():  # TensorFlow 1 has no other way into it in a test
+        if mode == "function":
+            function = tf.function(function)
+        result = function(*[tf.constant(x) for x in arrays])
+        return tf.nest.map_structure(lambda x: x.numpy(), result)
+
+
+def run_with_gradients(function, arrays, d_arrays, mode="graph"):
+    """Outputs of `function(*tensors)`, a list, and the inputs' gradients, as arrays.
+
+    Args:
+      function: Returns a list of tensors.
+      arrays: The inputs.
+      d_arrays: Gradients of the outputs.
+    """
+
+    def both(*tensors):
+        inputs, d_outputs = list(tensors[: len(arrays)]), list(tensors[len(arrays) :])
+        if mode == "graph":
+            outputs = list(function(*inputs))
+            return outputs, tf.gradients(outputs, inputs, d_outputs)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = list(function(*inputs))
+        return outputs, tape.gradient(outputs, inputs, d_outputs)
+
+    return run(both, *arrays, *d_arrays, mode=mode)
+
+
+def check_attention(
+    attention,
+    block_mask,
+    mode="graph",
+    with_dlse=False,
+    batch=2,
+    heads=2,
+    kv_heads=None,
+    head_dim=16,
+    head_dim_v=None,
+    dtype="float32",
+    kv_lengths=None,
+    softmax_scale=None,
+    seed=0,
+):
+    """Compares o, lse and all gradients with the float64 oracle.
+
+    Args:
+      attention: `attention(q, k, v)` -> o, lse, on tensors [batch, time, heads * dim].
+      block_mask: What it is to attend to.
+      with_dlse: Whether lse has a gradient, too.
+    """
+    inputs = random_inputs(
+        seed,
+        batch,
+        block_mask.q_len,
+        block_mask.kv_len,
+        heads,
+        kv_heads,
+        head_dim,
+        head_dim_v,
+        dtype,
+    )
+    qkv, d_outputs = inputs[:3], inputs[3:]
+    if not with_dlse:
+        inputs.dlse[:] = 0
+    mask = block_mask.to_dense()
+    options = {"softmax_scale": softmax_scale, "kv_lengths": kv_lengths}
+    outputs, grads = run_with_gradients(
+        attention, [merged(x) for x in qkv], [merged(inputs.do), inputs.dlse], mode
+    )
+    got = [*outputs, *grads]
+    want, plain = (
+        [*fwd(*qkv, mask, **options), *bwd(*qkv, mask, *d_outputs, **options)]
+        for fwd, bwd in (
+            (attention_fwd, attention_bwd),
+            (plain_attention_fwd, plain_attention_bwd),
+        )
+    )
+    for i, (g, w, p) in enumerate(zip(got, want, plain)):
+        assert_close(g.reshape(w.shape), w, p, 2 if i < 2 else 3)
+
+
+def merged(x):
+    """[batch, time, heads, dim] -> [batch, time, heads * dim]"""
+    batch, time, heads, dim = x.shape
+    return x.reshape(batch, time, heads * dim)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(tf.nest.flatten(a), tf.nest.flatten(b)):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert x.tobytes() == y.tobytes()
+
+
+def run_script(source, *arguments, **environment):
+    """Runs Python code in a new process; returns what it prints."""
+    ran = subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        env={**os.environ, **environment},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
