@@ -40,10 +40,12 @@ PACKAGE = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(PACKAGE, "csrc")
 
 # The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
-CORE = ("core.cc", "cpu/kernels.cc")
+ATTENTION = ("core.cc", "cpu/attention_kernels.cc")
+BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc")
 LIBRARIES = {
-    "spattn_core": CORE,
-    "attention_ops": (*CORE, "tf/attention_op.cc"),
+    "spattn_core": ("isa.cc", *ATTENTION, *BLOCKSPARSE),
+    "attention_ops": ("isa.cc", *ATTENTION, "tf/attention_op.cc"),
+    "blocksparse_ops": ("isa.cc", *BLOCKSPARSE, "tf/blocksparse_ops.cc"),
 }
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]

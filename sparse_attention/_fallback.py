@@ -70,17 +70,17 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     allowed &= kv_rows[:, None, None, :] < end[:, None, None]
     s = _select(allowed, s, -np.inf)
     row_max = tf.math.unsorted_segment_max(
-        tf.reduce_max(tf.stop_gradient(s), axis=3), pairs.q_tile, q_tiles.shape[0]
+        tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
     )
     # -inf where all is masked, the lowest float where there is nothing.
-    row_max = _select(row_max > tf.float32.min, row_max, 0.0)
+    row_max = tf.stop_gradient(_select(row_max > tf.float32.min, row_max, 0.0))
     p = tf.exp(s - gather_tile(row_max)[..., None])
     row_sum = sum_tile(tf.reduce_sum(p, axis=3))
-    o = sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block)))
     is_empty = tf.equal(row_sum, 0.0)
     row_sum = _select(is_empty, 1.0, row_sum)
     lse = _select(is_empty, -np.inf, row_max + tf.math.log(row_sum))
-    return o / row_sum[..., None], lse
+    p /= gather_tile(row_sum)[..., None]
+    return sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block))), lse
 
 
 def _end(kv_lengths, kv_len):

@@ -17,6 +17,11 @@ def attention_ops():
     return _load("attention_ops")
 
 
+def blocksparse_ops():
+    """The same for the ops that carry blocksparse's names."""
+    return _load("blocksparse_ops")
+
+
 def _load(name):
     with _lock:
         if name not in _loaded:

@@ -21,8 +21,8 @@ import pytest
 from sparse_attention import _build, _ops, doctor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = len(_build.ISAS) + 2  # runs of the compiler for the core: kernels, core, link
-OP_PARTS = PARTS + 1
+PARTS = len(_build.ISAS) + 2  # runs of the compiler for the stand-in: kernels, core, link
+OP_PARTS = PARTS + 2  # and for the op: isa.cc and the binding too
 
 
 class Compiler:
@@ -93,6 +93,8 @@ def stand_in(tmp_path, compiler, monkeypatch):
     )
     (csrc / "cpu" / "kernels.cc").write_text("\n")
     monkeypatch.setattr(_build, "CSRC", str(csrc))
+    libraries = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
+    monkeypatch.setattr(_build, "LIBRARIES", libraries)
     monkeypatch.setenv("CXX", compiler.path)
     monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSE_ATTENTION_NO_JIT", raising=False)

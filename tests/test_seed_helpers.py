@@ -154,7 +154,7 @@ def test_shapes_may_be_unknown():
         batch, *_ = sa.shape_list(x)
         assert isinstance(batch, tf.Tensor)
         merged = sa.merge_heads(x)
-        merged = tf.compat.v1.placeholder_with_default(merged, [None, None, 12])
+        merged = tf.compat.v1.placeholder_with_default(merged, [None, None, 24])
         return sa.shape_list(x), sa.split_heads(merged, 4)
 
     shape, got = run(unknown, x)

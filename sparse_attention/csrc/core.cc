@@ -1,12 +1,10 @@
 // core.cc — checks every argument and every value of a plan, then calls the kernels for this CPU.
 #include "core.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 #include <initializer_list>
 
-#include "cpu/kernels.h"
+#include "cpu/attention_kernels.h"
+#include "isa.h"
 #include "status.h"
 
 namespace spattn {
@@ -102,73 +100,37 @@ SpattnStatus Check(const Params& params) {
   return CheckPlan(params.problem, params.plan);
 }
 
-// ---- instruction sets ----
-
-struct Isa {
-  const char* name;
-  const CpuKernels* kernels;
-};
-
-// The best instruction set of this CPU, or the best below SPARSE_ATTENTION_ISA if that is set.
-Isa ChooseIsa() {
-  const char* limit = getenv("SPARSE_ATTENTION_ISA");
-  const auto allowed = [limit](const char* at_least, const char* or_above) {
-    return !limit || strcmp(limit, at_least) == 0 || strcmp(limit, or_above) == 0;
-  };
-#if !defined(SPATTN_ONLY_BASELINE)
-  __builtin_cpu_init();
-  if (allowed("avx512", "avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", &avx512::kKernels};
-  }
-  if (allowed("avx2", "avx512") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
-    return {"avx2", &avx2::kKernels};
-  }
-#endif
-  return {"baseline", &baseline::kKernels};
-}
-
-const Isa& CpuIsa() {
-  static const Isa isa = ChooseIsa();
-  return isa;
-}
-
 }  // namespace
 }  // namespace spattn
 
 // ---- C ABI ----
 
 using spattn::Check;
-using spattn::CpuIsa;
-
-const char* spattn_cpu_isa(void) { return CpuIsa().name; }
 
 SpattnStatus spattn_fwd_cpu_workspace(const SpattnFwdParams* params, int32_t workers,
                                       int64_t* bytes) {
   SPATTN_RETURN_IF_ERROR(Check(*params));
-  *bytes = CpuIsa().kernels->fwd_workspace(*params, workers);
+  *bytes = SPATTN_OF_THIS_ISA(kAttentionKernels).fwd_workspace(*params, workers);
   return spattn::Ok();
 }
 
 SpattnStatus spattn_bwd_cpu_workspace(const SpattnBwdParams* params, int32_t workers,
                                       int64_t* bytes) {
   SPATTN_RETURN_IF_ERROR(Check(*params));
-  *bytes = CpuIsa().kernels->bwd_workspace(*params, workers);
+  *bytes = SPATTN_OF_THIS_ISA(kAttentionKernels).bwd_workspace(*params, workers);
   return spattn::Ok();
 }
 
 SpattnStatus spattn_fwd_cpu(const SpattnFwdParams* params, const SpattnThreads* threads,
                             void* workspace) {
   SPATTN_RETURN_IF_ERROR(Check(*params));
-  CpuIsa().kernels->fwd(*params, *threads, workspace);
+  SPATTN_OF_THIS_ISA(kAttentionKernels).fwd(*params, *threads, workspace);
   return spattn::Ok();
 }
 
 SpattnStatus spattn_bwd_cpu(const SpattnBwdParams* params, const SpattnThreads* threads,
                             void* workspace) {
   SPATTN_RETURN_IF_ERROR(Check(*params));
-  CpuIsa().kernels->bwd(*params, *threads, workspace);
+  SPATTN_OF_THIS_ISA(kAttentionKernels).bwd(*params, *threads, workspace);
   return spattn::Ok();
 }

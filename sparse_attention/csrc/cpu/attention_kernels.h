@@ -1,13 +1,13 @@
-// kernels.h — what each instruction set offers. kernels.cc is compiled once for each of them.
-#ifndef SPARSE_ATTENTION_CPU_KERNELS_H_
-#define SPARSE_ATTENTION_CPU_KERNELS_H_
+// attention_kernels.h — what each instruction set offers to core.cc.
+#ifndef SPARSE_ATTENTION_CPU_ATTENTION_KERNELS_H_
+#define SPARSE_ATTENTION_CPU_ATTENTION_KERNELS_H_
 
 #include "../core.h"
 
 namespace spattn {
 
-// Arguments are checked already: see core.cc.
-struct CpuKernels {
+// Arguments are checked already.
+struct AttentionKernels {
   int64_t (*fwd_workspace)(const SpattnFwdParams& params, int32_t workers);
   int64_t (*bwd_workspace)(const SpattnBwdParams& params, int32_t workers);
   void (*fwd)(const SpattnFwdParams& params, const SpattnThreads& threads, void* workspace);
@@ -15,15 +15,15 @@ struct CpuKernels {
 };
 
 namespace baseline {
-extern const CpuKernels kKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 namespace avx2 {
-extern const CpuKernels kKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 namespace avx512 {
-extern const CpuKernels kKernels;
+extern const AttentionKernels kAttentionKernels;
 }
 
 }  // namespace spattn
 
-#endif  // SPARSE_ATTENTION_CPU_KERNELS_H_
+#endif  // SPARSE_ATTENTION_CPU_ATTENTION_KERNELS_H_

@@ -1,0 +1,113 @@
+"""blocksparse's TensorFlow ops, loaded on first use, and their gradients.
+
+A process can register an op once. Where the real blocksparse is loaded, its ops and
+gradients are the ones in use, and ours stay out.
+"""
+
+import functools
+import sys
+
+import tensorflow as tf
+
+from . import _ops
+
+
+def load_blocksparse_ops():
+    """The module with the ops. Until it is called, graphs that hold them do not load.
+
+    Raises:
+      RuntimeError: If there is no compiled library and none can be made.
+    """
+    real = getattr(sys.modules.get("blocksparse.utils"), "_op_module", None)
+    return real or _load_ours()
+
+
+@functools.lru_cache(maxsize=None)
+def _load_ours():
+    module = _ops.blocksparse_ops()
+    if module is None:
+        raise RuntimeError(
+            "blocksparse's ops must be compiled, which needs g++ (or $CXX) and "
+            "SPARSE_ATTENTION_NO_JIT unset; `block_sparse_attention` works without"
+        )
+    for name, gradient in _GRADIENTS.items():
+        try:
+            tf.RegisterGradient(name)(gradient)
+        except KeyError:  # blocksparse's transformer.py has registered its own
+            pass
+    return module
+
+
+def _matmul_attrs(op, q_blocks, kv_blocks):
+    """Attributes for a gradient's products, and its block counts."""
+    names = ("heads", "blocks", "blk_size", "nn_max", "tn_max", "bench")
+    attrs = {name: op.get_attr(name) for name in names}
+    return attrs, op.get_attr(q_blocks), op.get_attr(kv_blocks)
+
+
+def _nt_gradient(op, dw):
+    """w = q k^T: dq = dw k, dk = dw^T q."""
+    q, k = op.inputs[:2]
+    luts = op.inputs[2:]
+    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_a", "ctx_blks_b")
+    dq = load_blocksparse_ops().blocksparse_transformer_nn(
+        dw, k, *luts, ctx_blks_b=kv_blocks, ctx_blks_c=q_blocks, **attrs
+    )
+    dk = load_blocksparse_ops().blocksparse_transformer_tn(
+        dw, q, *luts, ctx_blks_b=q_blocks, ctx_blks_c=kv_blocks, **attrs
+    )
+    return dq, dk, None, None, None
+
+
+def _nn_gradient(op, dy):
+    """y = w v: dw = dy v^T, dv = w^T dy."""
+    w, v = op.inputs[:2]
+    luts = op.inputs[2:]
+    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_c", "ctx_blks_b")
+    dw = load_blocksparse_ops().blocksparse_transformer_nt(
+        dy, v, *luts, CT=w.dtype, ctx_blks_a=q_blocks, ctx_blks_b=kv_blocks, **attrs
+    )
+    dv = load_blocksparse_ops().blocksparse_transformer_tn(
+        w, dy, *luts, ctx_blks_b=q_blocks, ctx_blks_c=kv_blocks, **attrs
+    )
+    return dw, dv, None, None, None
+
+
+def _tn_gradient(op, dy):
+    """y = w^T v: dw = v dy^T, dv = w dy."""
+    w, v = op.inputs[:2]
+    luts = op.inputs[2:]
+    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_b", "ctx_blks_c")
+    dw = load_blocksparse_ops().blocksparse_transformer_nt(
+        v, dy, *luts, CT=w.dtype, ctx_blks_a=q_blocks, ctx_blks_b=kv_blocks, **attrs
+    )
+    dv = load_blocksparse_ops().blocksparse_transformer_nn(
+        w, dy, *luts, ctx_blks_b=kv_blocks, ctx_blks_c=q_blocks, **attrs
+    )
+    return dw, dv, None, None, None
+
+
+def _softmax_gradient(op, dy):
+    """y = softmax(scale x): dx = scale y (dy - sum(y dy)), in the dtype of x.
+
+    Under float16 weights, blocksparse gives bfloat16 scores a float16 gradient, which
+    breaks whatever else stands between the scores and the softmax.
+    """
+    x, scale, lut = op.inputs[:3]
+    attrs = {
+        name: op.get_attr(name)
+        for name in ("blocks", "blk_size", "ctx_blks", "lut_max")
+    }
+    dx = load_blocksparse_ops().blocksparse_softmax_grad(
+        dy, op.outputs[0], scale, lut, **attrs
+    )
+    return [tf.cast(dx, x.dtype)] + [None] * (len(op.inputs) - 1)
+
+
+_GRADIENTS = {
+    "BlocksparseTransformerNT": _nt_gradient,
+    "BlocksparseTransformerNN": _nn_gradient,
+    "BlocksparseTransformerTN": _tn_gradient,
+    "BlocksparseMaskedSoftmax": _softmax_gradient,
+    "BlocksparseSoftmax": _softmax_gradient,
+}

@@ -1,0 +1,270 @@
+"""The host side of blocksparse's class: look-up tables, masks, and the ops in NumPy."""
+
+import numpy as np
+
+from .masks import Mask, Span, check_positive
+
+_MASK_WORDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_BLOCKS_AT_ONCE = 1024  # whose elements are in memory: 4 MB at block size 64
+
+
+class BlocksparseTables:
+    """What blocksparse's kernels read: which blocks there are, and who attends in them.
+
+    Tables are int32 [lut_heads, entries, 2]. `nt_lut` holds the (q block, kv block) of
+    every block in row-major order. `nn_lut` starts with an (offset, size) for every q
+    block; from that entry on come so many (block, kv block). `tn_lut` is the same for
+    every kv block and its (block, q block).
+
+    Heads may have different numbers of blocks, which blocksparse refuses. `blocks` is
+    then the largest. A block that a head does not use is (-1, -1) in `nt_lut`, in no
+    list, without mask bits, and 0 in every tensor of blocks.
+
+    >>> tables = BlocksparseTables([[1, 0], [1, 1]], block_size=8, heads=4)
+    >>> tables.nt_lut.tolist()
+    [[[0, 0], [1, 0], [1, 1]]]
+    >>> tables.nn_lut.tolist()
+    [[[2, 1], [3, 2], [0, 0], [1, 0], [2, 1]]]
+    >>> tables.nn_list
+    [[[(0, 0)], [(1, 0), (2, 1)]]]
+
+    Args:
+      layout: [heads or 1, q_blocks, kv_blocks], or [q_blocks, kv_blocks] to share it
+        between heads. Any dtype; nonzero = computed.
+      block_size: Side of a block in positions: 8, 16, 32 or 64.
+      heads: Number of heads; None: as many as the layout has.
+      mask_callback: `(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx)` ->
+        bool or integer [block_size, block_size], nonzero = attend; called once per
+        block of the layout. Or a `Mask` over positions, which answers for many blocks
+        at once. None: every element of every block.
+      name: Kept as the attribute `name`.
+
+    Raises:
+      ValueError: If an argument, or what the callback returns, is not as above.
+    """
+
+    def __init__(
+        self, layout, block_size=64, heads=None, mask_callback=None, name=None
+    ):
+        layout = np.asarray(layout).astype(bool)
+        if block_size not in _MASK_WORDS:
+            raise ValueError(f"block_size must be 8, 16, 32 or 64, got {block_size!r}")
+        if layout.ndim not in (2, 3) or layout.size == 0:
+            raise ValueError(
+                "layout must be [q_blocks, kv_blocks] or [heads, q_blocks, kv_blocks] "
+                f"and not empty, got shape {layout.shape}"
+            )
+        if layout.ndim == 2:
+            if heads is None:
+                raise ValueError(
+                    "heads must be a positive integer with a layout [q_blocks, "
+                    "kv_blocks], got None"
+                )
+            layout = layout[None]
+        heads = len(layout) if heads is None else heads
+        check_positive(heads=heads)
+        if len(layout) not in (1, heads):
+            raise ValueError(
+                f"layout must have 1 head or heads={heads}, got {len(layout)}"
+            )
+        self.name = name
+        self.blk_size = block_size
+        self.blk_shape = (block_size, block_size)
+        self.heads = heads
+        self.lut_heads, self.ctx_blks_q, self.ctx_blks_k = layout.shape
+        self._cache = {}  # what is derived from the tables, once asked for
+        self._init_luts(layout)
+        # What the kernels read: [lut_heads, block_size, blocks], bit k of a query's word
+        # is set where it attends to key k of the block.
+        self.softmax_mask = None
+        if mask_callback is not None:
+            self.softmax_mask = self._mask_words(mask_callback)
+
+    def _cached(self, key, build, *args):
+        if key not in self._cache:
+            self._cache[key] = build(*args)
+        return self._cache[key]
+
+    # ---- look-up tables ----
+
+    def _init_luts(self, layout):
+        head, q, k = np.nonzero(layout)
+        self._counts = np.bincount(head, minlength=len(layout))  # blocks of each head
+        self.blocks = int(self._counts.max())
+        block = np.arange(len(head)) - (np.cumsum(self._counts) - self._counts)[head]
+        self.nt_lut = np.full((len(layout), self.blocks, 2), -1, np.int32)
+        self.nt_lut[head, block] = np.stack([q, k], axis=-1)
+        # Blocks are numbered by row, so the lists of rows are in order already.
+        by_column = np.argsort(head * layout.shape[2] + k, kind="stable")
+        q_sizes, k_sizes = layout.sum(axis=2), layout.sum(axis=1)
+        self.nn_lut = self._lists_lut(q_sizes, head, block, block, k)
+        self.tn_lut = self._lists_lut(
+            k_sizes, head, block, block[by_column], q[by_column]
+        )
+        self.nn_max, self.tn_max = int(q_sizes.max()), int(k_sizes.max())
+
+    def _lists_lut(self, sizes, head, place, block, other):
+        lists = sizes.shape[1]
+        lut = np.full((len(sizes), lists + self.blocks, 2), -1, np.int32)
+        lut[:, :lists, 0] = lists + np.cumsum(sizes, axis=1) - sizes
+        lut[:, :lists, 1] = sizes
+        lut[head, lists + place] = np.stack([block, other], axis=-1)
+        return lut
+
+    @property
+    def nt_list(self):
+        """Per head, the (q block, kv block) of every block."""
+        return self._cached("nt_list", self._block_list)
+
+    @property
+    def nn_list(self):
+        """Per head and q block, its [(block, kv block), ...]."""
+        return self._cached("nn_list", _entry_lists, self.nn_lut, self.ctx_blks_q)
+
+    @property
+    def tn_list(self):
+        """Per head and kv block, its [(block, q block), ...]."""
+        return self._cached("tn_list", _entry_lists, self.tn_lut, self.ctx_blks_k)
+
+    def _block_list(self):
+        heads = zip(self.nt_lut, self._counts)
+        return [list(map(tuple, lut[:count].tolist())) for lut, count in heads]
+
+    def block_coord(self, block, head=0):
+        """The (q block, kv block) of a block."""
+        return self.nt_list[head][block]
+
+    # ---- masks ----
+
+    @property
+    def softmax_mask_np(self):
+        """`softmax_mask` as [lut_heads, blocks, block_size]."""
+        if self.softmax_mask is None:
+            return None
+        return self._cached(
+            "softmax_mask_np", self.softmax_mask.transpose(0, 2, 1).copy
+        )
+
+    def _mask_words(self, mask):
+        words = np.zeros(
+            (self.lut_heads, self.blk_size, self.blocks), _MASK_WORDS[self.blk_size]
+        )
+        for head, count in enumerate(self._counts):
+            blocks = np.arange(count)
+            if isinstance(mask, Mask):
+                is_full, blocks = self._judge_blocks(mask, head, blocks)
+                words[head, :, :count] = -is_full.astype(words.dtype)  # 0 - 1: all bits
+            for i in range(0, len(blocks), _BLOCKS_AT_ONCE):
+                some = blocks[i : i + _BLOCKS_AT_ONCE]
+                elements = self._elements(mask, head, some)
+                bits = np.packbits(elements, axis=-1, bitorder="little")
+                words[head, :, some] = bits.view(words.dtype)[..., 0]
+        return words
+
+    def _judge_blocks(self, mask, head, blocks):
+        """Which blocks a `Mask` knows to be full, and those that it cannot tell."""
+        first = self.nt_lut[head, blocks].T * np.int64(self.blk_size)
+        q, k = (Span(position, position + self.blk_size - 1) for position in first)
+        is_full, is_empty = (
+            np.broadcast_to(answer, blocks.shape) for answer in mask.bounds(head, q, k)
+        )
+        return is_full, blocks[~(is_full | is_empty)]
+
+    def _elements(self, mask, head, blocks):
+        """bool [blocks, block_size, block_size], True = attend."""
+        coords = self.nt_lut[head, blocks]
+        if isinstance(mask, Mask):
+            steps = np.arange(self.blk_size)
+            q, k = coords.T[:, :, None] * np.int64(self.blk_size) + steps
+            elements = mask(head, q[:, :, None], k[:, None, :])
+            return np.broadcast_to(elements, (len(blocks),) + self.blk_shape)
+        found = []
+        for block, (q, k) in zip(blocks.tolist(), coords.tolist()):
+            elements = np.asarray(mask(self.blk_shape, head, q, k, block))
+            if elements.shape != self.blk_shape or elements.dtype.kind not in "biu":
+                raise ValueError(
+                    f"mask_callback must return bool {self.blk_shape}, got "
+                    f"{elements.dtype} {elements.shape} for head {head}, q block {q}, "
+                    f"kv block {k}"
+                )
+            found.append(elements.astype(bool))
+        return np.stack(found)
+
+    # ---- the ops in NumPy, to test against ----
+
+    def nt_test(self, a, b):
+        """`nt_op` in NumPy, float32."""
+        a, b = self._split(a, self.ctx_blks_q), self._split(b, self.ctx_blks_k)
+        c = np.zeros((len(a), self.heads, self.blocks) + self.blk_shape, np.float32)
+        for n, h in np.ndindex(len(a), self.heads):
+            for block, (q, k) in enumerate(self.nt_list[h % self.lut_heads]):
+                c[n, h, block] = np.dot(a[n, q, :, h], b[n, k, :, h].T)
+        return c
+
+    def nn_test(self, a, b):
+        """`nn_op` in NumPy, float32."""
+        return self._xn_test(self.nn_list, a, self._split(b, self.ctx_blks_k))
+
+    def tn_test(self, a, b):
+        """`tn_op` in NumPy, float32."""
+        a, b = np.swapaxes(a, 3, 4), self._split(b, self.ctx_blks_q)
+        return self._xn_test(self.tn_list, a, b)
+
+    def _split(self, x, blocks):
+        head_dim = x.shape[2] // self.heads
+        return x.reshape(len(x), blocks, self.blk_size, self.heads, head_dim)
+
+    def _xn_test(self, lists, a, b):
+        c = np.zeros((len(b), len(lists[0])) + b.shape[2:], np.float32)
+        for n, h in np.ndindex(len(b), self.heads):
+            for row, entries in enumerate(lists[h % self.lut_heads]):
+                for block, other in entries:
+                    c[n, row, :, h] += np.dot(a[n, h, block], b[n, other, :, h])
+        return c.reshape(len(b), c.shape[1] * c.shape[2], c.shape[3] * c.shape[4])
+
+    def masked_softmax_test(self, x, scale=1.0, autoregress_at_key=None):
+        """`masked_softmax` in NumPy, dtype of x."""
+        y = np.zeros_like(x)
+        for n, h in np.ndindex(x.shape[:2]):
+            lut_head = h % self.lut_heads
+            for q_block, entries in enumerate(self.nn_list[lut_head]):
+                if not entries:
+                    continue
+                blocks, k_blocks = np.transpose(entries)
+                s = (x[n, h, blocks] * scale).astype(np.float32)
+                if self.softmax_mask_np is not None:
+                    allowed = _unpack_words(self.softmax_mask_np[lut_head, blocks])
+                    if autoregress_at_key is not None:
+                        steps = np.arange(self.blk_size)
+                        query = q_block * self.blk_size + steps[:, None]
+                        key = k_blocks[:, None, None] * self.blk_size + steps
+                        allowed &= (key < autoregress_at_key) | (key <= query)
+                    s = np.where(allowed, s, -np.finfo(np.float32).max)
+                p = np.exp(s - np.max(s, axis=(0, 2), keepdims=True))
+                y[n, h, blocks] = p / np.sum(p, axis=(0, 2), keepdims=True)
+        return y
+
+    def masked_softmax_grad_test(self, dy, y, scale=1.0):
+        """Gradient of x in NumPy: dy is that of `y = masked_softmax_test(x, scale)`."""
+        dx = np.zeros_like(dy)
+        for n, h in np.ndindex(dy.shape[:2]):
+            for entries in self.nn_list[h % self.lut_heads]:
+                blocks = [block for block, _ in entries]
+                dp, p = dy[n, h, blocks], y[n, h, blocks]
+                delta = np.sum(dp * p, axis=(0, 2), keepdims=True)
+                dx[n, h, blocks] = (dp - delta) * p * scale
+        return dx
+
+
+def _unpack_words(words):
+    """bool [..., block_size], from the words of a mask."""
+    words = words[..., None].view(np.uint8)
+    return np.unpackbits(words, axis=-1, bitorder="little").astype(bool)
+
+
+def _entry_lists(luts, lists):
+    heads = []
+    for lut in luts:
+        entries = list(map(tuple, lut.tolist()))
+        heads.append([entries[first : first + size] for first, size in entries[:lists]])
+    return heads

@@ -1,0 +1,24 @@
+// isa.h — which of the instruction sets that the kernels are compiled for this CPU uses.
+#ifndef SPARSE_ATTENTION_ISA_H_
+#define SPARSE_ATTENTION_ISA_H_
+
+namespace spattn {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The best one; SPARSE_ATTENTION_ISA=baseline or avx2 in the environment lowers it.
+Isa CpuIsa();
+
+// The instruction set's own `name`: each file in cpu/ is compiled once in each of the namespaces.
+#if defined(SPATTN_ONLY_BASELINE)
+#define SPATTN_OF_THIS_ISA(name) (::spattn::baseline::name)
+#else
+#define SPATTN_OF_THIS_ISA(name)                                         \
+  (::spattn::CpuIsa() == ::spattn::Isa::kAvx512 ? ::spattn::avx512::name \
+   : ::spattn::CpuIsa() == ::spattn::Isa::kAvx2 ? ::spattn::avx2::name   \
+                                                : ::spattn::baseline::name)
+#endif
+
+}  // namespace spattn
+
+#endif  // SPARSE_ATTENTION_ISA_H_

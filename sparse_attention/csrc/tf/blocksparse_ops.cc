@@ -1,0 +1,467 @@
+// blocksparse_ops.cc — blocksparse's TensorFlow ops over the C ABI of blocksparse.h.
+//
+// Names, inputs and attributes are blocksparse's, so that graphs saved with it run here. Ours beyond
+// those: bfloat16 a and b, float scores and weights, and the attribute XT.
+//
+// This file checks ranks, shapes and attributes and fills the structs of blocksparse.h; the core checks
+// every value in them. It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
+#include "../blocksparse.h"
+#include "binding.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/overflow.h"
+
+namespace spattn {
+namespace {
+
+using tensorflow::int64;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Status;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::errors::InvalidArgument;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// ---- registration ----
+
+Status NtShape(InferenceContext* c) {
+  ShapeHandle a;
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &a));
+  int64 heads, blocks, block_size;
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("heads", &heads));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blocks", &blocks));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", &block_size));
+  c->set_output(0, c->MakeShape({c->Dim(a, 0), heads, blocks, block_size, block_size}));
+  return Status();
+}
+
+Status XnShape(InferenceContext* c) {
+  ShapeHandle b;
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &b));
+  int64 row_blocks, block_size;
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("ctx_blks_c", &row_blocks));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", &block_size));
+  c->set_output(0, c->MakeShape({c->Dim(b, 0), row_blocks * block_size, c->Dim(b, 2)}));
+  return Status();
+}
+
+Status FirstInputShape(InferenceContext* c) {
+  c->set_output(0, c->input(0));
+  return Status();
+}
+
+REGISTER_OP("BlocksparseTransformerNT")
+    .Input("a: T")
+    .Input("b: T")
+    .Input("nt_lut: int32")
+    .Input("nn_lut: int32")
+    .Input("tn_lut: int32")
+    .Output("c: CT")
+    .Attr("T: {half, float, bfloat16}")
+    .Attr("CT: {half, bfloat16, float}")
+    .Attr("heads: int >= 1")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks_a: int >= 1")
+    .Attr("ctx_blks_b: int >= 1")
+    .Attr("ctx_blks_c: int = 0")
+    .Attr("nn_max: int >= 0")
+    .Attr("tn_max: int >= 0")
+    .Attr("bench: int = 0")
+    .SetShapeFn(NtShape)
+    .Doc(R"doc(
+The blocks of a b^T that nt_lut lists.
+
+a: [batch, ctx_blks_a * blk_size, heads * head_dim].
+b: [batch, ctx_blks_b * blk_size, heads * head_dim].
+nt_lut: [heads or 1, blocks, 2] (q block, kv block), or (-1, -1) for a block of zeros.
+nn_lut: for the gradient.
+tn_lut: for the gradient.
+c: [batch, heads, blocks, blk_size, blk_size].
+)doc");
+
+REGISTER_OP("BlocksparseTransformerNN")
+    .Input("a: AT")
+    .Input("b: T")
+    .Input("nt_lut: int32")
+    .Input("nn_lut: int32")
+    .Input("tn_lut: int32")
+    .Output("c: T")
+    .Attr("T: {half, float, bfloat16}")
+    .Attr("AT: {half, bfloat16, float}")
+    .Attr("heads: int >= 1")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks_a: int = 0")
+    .Attr("ctx_blks_b: int >= 1")
+    .Attr("ctx_blks_c: int >= 1")
+    .Attr("nn_max: int >= 0")
+    .Attr("tn_max: int >= 0")
+    .Attr("bench: int = 0")
+    .SetShapeFn(XnShape)
+    .Doc(R"doc(
+a b, with the blocks a that nn_lut lists for each q block.
+
+a: [batch, heads, blocks, blk_size, blk_size].
+b: [batch, ctx_blks_b * blk_size, heads * head_dim].
+nt_lut: for the gradient.
+nn_lut: [heads or 1, ctx_blks_c + blocks, 2] an (offset, size) for each q block, then its (block,
+  kv block)s from that offset on.
+tn_lut: for the gradient.
+c: [batch, ctx_blks_c * blk_size, heads * head_dim].
+)doc");
+
+REGISTER_OP("BlocksparseTransformerTN")
+    .Input("a: AT")
+    .Input("b: T")
+    .Input("nt_lut: int32")
+    .Input("nn_lut: int32")
+    .Input("tn_lut: int32")
+    .Output("c: T")
+    .Attr("T: {half, float, bfloat16}")
+    .Attr("AT: {half, bfloat16, float}")
+    .Attr("heads: int >= 1")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks_a: int = 0")
+    .Attr("ctx_blks_b: int >= 1")
+    .Attr("ctx_blks_c: int >= 1")
+    .Attr("nn_max: int >= 0")
+    .Attr("tn_max: int >= 0")
+    .Attr("bench: int = 0")
+    .SetShapeFn(XnShape)
+    .Doc(R"doc(
+a^T b, with the blocks a that tn_lut lists for each kv block.
+
+a: [batch, heads, blocks, blk_size, blk_size].
+b: [batch, ctx_blks_b * blk_size, heads * head_dim].
+nt_lut: for the gradient.
+nn_lut: for the gradient.
+tn_lut: [heads or 1, ctx_blks_c + blocks, 2] an (offset, size) for each kv block, then its (block,
+  q block)s from that offset on.
+c: [batch, ctx_blks_c * blk_size, heads * head_dim].
+)doc");
+
+REGISTER_OP("BlocksparseMaskedSoftmax")
+    .Input("x: XT")
+    .Input("scale: float")
+    .Input("lut: int32")
+    .Input("mask: MT")
+    .Output("y: T")
+    .Attr("T: {half, bfloat16, float}")
+    .Attr("MT: {uint8, uint16, uint32, uint64}")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks: int >= 1")
+    .Attr("lut_max: int >= 0")
+    .Attr("XT: {bfloat16, float} = DT_BFLOAT16")
+    .SetShapeFn(FirstInputShape)
+    .Doc(R"doc(
+Softmax of scale * x over the keys in the lists of lut that mask allows to each query.
+
+x: [batch, heads, blocks, blk_size, blk_size].
+lut: nn_lut, [heads or 1, ctx_blks + blocks, 2].
+mask: [heads or 1, blk_size, blocks] words of blk_size bits; bit k of a query's word is key k.
+)doc");
+
+REGISTER_OP("BlocksparseSoftmax")
+    .Input("x: XT")
+    .Input("scale: float")
+    .Input("lut: int32")
+    .Output("y: T")
+    .Attr("T: {half, bfloat16, float}")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks: int >= 1")
+    .Attr("lut_max: int >= 0")
+    .Attr("XT: {bfloat16, float} = DT_BFLOAT16")
+    .SetShapeFn(FirstInputShape)
+    .Doc("Softmax of scale * x over the keys in the lists of lut.");
+
+REGISTER_OP("BlocksparseSoftmaxGrad")
+    .Input("dy: T")
+    .Input("y: T")
+    .Input("scale: float")
+    .Input("lut: int32")
+    .Output("dx: T")
+    .Attr("T: {half, bfloat16, float}")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks: int >= 1")
+    .Attr("lut_max: int >= 0")
+    .SetShapeFn(FirstInputShape)
+    .Doc("scale * y * (dy - sum(dy * y)), the gradient of BlocksparseSoftmax, masked or not.");
+
+REGISTER_OP("BstPartialAutoregressiveMask")
+    .Input("mask: MT")
+    .Input("lut: int32")
+    .Input("autoregress_at_k: KT")
+    .Output("mask_out: MT")
+    .Attr("MT: {uint8, uint16, uint32, uint64}")
+    .Attr("KT: {int32, int64}")
+    .Attr("blocks: int >= 0")
+    .Attr("blk_size: int >= 8")
+    .Attr("ctx_blks_k: int >= 1")
+    .SetShapeFn(FirstInputShape)
+    .Doc(R"doc(
+The mask without the keys at or past autoregress_at_k that are later than the query.
+
+mask: [lut heads, blk_size, blocks], as for BlocksparseMaskedSoftmax.
+lut: nt_lut, [lut heads, blocks, 2].
+)doc");
+
+// ---- what the kernels share ----
+
+class BlocksOp : public OpKernel {
+ public:
+  explicit BlocksOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("blocks", &blocks_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("blk_size", &block_size_));
+    OP_REQUIRES(ctx,
+                block_size_ == 8 || block_size_ == 16 || block_size_ == 32 || block_size_ == 64,
+                InvalidArgument("blk_size must be 8, 16, 32 or 64, got ", block_size_));
+  }
+
+ protected:
+  // The shape of a tensor of blocks, if it can be one.
+  Status BlocksShape(int64 batch, int64 heads, TensorShape* shape) const {
+    int64 elements = 1;
+    for (int64 size : {batch, heads, blocks_, block_size_, block_size_}) {
+      elements = tensorflow::MultiplyWithoutOverflow(elements, size);
+      if (elements < 0) {
+        return InvalidArgument("batch * heads * blocks * blk_size^2 must be below 2^63, got ",
+                               batch, " * ", heads, " * ", blocks_, " * ", block_size_, "^2");
+      }
+    }
+    *shape = TensorShape({batch, heads, blocks_, block_size_, block_size_});
+    return Status();
+  }
+
+  Status ReadLut(const char* name, const Tensor& tensor, int64 heads, int64 longest,
+                 SpattnLut* lut) const {
+    if (tensor.dims() != 3 || tensor.dim_size(2) != 2 ||
+        (tensor.dim_size(0) != 1 && tensor.dim_size(0) != heads)) {
+      return InvalidArgument(name, " must have shape [1 or ", heads, ", entries, 2], got ",
+                             tensor.shape().DebugString());
+    }
+    *lut = {static_cast<int32_t>(tensor.dim_size(0)), tensor.dim_size(1), longest,
+            DataOf<int32_t>(tensor)};
+    return Status();
+  }
+
+  Status CheckMask(const Tensor& mask) const {
+    if (mask.dims() != 3 || mask.dim_size(1) != block_size_ || mask.dim_size(2) != blocks_) {
+      return InvalidArgument("mask must have shape [heads, ", block_size_, ", ", blocks_, "], got ",
+                             mask.shape().DebugString());
+    }
+    if (tensorflow::DataTypeSize(mask.dtype()) * 8 != block_size_) {
+      return InvalidArgument("mask must be uint", block_size_, " for blk_size=", block_size_,
+                             ", got ", tensorflow::DataTypeString(mask.dtype()));
+    }
+    return Status();
+  }
+
+  static SpattnArray ArrayOf(const Tensor& tensor) {
+    return {DataOf<void>(tensor), DtypeOf(tensor)};
+  }
+
+  int64 blocks_, block_size_;
+};
+
+// ---- products ----
+
+enum Product { kNt, kNn, kTn };
+
+template <Product kProduct>
+class MatmulOp : public BlocksOp {
+ public:
+  explicit MatmulOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
+    const char* const q_blocks[] = {"ctx_blks_a", "ctx_blks_c", "ctx_blks_b"};
+    const char* const kv_blocks[] = {"ctx_blks_b", "ctx_blks_b", "ctx_blks_c"};
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("heads", &heads_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr(q_blocks[kProduct], &q_blocks_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr(kv_blocks[kProduct], &kv_blocks_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr(kProduct == kTn ? "tn_max" : "nn_max", &longest_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    const char* const luts[] = {"nt_lut", "nn_lut", "tn_lut"};
+    SpattnBlocksMatmul params = {};
+    const Tensor &a = ctx->input(0), &b = ctx->input(1);
+    OP_REQUIRES(
+        ctx,
+        b.dims() == 3 && b.dim_size(2) % heads_ == 0 && b.dim_size(2) / heads_ % 8 == 0 &&
+            b.dim_size(2) > 0,
+        InvalidArgument("b must have shape [batch, length, heads * head_dim] with heads=", heads_,
+                        " and head_dim a multiple of 8, got ", b.shape().DebugString()));
+    const int64 batch = b.dim_size(0), width = b.dim_size(2);
+    const TensorShape q_shape({batch, q_blocks_ * block_size_, width});
+    const TensorShape kv_shape({batch, kv_blocks_ * block_size_, width});
+    TensorShape scores_shape;
+    OP_REQUIRES_OK(ctx, BlocksShape(batch, heads_, &scores_shape));
+    OP_REQUIRES_OK(ctx, CheckShape("a", a, kProduct == kNt ? q_shape : scores_shape));
+    OP_REQUIRES_OK(ctx, CheckShape("b", b, kProduct == kTn ? q_shape : kv_shape));
+    OP_REQUIRES_OK(
+        ctx, ReadLut(luts[kProduct], ctx->input(2 + kProduct), heads_, longest_, &params.lut));
+    params.blocks = {batch,
+                     static_cast<int32_t>(heads_),
+                     static_cast<int32_t>(block_size_),
+                     blocks_,
+                     q_blocks_,
+                     kv_blocks_};
+    params.head_dim = width / heads_;
+
+    Tensor* c = nullptr;
+    const TensorShape& c_shape = kProduct == kNt   ? scores_shape
+                                 : kProduct == kNn ? q_shape
+                                                   : kv_shape;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, c_shape, &c));
+    params.scores = ArrayOf(kProduct == kNt ? *c : a);
+    params.q = ArrayOf(kProduct == kNt ? a : kProduct == kNn ? *c : b);
+    params.kv = ArrayOf(kProduct == kTn ? *c : b);
+    const auto call = kProduct == kNt   ? spattn_blocks_nt_cpu
+                      : kProduct == kNn ? spattn_blocks_nn_cpu
+                                        : spattn_blocks_tn_cpu;
+    RunOnCpu(ctx, params, spattn_blocks_matmul_cpu_workspace, call);
+  }
+
+ private:
+  int64 heads_, q_blocks_, kv_blocks_, longest_;
+};
+
+// ---- softmax ----
+
+class SoftmaxOp : public BlocksOp {
+ public:
+  explicit SoftmaxOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("ctx_blks", &q_blocks_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("lut_max", &longest_));
+  }
+
+ protected:
+  // Reads the tensor of blocks that is input 0, and the scale and the table that follow `scale_input`.
+  Status Read(OpKernelContext* ctx, const char* name, int scale_input,
+              SpattnBlocksSoftmax* params) {
+    constexpr int64 kAnyKvBlocks =
+        (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
+    const Tensor &x = ctx->input(0), &scale = ctx->input(scale_input);
+    if (x.dims() != 5) {
+      return InvalidArgument(name,
+                             " must have rank 5, [batch, heads, blocks, blk_size, blk_size], got ",
+                             x.shape().DebugString());
+    }
+    const int64 heads = x.dim_size(1);
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape(
+        name, x, TensorShape({x.dim_size(0), heads, blocks_, block_size_, block_size_})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("scale", scale, TensorShape({})));
+    SPATTN_TF_RETURN_IF_ERROR(
+        ReadLut("lut", ctx->input(scale_input + 1), heads, longest_, &params->lut));
+    params->blocks = {x.dim_size(0),
+                      static_cast<int32_t>(heads),
+                      static_cast<int32_t>(block_size_),
+                      blocks_,
+                      q_blocks_,
+                      kAnyKvBlocks};
+    params->scale = *DataOf<float>(scale);
+    return Status();
+  }
+
+ private:
+  int64 q_blocks_, longest_;
+};
+
+class SoftmaxFwdOp : public SoftmaxOp {
+ public:
+  using SoftmaxOp::SoftmaxOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    SpattnBlocksSoftmax params = {};
+    OP_REQUIRES_OK(ctx, Read(ctx, "x", /*scale_input=*/1, &params));
+    if (ctx->num_inputs() > 3) {
+      const Tensor& mask = ctx->input(3);
+      OP_REQUIRES_OK(ctx, CheckMask(mask));
+      OP_REQUIRES(ctx, mask.dim_size(0) == 1 || mask.dim_size(0) == params.blocks.heads,
+                  InvalidArgument("the mask's heads must be 1 or ", params.blocks.heads, ", got ",
+                                  mask.dim_size(0)));
+      params.mask = DataOf<void>(mask);
+      params.mask_heads = static_cast<int32_t>(mask.dim_size(0));
+    }
+    Tensor* y = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(0).shape(), &y));
+    params.x = ArrayOf(ctx->input(0));
+    params.y = ArrayOf(*y);
+    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_cpu);
+  }
+};
+
+class SoftmaxGradOp : public SoftmaxOp {
+ public:
+  using SoftmaxOp::SoftmaxOp;
+
+  void Compute(OpKernelContext* ctx) override {
+    SpattnBlocksSoftmax params = {};
+    OP_REQUIRES_OK(ctx, Read(ctx, "dy", /*scale_input=*/2, &params));
+    OP_REQUIRES_OK(ctx, CheckShape("y", ctx->input(1), ctx->input(0).shape()));
+    Tensor* dx = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(0).shape(), &dx));
+    params.dy = ArrayOf(ctx->input(0));
+    params.y = ArrayOf(ctx->input(1));
+    params.dx = ArrayOf(*dx);
+    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_grad_cpu);
+  }
+};
+
+// ---- partial autoregressive mask ----
+
+class AutoregressiveMaskOp : public BlocksOp {
+ public:
+  explicit AutoregressiveMaskOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("ctx_blks_k", &kv_blocks_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    constexpr int64 kAnyQBlocks =
+        (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
+    const Tensor &mask = ctx->input(0), &lut = ctx->input(1), &key = ctx->input(2);
+    SpattnBlocksMask params = {};
+    OP_REQUIRES_OK(ctx, CheckMask(mask));
+    OP_REQUIRES_OK(ctx, CheckShape("autoregress_at_k", key, TensorShape({})));
+    const int64 heads = mask.dim_size(0);
+    OP_REQUIRES_OK(ctx, CheckShape("lut", lut, TensorShape({heads, blocks_, 2})));
+    OP_REQUIRES_OK(ctx, ReadLut("lut", lut, heads, 0, &params.lut));
+    params.blocks = {1,
+                     static_cast<int32_t>(heads),
+                     static_cast<int32_t>(block_size_),
+                     blocks_,
+                     kAnyQBlocks,
+                     kv_blocks_};
+    params.key = key.dtype() == tensorflow::DT_INT64 ? *DataOf<int64>(key) : *DataOf<int32_t>(key);
+    Tensor* mask_out = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, mask.shape(), &mask_out));
+    params.mask = DataOf<void>(mask);
+    params.mask_out = DataOf<void>(*mask_out);
+    const SpattnThreads threads = WorkerPool(ctx);
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_autoregressive_mask_cpu(&params, &threads)));
+  }
+
+ private:
+  int64 kv_blocks_;
+};
+
+#define REGISTER_CPU(name, kernel) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), kernel)
+
+REGISTER_CPU("BlocksparseTransformerNT", MatmulOp<kNt>);
+REGISTER_CPU("BlocksparseTransformerNN", MatmulOp<kNn>);
+REGISTER_CPU("BlocksparseTransformerTN", MatmulOp<kTn>);
+REGISTER_CPU("BlocksparseMaskedSoftmax", SoftmaxFwdOp);
+REGISTER_CPU("BlocksparseSoftmax", SoftmaxFwdOp);
+REGISTER_CPU("BlocksparseSoftmaxGrad", SoftmaxGradOp);
+REGISTER_CPU("BstPartialAutoregressiveMask", AutoregressiveMaskOp);
+
+}  // namespace
+}  // namespace spattn

@@ -1,0 +1,258 @@
+"""blocksparse's class on our kernels: scores, softmax and weights as tensors of blocks.
+
+`BlocksparseTransformer` keeps the interface, the look-up tables and the data path of
+openai/blocksparse, so code written for it runs on any TensorFlow, and on a CPU:
+
+    bst = BlocksparseTransformer(layout, block_size=32, heads=8, mask_callback=callback)
+    scores = bst.query_key_op(q, k)  # [batch, heads, blocks, block_size, block_size]
+    weights = bst.masked_softmax(scores, scale=0.125)
+    y = bst.weight_value_op(weights, v)  # [batch, q_len, heads * head_dim]
+
+Scores and weights go through memory, 16 bits each: that is its contract. The fused
+`block_sparse_attention` stores neither.
+"""
+
+import hashlib
+
+import tensorflow as tf
+
+from .blocksparse_ops import load_blocksparse_ops
+from .blocksparse_tables import BlocksparseTables
+from .layouts import all_layout, fixed_layout, local_layout, strided_layout
+from .masks import causal_mask, check_positive, chunk_mask, local_mask
+
+# A graph's collection; those that are not named by a str are not saved with it.
+_CONSTANTS = ("sparse_attention", "tables")
+
+
+class BlocksparseTransformer(BlocksparseTables):
+    """Products and softmax over the computed blocks of a score matrix.
+
+    Arguments, tables and masks are those of `BlocksparseTables`.
+    """
+
+    softmax_dtype = None  # of the weights; `query_key_op` sets it
+
+    # ---- tables as tensors ----
+
+    def get_lut_constants(self):
+        """(nt_lut, nn_lut, tn_lut) as tensors."""
+        return tuple(map(self._constant, ("nt_lut", "nn_lut", "tn_lut")))
+
+    def _constant(self, table):
+        """A table as a tensor. Equal tables are one constant of a graph."""
+        array = getattr(self, table)
+        if tf.executing_eagerly():
+            return self._cached(table, tf.constant, array)
+        graph = tf.compat.v1.get_default_graph()
+        constants = graph.get_collection_ref(_CONSTANTS)  # [] or [a dict]
+        if not constants:
+            constants.append({})
+        key = self._cached(table + "_key", _content_key, array)
+        if key not in constants[0]:
+            with tf.compat.v1.control_dependencies(None):
+                constants[0][key] = tf.constant(array, name=table)
+        return constants[0][key]
+
+    # ---- products ----
+
+    def nt_op(self, a, b, name=None, bench=0, dtype=tf.bfloat16):
+        """Every computed block of a b^T.
+
+        Args:
+          a: float32, float16 or bfloat16 [batch, q_len, heads * head_dim] with q_len =
+            ctx_blks_q * blk_size and head_dim a multiple of 8.
+          b: The same with kv_len = ctx_blks_k * blk_size.
+          name: Of the op.
+          bench: Ignored; blocksparse timed so many runs.
+          dtype: Of the result: bfloat16, float16 or float32.
+
+        Returns:
+          `dtype` [batch, heads, blocks, blk_size, blk_size].
+
+        Numerics: float32 accumulation, one rounding to `dtype`. Bitwise deterministic.
+        Cost: 2 blk_size^2 head_dim FLOP per block, head and batch.
+        """
+        return load_blocksparse_ops().blocksparse_transformer_nt(
+            a,
+            b,
+            *self.get_lut_constants(),
+            CT=dtype,
+            ctx_blks_a=self.ctx_blks_q,
+            ctx_blks_b=self.ctx_blks_k,
+            **self._matmul_attrs(name, bench),
+        )
+
+    def nn_op(self, a, b, name=None, bench=0):
+        """a b with `a` as from `nt_op` and `b` [batch, kv_len, heads * head_dim]."""
+        return load_blocksparse_ops().blocksparse_transformer_nn(
+            a,
+            b,
+            *self.get_lut_constants(),
+            ctx_blks_b=self.ctx_blks_k,
+            ctx_blks_c=self.ctx_blks_q,
+            **self._matmul_attrs(name, bench),
+        )
+
+    def tn_op(self, a, b, name=None, bench=0):
+        """a^T b with `a` as from `nt_op` and `b` [batch, q_len, heads * head_dim]."""
+        return load_blocksparse_ops().blocksparse_transformer_tn(
+            a,
+            b,
+            *self.get_lut_constants(),
+            ctx_blks_b=self.ctx_blks_q,
+            ctx_blks_c=self.ctx_blks_k,
+            **self._matmul_attrs(name, bench),
+        )
+
+    def query_key_op(self, q, k, name=None, bench=0, dtype=tf.bfloat16):
+        """`nt_op`. The weights of the softmax that follows are float16 if q is, else
+        bfloat16."""
+        is_half = tf.as_dtype(q.dtype).base_dtype == tf.float16
+        self.softmax_dtype = tf.float16 if is_half else tf.bfloat16
+        return self.nt_op(q, k, name, bench, dtype)
+
+    def weight_value_op(self, w, v, name=None, bench=0):
+        """`nn_op`."""
+        return self.nn_op(w, v, name, bench)
+
+    def _matmul_attrs(self, name, bench):
+        return dict(
+            heads=self.heads,
+            blocks=self.blocks,
+            blk_size=self.blk_size,
+            nn_max=self.nn_max,
+            tn_max=self.tn_max,
+            bench=bench,
+            name=name,
+        )
+
+    # ---- softmax ----
+
+    def masked_softmax(self, x, scale=1.0, autoregress_at_key=None, dtype=None):
+        """Softmax of `scale * x` over the keys that the mask allows to each query.
+
+        A query that has blocks but no allowed key spreads its weight evenly over all
+        their keys, as in blocksparse's NumPy code.
+
+        Args:
+          x: bfloat16 or float32 [batch, heads, blocks, blk_size, blk_size].
+          scale: Number or scalar tensor. Gets no gradient.
+          autoregress_at_key: int or scalar tensor in [0, kv_len): keys from there on
+            are also hidden from the queries before them. None: the mask alone decides.
+          dtype: Of the weights: bfloat16, float16 or float32. None: as the last
+            `query_key_op` set it.
+
+        Returns:
+          `dtype`, shape of x.
+
+        Raises:
+          ValueError: If `autoregress_at_key` is given without a mask.
+
+        Numerics: float32 inside, one rounding to `dtype`. Bitwise deterministic. The
+          gradient has the dtype of x.
+        """
+        if self.softmax_mask is None:
+            if autoregress_at_key is not None:
+                raise ValueError("autoregress_at_key needs a mask_callback, got None")
+            return self.softmax(x, scale, dtype)
+        mask = self._constant("softmax_mask")
+        if autoregress_at_key is not None:
+            mask = load_blocksparse_ops().bst_partial_autoregressive_mask(
+                mask,
+                self._constant("nt_lut"),
+                autoregress_at_key,
+                blocks=self.blocks,
+                blk_size=self.blk_size,
+                ctx_blks_k=self.ctx_blks_k,
+            )
+        lut = self._constant("nn_lut")
+        return load_blocksparse_ops().blocksparse_masked_softmax(
+            x, tf.cast(scale, tf.float32), lut, mask, **self._softmax_attrs(dtype)
+        )
+
+    def softmax(self, x, scale=1.0, dtype=None):
+        """`masked_softmax` over every key of a query's blocks."""
+        lut = self._constant("nn_lut")
+        return load_blocksparse_ops().blocksparse_softmax(
+            x, tf.cast(scale, tf.float32), lut, **self._softmax_attrs(dtype)
+        )
+
+    def _softmax_attrs(self, dtype):
+        if dtype is None:
+            dtype = tf.bfloat16 if self.softmax_dtype is None else self.softmax_dtype
+        return dict(
+            blocks=self.blocks,
+            blk_size=self.blk_size,
+            ctx_blks=self.ctx_blks_q,
+            lut_max=self.nn_max,
+            T=dtype,
+        )
+
+
+def _content_key(array):
+    return array.dtype.str, array.shape, hashlib.sha1(array.tobytes()).digest()
+
+
+def get_blocksparse_obj(
+    n_ctx,
+    n_heads,
+    attn_mode,
+    blocksize=32,
+    local_attn_ctx=None,
+    num_verts=4,
+    vertsize=1,
+):
+    """The `BlocksparseTransformer` of a pattern, as openai/sparse_attention builds it.
+
+    >>> get_blocksparse_obj(96, 4, "local", 32, local_attn_ctx=32).nt_list
+    [[(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]]
+
+    Args:
+      n_ctx: Sequence length in positions; a multiple of `blocksize`.
+      n_heads: Number of heads.
+      attn_mode: "all", "local", "strided" (for inputs that went through
+        `strided_transpose`) or "fixed".
+      blocksize: Side of a block in positions: 8, 16, 32 or 64.
+      local_attn_ctx: Window or stride in positions, for all modes but "all". It divides
+        `n_ctx` if "strided", and is a multiple of `blocksize` if "fixed".
+      num_verts, vertsize: As for `fixed_layout`; None: 4 and 1.
+
+    Returns:
+      `BlocksparseTransformer`.
+
+    Raises:
+      ValueError: If an argument is not as above.
+    """
+    check_positive(n_ctx=n_ctx, n_heads=n_heads, blocksize=blocksize)
+    if n_ctx % blocksize:
+        raise ValueError(
+            f"n_ctx must be a multiple of blocksize={blocksize}, got {n_ctx}"
+        )
+    if attn_mode in ("local", "strided", "fixed"):
+        check_positive(local_attn_ctx=local_attn_ctx)
+    mask = causal_mask()
+    if attn_mode == "all":
+        layout = all_layout(n_ctx, blocksize)
+    elif attn_mode == "local":
+        layout = local_layout(n_ctx, blocksize, local_attn_ctx)
+        mask = local_mask(local_attn_ctx)
+    elif attn_mode == "strided":
+        if n_ctx % local_attn_ctx:
+            raise ValueError(
+                f"local_attn_ctx must divide n_ctx={n_ctx}, got {local_attn_ctx}"
+            )
+        layout = strided_layout(n_ctx, blocksize, local_attn_ctx)
+        mask = mask & chunk_mask(n_ctx // local_attn_ctx)
+    elif attn_mode == "fixed":
+        num_verts = 4 if num_verts is None else num_verts
+        vertsize = 1 if vertsize is None else vertsize
+        heads = 1 if num_verts == 1 else n_heads
+        layout = fixed_layout(
+            n_ctx, blocksize, local_attn_ctx, num_verts, vertsize, heads
+        )
+    else:
+        raise ValueError(
+            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
+        )
+    return BlocksparseTransformer(layout, blocksize, n_heads, mask)
