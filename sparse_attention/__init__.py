@@ -39,10 +39,12 @@ __version__ = "0.1.0"
 
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
+    "BlocksparseTransformer": "transformer",
     "attention_impl": "attention",
     "block_sparse_attention": "attention",
     "blocksparse_attention_impl": "attention",
     "get_attn_mask": "attention",
+    "get_blocksparse_obj": "transformer",
     "get_callback": "attention",
     "load_ops": "attention",
     "merge_heads": "attention",

@@ -12,8 +12,14 @@ def _attention_gradient(op, do, dlse):
     o, lse = op.outputs
     do = tf.zeros_like(o) if do is None else do
     dlse = tf.zeros_like(lse) if dlse is None else dlse
-    attributes = ("heads", "kv_heads", "softmax_scale", "row_stride")
-    attributes += ("block_q", "block_kv")
+    attributes = (
+        "heads",
+        "kv_heads",
+        "softmax_scale",
+        "row_stride",
+        "block_q",
+        "block_kv",
+    )
     grads = _ops.attention_ops().block_sparse_attention_grad(
         q, k, v, o, lse, do, dlse, *plan, **{a: op.get_attr(a) for a in attributes}
     )

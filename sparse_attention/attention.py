@@ -8,20 +8,26 @@ import tensorflow as tf
 
 from . import (
     _fallback,
-    _gradients,  # noqa: F401: registers them
+    _gradients,  # noqa: F401 - registers them
     _ops,
 )
 from .block_mask import BlockMask, pattern_block_mask
 from .masks import check_positive, fixed_mask
 from .recompute import recomputable
+from .transformer import get_blocksparse_obj
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 MAX_HEAD_DIM = 256
 
 
+# Not for AutoGraph: there is nothing to convert in them, and much that they call.
+not_converted = tf.autograph.experimental.do_not_convert
+
+
 # ---- block-sparse attention ----
 
 
+@not_converted
 def block_sparse_attention(
     q,
     k,
@@ -233,6 +239,7 @@ def _plan_tensors(block_mask, q):
 
 
 @recomputable("attention_impl")
+@not_converted
 def attention_impl(
     q,
     k,
@@ -265,7 +272,13 @@ def attention_impl(
     """
     q, k, v = (split_heads(tf.convert_to_tensor(x), heads) for x in (q, k, v))
     mask = get_attn_mask(
-        shape_list(k)[2], attn_mode, local_attn_ctx, heads, blocksize, num_verts, vertsize
+        shape_list(k)[2],
+        attn_mode,
+        local_attn_ctx,
+        heads,
+        blocksize,
+        num_verts,
+        vertsize,
     )
     w = tf.matmul(q, k, transpose_b=True)
     if w.dtype in (tf.float16, tf.bfloat16):
@@ -277,6 +290,7 @@ def attention_impl(
 
 
 @recomputable("blocksparse_attention_impl")
+@not_converted
 def blocksparse_attention_impl(
     q,
     k,
@@ -287,16 +301,20 @@ def blocksparse_attention_impl(
     blocksize=32,
     num_verts=None,
     vertsize=None,
+    backend="fused",
 ):
-    """`attention_impl` by `block_sparse_attention`, which says more.
+    """`attention_impl` in the blocks that the pattern needs.
 
     Args:
       q, k, v: float32, float16 or bfloat16 [batch, time, heads * head_dim].
       heads: Number of heads.
       attn_mode, local_attn_ctx, num_verts, vertsize: As for `get_attn_mask`.
       blocksize: Side of a block in positions: 8, 16, 32, 64 or 128.
-      recompute: Whether to run the op again in the backward pass instead of keeping its
-        result.
+      backend: "fused": `block_sparse_attention`. "blocksparse_ops": the seed's data path,
+        three ops with scores and weights in memory, 16 bits each. "blocksparse": the same
+        on the real package, where it imports.
+      recompute: Whether to run the ops again in the backward pass instead of keeping
+        their results.
 
     Returns:
       Like v.
@@ -304,18 +322,38 @@ def blocksparse_attention_impl(
     Raises:
       TypeError: If a dtype is not supported or not equal to q's.
       ValueError: If an argument is missing, not positive, or does not fit the others.
+      ImportError: If `backend` is "blocksparse", and that package does not import.
     """
-    q = tf.convert_to_tensor(q, name="q")
-    block_mask = pattern_block_mask(
-        attn_mode,
-        _static_time("q", q),
-        heads,
-        blocksize,
-        local_attn_ctx,
-        num_verts,
-        vertsize,
+    q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
+    pattern = (attn_mode, blocksize, local_attn_ctx, num_verts, vertsize)
+    if backend == "fused":
+        attn_mode, *rest = pattern
+        q_len = _static_time("q", q)
+        block_mask = pattern_block_mask(attn_mode, q_len, heads, *rest)
+        return block_sparse_attention(q, k, v, block_mask, heads)
+    if backend not in ("blocksparse_ops", "blocksparse"):
+        raise ValueError(
+            "backend must be 'fused', 'blocksparse_ops' or 'blocksparse', "
+            f"got {backend!r}"
+        )
+    return _three_ops(q, k, v, heads, pattern, backend == "blocksparse")
+
+
+def _three_ops(q, k, v, heads, pattern, real):
+    """Scores, softmax and weighted sum of blocksparse; strided by way of transposes."""
+    attn_mode, blocksize, stride, num_verts, vertsize = pattern
+    n_ctx = _static_time("q", q)
+    bst = get_blocksparse_obj(
+        n_ctx, heads, attn_mode, blocksize, stride, num_verts, vertsize, real
     )
-    return block_sparse_attention(q, k, v, block_mask, heads)
+    if attn_mode == "strided":
+        q, k, v = (strided_transpose(x, n_ctx, stride, blocksize) for x in (q, k, v))
+    w = bst.query_key_op(q, k)
+    w = bst.masked_softmax(w, scale=(shape_list(q)[-1] // heads) ** -0.5)
+    o = bst.weight_value_op(w, v)
+    if attn_mode == "strided":  # and back
+        o = strided_transpose(o, n_ctx, n_ctx // stride, 1)
+    return o
 
 
 def get_attn_mask(

@@ -69,7 +69,8 @@ def _decorate(function, name):
         "recompute", inspect.Parameter.KEYWORD_ONLY, default=False
     )
     parameters.insert(len(parameters) - has_kwargs, recompute)
-    wrapper.__signature__ = signature.replace(parameters=parameters)
+    signature = signature.replace(parameters=parameters)
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -169,7 +170,9 @@ def _unrecorded():
     """Hides eager ops from all tapes, which would keep them; yet watches variables."""
     try:
         from tensorflow.python.eager.record import VariableWatcher, stop_recording
-    except ImportError:  # an older TensorFlow sees no variables while it does not record
+    except (
+        ImportError
+    ):  # an older TensorFlow sees no variables while it does not record
         with tf.GradientTape() as watcher:
             yield watcher
     else:

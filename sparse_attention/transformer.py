@@ -13,7 +13,9 @@ Scores and weights go through memory, 16 bits each: that is its contract. The fu
 """
 
 import hashlib
+import importlib
 
+import numpy as np
 import tensorflow as tf
 
 from .blocksparse_ops import load_blocksparse_ops
@@ -202,6 +204,7 @@ def get_blocksparse_obj(
     local_attn_ctx=None,
     num_verts=4,
     vertsize=1,
+    real=False,
 ):
     """The `BlocksparseTransformer` of a pattern, as openai/sparse_attention builds it.
 
@@ -217,12 +220,14 @@ def get_blocksparse_obj(
       local_attn_ctx: Window or stride in positions, for all modes but "all". It divides
         `n_ctx` if "strided", and is a multiple of `blocksize` if "fixed".
       num_verts, vertsize: As for `fixed_layout`; None: 4 and 1.
+      real: Whether to build the class of the real blocksparse package.
 
     Returns:
-      `BlocksparseTransformer`.
+      `BlocksparseTransformer`, ours or blocksparse's.
 
     Raises:
       ValueError: If an argument is not as above.
+      ImportError: If the real package is asked for and does not import.
     """
     check_positive(n_ctx=n_ctx, n_heads=n_heads, blocksize=blocksize)
     if n_ctx % blocksize:
@@ -255,4 +260,23 @@ def get_blocksparse_obj(
         raise ValueError(
             f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
         )
-    return BlocksparseTransformer(layout, blocksize, n_heads, mask)
+    if not real:
+        return BlocksparseTransformer(layout, blocksize, n_heads, mask)
+
+    def callback(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
+        rows, columns = np.ogrid[: blk_shape[0], : blk_shape[1]]
+        q_idx = query_blk_idx * blk_shape[0] + rows
+        return mask(head_idx, q_idx, key_blk_idx * blk_shape[1] + columns)
+
+    return _real_class()(layout, blocksize, n_heads, callback)
+
+
+def _real_class():
+    try:
+        return importlib.import_module("blocksparse.transformer").BlocksparseTransformer
+    except Exception as error:  # its compiled half fails in many ways
+        raise ImportError(
+            "backend='blocksparse' needs the package blocksparse 1.13.1 to import, which "
+            "needs TensorFlow 1.13 with CUDA 10 and a GPU; backend='blocksparse_ops' "
+            f"runs the same ops anywhere. It failed with {type(error).__name__}: {error}"
+        ) from error

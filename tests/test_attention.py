@@ -14,7 +14,6 @@ from helpers import (
     plain_attention_bwd,
     plain_attention_fwd,
     random_inputs,
-    to_dtype,
 )
 from tensorflow.python.eager import context
 from tf_helpers import (
@@ -148,7 +147,9 @@ def test_one_output_alone_has_a_gradient(output):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_masked_keys_cannot_leak(value):
-    block_mask = sa.BlockMask(np.ones([1, 1]), sa.causal_mask(), 16, q_len=16, kv_len=16)
+    block_mask = sa.BlockMask(
+        np.ones([1, 1]), sa.causal_mask(), 16, q_len=16, kv_len=16
+    )
     q, k, v = qkv(block_mask)
     do = np.ones_like(q)
     bad_k, bad_v = k.copy(), v.copy()
@@ -204,7 +205,10 @@ def test_batch_may_be_dynamic_and_empty(mode, batch):
 
     def with_unknown_batch(*tensors):
         if mode != "eager":
-            tensors = [tf.compat.v1.placeholder_with_default(x, [None, 72, 16]) for x in tensors]
+            tensors = [
+                tf.compat.v1.placeholder_with_default(x, [None, 72, 16])
+                for x in tensors
+            ]
         o, lse = attention(*tensors)
         assert mode == "eager" or o.shape.as_list() == [None, 72, 16]
         assert mode == "eager" or lse.shape.as_list() == [None, 2, 72]
@@ -374,7 +378,13 @@ def test_impl_matches_oracle(name, attn_mode, dtype):
         (o,), grads = run_with_gradients(
             lambda q, k, v: [
                 getattr(sa, name)(
-                    q, k, v, heads, attn_mode, recompute=recompute, **options  # noqa: B023
+                    q,
+                    k,
+                    v,
+                    heads,
+                    attn_mode,
+                    recompute=recompute,
+                    **options,
                 )
             ],
             [merged(x) for x in inputs[:3]],
@@ -415,22 +425,28 @@ def test_fixed_has_the_defaults_4_and_1():
     for name in ("attention_impl", "blocksparse_attention_impl"):
         impl = getattr(sa, name)
         options = {"local_attn_ctx": 32, "blocksize": 8}
-        by_default = run(lambda *x: impl(*x, 4, "fixed", **options), *x)  # noqa: B023
+        by_default = run(lambda *x: impl(*x, 4, "fixed", **options), *x)
         options.update(num_verts=4, vertsize=1)
-        assert_same_bits(by_default, run(lambda *x: impl(*x, 4, "fixed", **options), *x))  # noqa: B023
+        assert_same_bits(
+            by_default, run(lambda *x: impl(*x, 4, "fixed", **options), *x)
+        )
 
 
 def test_dense_reference_takes_an_unknown_time():
     arrays = [merged(x) for x in random_inputs(0, 1, 40, heads=4, head_dim=8)[:3]]
     for attn_mode in PATTERNS:
+
         def dense(q, k, v, shape=None):
             q, k, v = (
-                tf.compat.v1.placeholder_with_default(x, shape or x.shape) for x in (q, k, v)
+                tf.compat.v1.placeholder_with_default(x, shape or x.shape)
+                for x in (q, k, v)
             )
-            return sa.attention_impl(q, k, v, 4, attn_mode, 16, blocksize=4)  # noqa: B023
+            return sa.attention_impl(q, k, v, 4, attn_mode, 16, blocksize=4)
 
         want = run(dense, *arrays)
-        assert_same_bits(run(lambda *x: dense(*x, shape=[None, None, 32]), *arrays), want)  # noqa: B023
+        assert_same_bits(
+            run(lambda *x: dense(*x, shape=[None, None, 32]), *arrays), want
+        )
 
 
 # ---- plans as tensors ----
@@ -461,7 +477,9 @@ def test_plan_is_one_constant_of_a_graph_wherever_it_is_used():
             return sa.block_sparse_attention(x, k, v, block_mask, 2)
 
         x = tf.cond(tf.reduce_sum(q) < np.inf, lambda: attention(q), lambda: q)
-        _, x = tf.while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, attention(x)), (0, x))
+        _, x = tf.while_loop(
+            lambda i, x: i < 2, lambda i, x: (i + 1, attention(x)), (0, x)
+        )
         x = attention(x)
         shapes = [op.outputs[0].shape for op in tf.compat.v1.get_default_graph().get_operations()
                   if op.type == "Const" and op.outputs[0].dtype == tf.uint8]  # fmt: skip

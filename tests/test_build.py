@@ -21,7 +21,9 @@ import pytest
 from sparse_attention import _build, _ops, doctor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = len(_build.ISAS) + 2  # runs of the compiler for the stand-in: kernels, core, link
+PARTS = (
+    len(_build.ISAS) + 2
+)  # runs of the compiler for the stand-in: kernels, core, link
 OP_PARTS = PARTS + 2  # and for the op: isa.cc and the binding too
 
 

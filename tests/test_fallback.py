@@ -103,7 +103,9 @@ def test_fallback_takes_an_unknown_or_empty_batch(mode):
 
 def test_fallback_does_not_leak_keys_that_nobody_attends_to():
     # Keys 9 to 15 lie in a computed block; from 20 on they lie past the lengths.
-    mask = sa.Mask(lambda head, q_idx, kv_idx: (kv_idx < 9) | (kv_idx >= 16) | (q_idx < 0))
+    mask = sa.Mask(
+        lambda head, q_idx, kv_idx: (kv_idx < 9) | (kv_idx >= 16) | (q_idx < 0)
+    )
     block_mask = sa.BlockMask(np.ones([1, 1, 2]), mask, 16)
     inputs = random_inputs(0, 1, 16, 32)
     q, k, v, do = (merged(x) for x in inputs[:4])
@@ -127,7 +129,9 @@ def test_fallback_refuses_lengths_out_of_range(mode, kv_lengths):
         tf.errors.InvalidArgumentError, match=r"must be in \[0, kv_len=24\]"
     ):
         run(
-            lambda x, n: sa.block_sparse_attention(x, x, x, block_mask, 1, kv_lengths=n),
+            lambda x, n: sa.block_sparse_attention(
+                x, x, x, block_mask, 1, kv_lengths=n
+            ),
             x,
             np.array(kv_lengths, np.int32),
             mode=mode,

@@ -11,11 +11,14 @@ import sparse_attention as sa
 
 def rule(attn_mode, i, j, ctx):
     """The table of patterns, one element at a time."""
-    return j <= i and {
-        "all": True,
-        "local": i - j < ctx,
-        "strided": (i - j) % ctx == 0,
-    }[attn_mode]
+    return (
+        j <= i
+        and {
+            "all": True,
+            "local": i - j < ctx,
+            "strided": (i - j) % ctx == 0,
+        }[attn_mode]
+    )
 
 
 # ---- masks ----
@@ -25,9 +28,13 @@ def rule(attn_mode, i, j, ctx):
 @pytest.mark.parametrize("attn_mode", ["all", "local", "strided"])
 def test_attn_mask_follows_the_rule_for_known_and_unknown_lengths(attn_mode, mode):
     for n, ctx in ((7, 3), (8, 8), (5, 9), (1, 1)):
-        want = np.array([[rule(attn_mode, i, j, ctx) for j in range(n)] for i in range(n)])
-        known = run(lambda: sa.get_attn_mask(n, attn_mode, ctx), mode=mode)  # noqa: B023
-        unknown = run(lambda n: sa.get_attn_mask(n, attn_mode, ctx), np.int32(n), mode=mode)  # noqa: B023
+        want = np.array(
+            [[rule(attn_mode, i, j, ctx) for j in range(n)] for i in range(n)]
+        )
+        known = run(lambda: sa.get_attn_mask(n, attn_mode, ctx), mode=mode)
+        unknown = run(
+            lambda n: sa.get_attn_mask(n, attn_mode, ctx), np.int32(n), mode=mode
+        )
         for got in (known, unknown):
             assert got.dtype == np.float32 and got.shape == (1, 1, n, n)
             np.testing.assert_array_equal(got[0, 0], want)
@@ -51,7 +58,9 @@ def test_fixed_attn_mask_is_drawn_as_in_the_paper():
 
 def test_fixed_attn_mask_has_heads():
     def shape(**options):
-        return run(lambda: sa.get_attn_mask(16, "fixed", 8, blocksize=2, **options)).shape
+        return run(
+            lambda: sa.get_attn_mask(16, "fixed", 8, blocksize=2, **options)
+        ).shape
 
     assert shape(heads=8) == (1, 8, 16, 16)
     assert shape() == (1, 4, 16, 16)
@@ -61,7 +70,10 @@ def test_fixed_attn_mask_has_heads():
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("attn_mode must be 'all', 'local', 'strided' or 'fixed', got 'dense'", ["dense"]),
+        (
+            "attn_mode must be 'all', 'local', 'strided' or 'fixed', got 'dense'",
+            ["dense"],
+        ),
         ("local_attn_ctx must be a positive integer, got None", ["local"]),
         ("local_attn_ctx must be a positive integer, got 0", ["strided", 0]),
         ("num_verts must divide heads=6, got 4", ["fixed", 128, 6]),
@@ -123,7 +135,7 @@ def test_strided_transpose_refuses_lengths_that_do_not_divide():
         ((24, 0, 4), "local_attn_ctx must be a positive integer, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(lambda x: sa.strided_transpose(x, *arguments), x)  # noqa: B023
+            run(lambda x: sa.strided_transpose(x, *arguments), x)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,7 +155,7 @@ def test_split_refuses_a_width_that_does_not_divide():
     x = np.zeros([1, 2, 10], np.float32)
     for function in (sa.split_states, sa.split_heads):
         with pytest.raises(ValueError, match="must be a multiple of 3, got 10"):
-            run(lambda x: function(x, 3), x)  # noqa: B023
+            run(lambda x: function(x, 3), x)
 
 
 def test_shapes_may_be_unknown():

@@ -131,11 +131,9 @@ def run_script(source, *arguments, **environment):
     """Runs Python code in a new process; returns what it prints."""
     ran = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, **environment},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout
-
