@@ -9,7 +9,7 @@ PYTEST = -m pytest $(ARGS)
 NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks block_mask reference))
 CXX_SOURCES = $(shell find sparse_attention/csrc -type f)
 
-.PHONY: example test test-tf1 test-numpy test-sanitized lint format
+.PHONY: example test test-tf1 test-numpy test-cuda test-sanitized lint format
 
 example: .venv/ready
 	.venv/bin/python examples/attention.py
@@ -22,6 +22,10 @@ test-tf1: .venv-tf1/ready
 
 test-numpy: .venv-numpy/ready
 	.venv-numpy/bin/python $(PYTEST) $(NUMPY_TESTS)
+
+# Compiles every CUDA kernel for every architecture; needs no GPU.
+test-cuda: .venv-numpy/ready
+	.venv-numpy/bin/python $(PYTEST) tests/gpu/test_cuda_compile.py
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer, which want to be loaded
 # before anything else. Python itself leaks, and NumPy's memory must come from malloc.

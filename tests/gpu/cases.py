@@ -1,0 +1,176 @@
+"""The cases of test_cuda_attention.py, without PyTorch: kernels can be compiled ahead."""
+
+from collections import namedtuple
+
+import numpy as np
+from configs import shape_class
+
+from sparse_attention.block_mask import BlockMask, pattern_block_mask
+from sparse_attention.masks import causal_mask
+
+Case = namedtuple(
+    "Case",
+    "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths block_q "
+    "block_kv softmax_scale",
+)
+DTYPES = ("float32", "float16", "bfloat16")
+BATCH = 2
+
+
+def case(
+    name,
+    block_mask,
+    dtype,
+    heads=2,
+    kv_heads=None,
+    head_dim=32,
+    head_dim_v=None,
+    kv_lengths=None,
+    block_q=None,
+    block_kv=None,
+    softmax_scale=None,
+):
+    """Fills in what is left open; `block_mask` is a function without arguments."""
+    return Case(
+        "-".join([name, dtype]),
+        block_mask,
+        dtype,
+        heads,
+        kv_heads or heads,
+        head_dim,
+        head_dim_v or head_dim,
+        kv_lengths,
+        block_q,
+        block_kv,
+        softmax_scale,
+    )
+
+
+def random_block_mask(
+    seed, block_size, q_len, kv_len, heads, row_stride=1, density=0.5
+):
+    """A random layout and an irregular mask; some rows are empty, some blocks FULL."""
+    random = np.random.RandomState(seed)
+    lengths = (-(-n // row_stride) * row_stride for n in (q_len, kv_len))
+    q_blocks, kv_blocks = (-(-n // block_size) for n in lengths)
+    layout = random.random_sample([heads, q_blocks, kv_blocks]) < density
+    layout[:, random.randint(q_blocks)] = False
+
+    def mask(head, q_idx, kv_idx):
+        return ((q_idx * 3 + kv_idx + head) % 7 > 1) | (kv_idx % 64 < 20)
+
+    return BlockMask(layout, mask, block_size, q_len, kv_len, row_stride)
+
+
+def _patterns():
+    for dtype in DTYPES:
+        for size in (8, 16, 32, 64, 128):
+            window = 2 * size
+            length = 5 * size + size // 2 + 3
+            for mode in ("all", "local", "strided", "fixed"):
+
+                def block_mask(mode=mode, length=length, size=size, window=window):
+                    stride = 7 if mode == "strided" else window
+                    context = None if mode == "all" else stride
+                    verts = 2 if mode == "fixed" else None
+                    return pattern_block_mask(mode, length, 2, size, context, verts)
+
+                head_dim = 32 if size < 32 else 64
+                yield case(f"{mode}-{size}", block_mask, dtype, head_dim=head_dim)
+
+
+def _dims():
+    dims = [(8, 8), (24, 24), (40, 40), (64, 64), (96, 96), (128, 128), (256, 256)]
+    for dtype in DTYPES:
+        for head_dim, head_dim_v in dims + [(64, 128), (128, 64), (72, 200)]:
+            if dtype == "float32" and head_dim == 256:
+                size = 32
+            else:
+                size = 64
+
+            def block_mask(size=size):
+                return random_block_mask(1, size, 300, 260, 2)
+
+            yield case(
+                f"dim-{head_dim}-{head_dim_v}",
+                block_mask,
+                dtype,
+                head_dim=head_dim,
+                head_dim_v=head_dim_v,
+            )
+
+
+def _features():
+    for dtype in DTYPES:
+        for block_q in (8, 16, 32, 64, 128):
+            yield case(
+                f"block_q-{block_q}",
+                lambda: random_block_mask(2, 8, 203, 301, 2),
+                dtype,
+                head_dim=64,
+                block_q=block_q,
+                block_kv=max(block_q, 32),
+            )
+        yield case(
+            "shared-heads",
+            lambda: random_block_mask(3, 16, 200, 200, 6, density=0.3),
+            dtype,
+            heads=6,
+            kv_heads=2,
+            kv_lengths=(150, 0),
+        )
+        yield case(
+            "shared-layout",
+            lambda: random_block_mask(4, 32, 100, 333, 1),
+            dtype,
+            heads=4,
+            kv_heads=1,
+            kv_lengths=(300, 1000),
+            head_dim=64,
+        )
+        yield case(
+            "row-stride",
+            lambda: random_block_mask(5, 16, 205, 301, 2, row_stride=12),
+            dtype,
+            kv_lengths=(250, 77),
+        )
+        for scale in (-0.3, 0.0):
+            yield case(
+                f"scale{scale}",
+                lambda: BlockMask(np.ones([3, 3]), causal_mask(), 64, 180, 180),
+                dtype,
+                softmax_scale=scale,
+            )
+
+
+CASES = [*_patterns(), *_dims(), *_features()]
+VOLTA_CASES = [
+    c
+    for c in CASES
+    if c.dtype != "bfloat16"
+    and c.name.rsplit("-", 1)[0]
+    in (
+        "fixed-32",
+        "local-64",
+        "dim-128-128",
+        "dim-64-128",
+        "block_q-32",
+        "row-stride",
+        "shared-heads",
+    )
+]
+
+
+def case_shape_class(case, arch):
+    """The `ShapeClass` that a case runs as."""
+    return shape_class(
+        case.block_mask(),
+        arch,
+        case.dtype,
+        case.head_dim,
+        case.head_dim_v,
+        case.heads // case.kv_heads,
+        1 if case.softmax_scale is None else case.softmax_scale,
+        case.block_q,
+        case.block_kv,
+    )[0]

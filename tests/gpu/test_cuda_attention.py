@@ -1,0 +1,199 @@
+"""The CUDA kernels against the float64 reference, on PyTorch tensors.
+
+SPARSE_ATTENTION_REQUIRE=gpu python -m pytest tests/gpu
+"""
+
+import functools
+import os
+import zlib
+
+import numpy as np
+import pytest
+from cases import BATCH, CASES, VOLTA_CASES, random_block_mask
+from helpers import (
+    assert_close,
+    plain_attention_bwd,
+    plain_attention_fwd,
+    random_inputs,
+    to_dtype,
+)
+
+from sparse_attention import reference
+
+torch = pytest.importorskip(
+    "torch", reason="the CUDA kernels are tested with PyTorch tensors"
+)
+launcher = pytest.importorskip("launcher")
+
+pytestmark = pytest.mark.gpu
+CACHE = os.environ.get("SPARSE_ATTENTION_CACHE_DIR", ".gpu_cache")
+
+
+@functools.lru_cache(maxsize=None)
+def device(arch):
+    return launcher.Device(CACHE, arch)
+
+
+def native_arch():
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def on_device(x, dtype=None):
+    """NumPy to the GPU; bfloat16 by way of float32."""
+    tensor = torch.from_numpy(np.array(x, np.float32)).cuda()
+    return tensor.to(getattr(torch, dtype)) if dtype else tensor
+
+
+def on_host(x, dtype):
+    return to_dtype(x.float().cpu().numpy(), dtype)
+
+
+class Run:
+    """One case's tensors and results, forward and backward."""
+
+    def __init__(self, case, arch, inputs=None):
+        self.case = case
+        self.block_mask = case.block_mask()
+        self.inputs = inputs or random_inputs(
+            zlib.crc32(case.name.encode()),
+            BATCH,
+            self.block_mask.q_len,
+            self.block_mask.kv_len,
+            case.heads,
+            case.kv_heads,
+            case.head_dim,
+            case.head_dim_v,
+            case.dtype,
+        )
+        attention = launcher.Attention(
+            device(arch),
+            self.block_mask,
+            case.heads,
+            getattr(torch, case.dtype),
+            case.head_dim,
+            case.head_dim_v,
+            case.kv_heads,
+            case.softmax_scale,
+            case.block_q,
+            case.block_kv,
+        )
+        q, k, v, do = (on_device(x, case.dtype) for x in self.inputs[:4])
+        lengths = case.kv_lengths
+        if lengths is not None:
+            lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        o, lse = attention.forward(q, k, v, lengths)
+        dlse = on_device(self.inputs.dlse)
+        gradients = attention.backward(q, k, v, o, lse, do, dlse, lengths)
+        torch.cuda.synchronize()
+        self.results = dict(zip(("o", "dq", "dk", "dv"), (o, *gradients)))
+        self.results = {n: on_host(x, case.dtype) for n, x in self.results.items()}
+        self.results["lse"] = lse.cpu().numpy()
+
+    def expected(self, fwd, bwd):
+        q, k, v, do, dlse = self.inputs
+        options = {"kv_lengths": self.case.kv_lengths}
+        if self.case.softmax_scale is not None:
+            options["softmax_scale"] = self.case.softmax_scale
+        mask = self.block_mask.to_dense()
+        results = fwd(q, k, v, mask, **options)
+        return [*results, *bwd(q, k, v, mask, do, dlse, **options)]
+
+    def check(self):
+        oracle = self.expected(reference.attention_fwd, reference.attention_bwd)
+        plain = self.expected(plain_attention_fwd, plain_attention_bwd)
+        names = ("o", "lse", "dq", "dk", "dv")
+        for name, exact, dense in zip(names, oracle, plain):
+            factor = 2 if name in ("o", "lse") else 3
+            try:
+                assert_close(self.results[name], exact, dense, factor)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_match_reference(case):
+    Run(case, native_arch()).check()
+
+
+@pytest.mark.parametrize("case", VOLTA_CASES, ids=lambda case: case.name)
+def test_volta_kernels_match_reference(case):
+    """The sm_70 path as PTX, through the driver's own compiler."""
+    Run(case, "compute_70").check()
+
+
+FEATURE_CASES = [
+    c for c in CASES if c.name.startswith(("block_q-64", "row-stride", "dim-64"))
+]
+
+
+@pytest.mark.parametrize("case", FEATURE_CASES, ids=lambda case: case.name)
+def test_two_runs_are_bitwise_equal(case):
+    first, second = (Run(case, native_arch()).results for _ in range(2))
+    for name, x in first.items():
+        assert x.tobytes() == second[name].tobytes(), name
+
+
+@pytest.mark.parametrize("case", FEATURE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
+def test_masked_keys_do_not_leak(case, value):
+    """Queries that may not attend to a key never notice what it holds."""
+    plain = Run(case, native_arch())
+    allowed = plain.block_mask.to_dense()
+    shortest = min(case.kv_lengths or [allowed.shape[2]])
+    key = int(np.argmin(allowed[:, :, :shortest].mean(axis=(0, 1))))  # most skip it
+    k, v = plain.inputs.k.copy(), plain.inputs.v.copy()
+    k[:, key], v[:, key] = value, value
+    changed = Run(case, native_arch(), plain.inputs._replace(k=k, v=v))
+    skips = ~allowed[:, :, key]  # [heads, q_len]
+    assert skips.any()
+    for name in ("o", "dq"):
+        for head in range(skips.shape[0]):
+            before = plain.results[name][:, skips[head], head]
+            after = changed.results[name][:, skips[head], head]
+            assert before.tobytes() == after.tobytes(), name
+    for head in range(skips.shape[0]):
+        before, after = (
+            r.results["lse"][:, head, skips[head]] for r in (plain, changed)
+        )
+        assert before.tobytes() == after.tobytes()
+    if not np.isfinite(value):
+        sees = changed.results["o"][:, ~skips[0], 0].astype(np.float32)
+        assert not np.isfinite(sees).any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_large_logits_give_no_nan(dtype):
+    case = next(c for c in CASES if c.name == f"row-stride-{dtype}")
+    run = Run(case, native_arch())
+    scaled = run.inputs._replace(
+        q=run.inputs.q * to_dtype(240, dtype), k=run.inputs.k * to_dtype(240, dtype)
+    )
+    results = Run(case, native_arch(), scaled).results
+    for name in ("o", "dq", "dk", "dv"):
+        assert np.isfinite(results[name].astype(np.float32)).all(), name
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_corrupt_plans_stay_in_bounds(seed):
+    """Random plan values end without a fault; compute-sanitizer sees the rest."""
+    random = np.random.RandomState(seed)
+    block_mask = random_block_mask(seed, 16, 150, 200, 2, row_stride=seed % 2 * 3 + 1)
+    attention = launcher.Attention(
+        device(native_arch()), block_mask, 2, torch.float16, 32
+    )
+    for keep in (attention.keep_q, attention.keep_kv):
+        for array in keep[:-1]:
+            if array is None:
+                continue
+            bad = random.randint(-(2**31), 2**31 - 1, array.shape, np.int64)
+            near = random.randint(-3, 3 + int(array.max()), array.shape, np.int64)
+            which = random.random_sample(array.shape)
+            values = array.cpu().numpy().astype(np.int64)
+            values = np.where(which < 0.1, bad, np.where(which < 0.3, near, values))
+            array.copy_(torch.from_numpy(values.astype(np.int32)))
+    inputs = random_inputs(seed, BATCH, 150, 200, 2, 2, 32, 32, "float16")
+    q, k, v, do = (on_device(x, "float16") for x in inputs[:4])
+    o, lse = attention.forward(q, k, v)
+    attention.backward(q, k, v, o, lse, do)
+    torch.cuda.synchronize()
