@@ -1,0 +1,173 @@
+"""Turns a report of `cpu.py` into text and a picture.
+
+    python benchmarks/cpu_report.py benchmarks/results/cpu_....json docs/cpu.png
+
+draws again what was measured before.
+"""
+
+import itertools
+import json
+import os
+import sys
+
+OURS = "ours"
+PHASES = {"fwd": "forward", "fwd+bwd": "forward + backward"}
+
+# ---- text ----
+
+
+def as_text(row):
+    """One line of the tables that `cpu.py` prints."""
+    head = "{mode:7} {dtype:8} {q_len:>6,} {phase:7}  {contender:21} ".format(**row)
+    if "error" in row:
+        return head + row["error"]
+    if "speedup" in row:
+        return head + "{ms:9.2f} ms, {speedup:.2f} times as fast".format(**row)
+    if "MB" in row:
+        return head + "{MB:10,.1f} MB beside inputs and results".format(**row)
+    text = "{ms:9.2f} ms ({ms_low:.2f} to {ms_high:.2f})".format(**row)
+    rate = "{gflops:4.0f} GFLOP/s, {share_of_matmul:4.0%} of matmul".format(**row)
+    return f"{head}{text:34} {row['times_first']:6.2f} times ours, {rate}"
+
+
+def summary(report, q_len):
+    """Markdown: everybody's ms and ours relative to it, at one length; our growth."""
+    rows = [r for r in report["speed"] if "ms" in r]
+    at_length = [r for r in rows if r["q_len"] == q_len]
+    tables = [_table(at_length, f"ms at {q_len:,}", "contender", "{ms:.3g}".format)]
+    ratios = [r for r in at_length if r["contender"] != OURS]
+    tables += [_table(ratios, "times ours", "contender", "{times_first:.2f}".format)]
+    ours = [r for r in rows if r["contender"] == OURS and r["q_len"] >= q_len]
+    start = {_curve(r): r["ms"] / q_len for r in ours if r["q_len"] == q_len}
+
+    def growth(ms, q_len, **row):
+        return f"{ms / q_len / start[_curve(row)]:.2f}"
+
+    longer = [r for r in ours if r["q_len"] > q_len]
+    tables += [_table(longer, "growth of ms per position", "q_len", growth)]
+    return "\n\n".join(filter(None, tables))
+
+
+def _curve(row):
+    return row["mode"], row["dtype"], row["phase"]
+
+
+def _table(rows, title, column, cell):
+    """A line for each mode and dtype; cells hold forward / forward+backward."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(r[column] for r in rows))
+    lines = [[title, *map(str, columns)], ["---"] * (1 + len(columns))]
+    for mode, dtype in dict.fromkeys((r["mode"], r["dtype"]) for r in rows):
+        cells = {}
+        for r in rows:
+            if (r["mode"], r["dtype"]) == (mode, dtype):
+                cells.setdefault(r[column], []).append(cell(**r))
+        cells = [" / ".join(cells.get(c, ["–"])) for c in columns]
+        lines.append([f"{mode}, {dtype}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- picture ----
+
+# Ours stands out; of each framework the peers share a hue.
+STYLES = {
+    "ours": dict(color="#c1272d", marker="o", linewidth=2.6, markersize=6, zorder=5),
+    "ours, three ops": dict(color="#e58a8d", marker="o"),
+    "TF dense": dict(color="#e07b00", marker="s"),
+    "TF dense, XLA": dict(color="#f3b562", marker="s"),
+    "TF gather": dict(color="#3a7d44", marker="^"),
+    "TF gather, XLA": dict(color="#8fc093", marker="^"),
+    "PyTorch SDPA": dict(color="#1f5fa8", marker="D"),
+    "FlexAttention": dict(color="#6f4fa8", marker="v"),
+    "FlexAttention, chunks": dict(color="#b9a3dc", marker="v"),
+}
+
+
+def draw(report, path):
+    """Draws time over length, for each mode and phase, and the limit by matmul rate.
+
+    Args:
+      report: What `cpu.py` measured, a dict.
+      path: Of the picture; its ending says the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in report["speed"] if "ms" in r]
+    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    panels = list(itertools.product(PHASES, modes))
+    figure, axes = plt.subplots(
+        len(PHASES),
+        len(modes),
+        figsize=(1 + 3.4 * len(modes), 7.6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    lines = {}
+    for axis, (phase, mode) in zip(axes.flat, panels):
+        here = [r for r in rows if (r["phase"], r["mode"]) == (phase, mode)]
+        lines.update(_draw_panel(axis, here))
+    for axis, mode in zip(axes[0], modes):
+        axis.set_title(mode, fontweight="bold")
+    for axis, phase in zip(axes[:, 0], PHASES):
+        axis.set_ylabel(PHASES[phase] + ", ms")
+        axis.set_ylim(bottom=0.6 * min(r["ms"] for r in rows if r["phase"] == phase))
+    for axis in axes[-1]:
+        axis.set_xlabel("sequence length")
+    figure.legend(
+        lines.values(), lines, loc="outside lower center", ncols=6, frameon=False
+    )
+    figure.suptitle(_caption(report), fontsize=11)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_panel(axis, rows):
+    """Everybody in float32, ours in bfloat16 too; returns `{label: line}`."""
+    lines = {}
+    for label, dtype in itertools.product(STYLES, ("float32", "bfloat16")):
+        curve = [r for r in rows if (r["contender"], r["dtype"]) == (label, dtype)]
+        if not curve or (dtype == "bfloat16" and label != OURS):
+            continue
+        x, y = [r["q_len"] for r in curve], [r["ms"] for r in curve]
+        style = dict(dict(linewidth=1.4, markersize=4), **STYLES[label])
+        if dtype == "bfloat16":
+            style.update(linestyle=(0, (3, 1.5)), linewidth=1.6, markerfacecolor="w")
+            label += ", bfloat16"
+        elif label == OURS:
+            limit = [r["ms"] * r["share_of_matmul"] for r in curve]
+            lines["beyond the float32 matmul rate"] = axis.fill_between(
+                x, limit, 1e-9, color="#e4e4e4", linewidth=0
+            )
+        (lines[label],) = axis.plot(x, y, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(
+        lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}"
+    )
+    axis.yaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return lines
+
+
+def _caption(report):
+    about = dict(report["machine"], **report["shape"])
+    about["frameworks"] = ", ".join(about["frameworks"])
+    return (
+        "Attention on {threads} threads of {cpu}, {frameworks}\n"
+        "float32 unless said; batch {batch}, {heads} heads of {head_dim}, "
+        "local_attn_ctx {local_attn_ctx}, block size {block_size}; {date}, {commit}"
+    ).format(**about)
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        draw(json.load(file), sys.argv[2])

@@ -1,0 +1,112 @@
+"""The benchmarks run, and their figures mean what they say."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sparse_attention import pattern_block_mask
+
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "benchmarks")
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("cpu")
+
+
+def run_quick(folder):
+    """`(status, stderr)` of a run that leaves a report and a picture in the folder."""
+    command = [sys.executable, os.path.join(FOLDER, "cpu.py"), "--quick"]
+    command += ["--modes", "fixed", "--dtypes", "float32", "--threads", "2"]
+    command += ["--results", str(folder), "--plot", str(folder / "plot.png")]
+    ran = subprocess.run(command, capture_output=True)
+    return ran.returncode, ran.stderr.decode()
+
+
+def test_quick_run_measures_all_contenders(tmp_path):
+    status, stderr = run_quick(tmp_path)
+    if tf.__version__.startswith("1."):
+        assert status != 0
+        assert "benchmarks need TensorFlow 2.9 or later, got 1." in stderr
+        return
+    assert status == 0, stderr
+    (path,) = tmp_path.glob("cpu_*.json")
+    report = json.loads(path.read_text())
+    measured = {(row["contender"], row["phase"]) for row in report["speed"]}
+    expected = ["ours", "TF dense", "TF dense, XLA", "TF gather", "TF gather, XLA"]
+    assert measured >= {(c, p) for c in expected for p in ("fwd", "fwd+bwd")}
+    for row in report["speed"]:
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert 0 < row["share_of_matmul"] < 2
+    assert [row["contender"] for row in report["scaling"]] == [
+        "ours, threads: 1",
+        "ours, threads: 2",
+    ] * 2
+    assert [row["contender"] for row in report["memory"]] == ["ours"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+class FakeWorker:
+    """Contenders whose results, and times by turn, are given."""
+
+    version, contenders = "fake", ("matmul", "fused", "dense", "gather")
+
+    def __init__(self, folder, results, ms):
+        self._folder, self._results, self._ms = folder, results, ms
+        self.turns = []
+
+    def ask(self, request, name=None, **_):
+        if request == "prepare":
+            path = str(self._folder / (name + ".npz"))
+            np.savez(path, self._results[name])
+            return {"results": path}
+        if request == "time":
+            self.turns.append(name)
+            return {"ms": [self._ms[name].pop(0)]}
+        return {}
+
+
+def test_contenders_are_timed_in_turn_and_only_if_they_agree(cpu, tmp_path):
+    ours = np.linspace(-1, 1, 10)
+    results = dict(matmul=ours, fused=ours, dense=ours + 1e-5, gather=ours.copy())
+    results["gather"][3] += 1e-3
+    ms = dict(matmul=[4, 8, 8], fused=[2, 4, 40], dense=[6, 12, 120], gather=[])
+    bench = cpu.Bench.__new__(cpu.Bench)
+    worker = FakeWorker(tmp_path, results, ms)
+    vars(bench).update(workers={"tensorflow": worker}, rounds=3, seconds=1)
+    case = cpu.Case("local", "float32", 1024, **cpu.SHAPE)
+    rows = bench.speed(case, is_training=False)
+    assert worker.turns == ["fused", "dense", "matmul"] * 3
+    differs = rows["TF gather"]
+    assert differs["error"] == "results differ by 1.0e-03, expected 1.0e-04 at most"
+    assert cpu.is_wrong(dict(differs, contender="TF gather")) and "ms" not in differs
+    assert rows["TF dense"]["difference"] == pytest.approx(1e-5)
+    assert rows["TF dense"]["ms"] == 12
+    assert rows["TF dense"]["times_first"] == 3
+    assert rows["TF dense"]["ms_low"] == pytest.approx(7.2)
+    flops = cpu.useful_flops(case, is_training=False)
+    assert rows["ours"]["gflops"] == pytest.approx(flops / 4e6)
+    assert rows["ours"]["share_of_matmul"] == pytest.approx(flops / (2 * 2048**3) * 2)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_nan_is_a_difference(cpu):
+    good, bad = np.ones(3), np.array([1, np.nan, 1])
+    assert "error" not in cpu.check([good, good], [good, good], "dense", "bfloat16")
+    assert "error" in cpu.check([good, bad], [good, good], "dense", "bfloat16")
+
+
+@pytest.mark.parametrize("mode", ["all", "local", "strided", "fixed"])
+def test_useful_flops_count_the_pairs_that_attend(cpu, mode):
+    case = cpu.Case(mode, "float32", 512, **dict(cpu.SHAPE, heads=2, batch=3))
+    pairs = pattern_block_mask(mode, 512, 2, 32, 128, num_verts=1).to_dense().mean()
+    flops = 3 * 2 * 512**2 * pairs * 2 * 64 * 2
+    assert cpu.useful_flops(case, is_training=False) == flops
+    assert cpu.useful_flops(case, is_training=True) == 3.5 * flops
