@@ -3,10 +3,10 @@
     python examples/attention.py         in float32
     python examples/attention.py fp16    in float16
 
-Each line of the table is one pattern of the Sparse Transformer. `attention_impl` computes
-every score and masks it; `blocksparse_attention_impl` computes the blocks that the pattern
-needs. Both are compared with the dense one in float64, and a wrong result ends the program
-with status 1.
+Each line of the table is one pattern of the Sparse Transformer. `attention_impl`
+computes every score and masks it; `blocksparse_attention_impl` computes the blocks that
+the pattern needs. Both are compared with the dense one in float64, and a wrong result
+ends the program with status 1.
 """
 
 import sys
@@ -25,7 +25,7 @@ PATTERNS = {
     # ... and every 32nd position, its second step.
     "strided": {"local_attn_ctx": 32},
     # The own window of 128 positions and, in every window before it, a summary: one
-    # (vertsize) of the last four (num_verts) blocks of 32; which one depends on the head.
+    # (vertsize) of the last four (num_verts) blocks of 32, which depends on the head.
     "fixed": {"local_attn_ctx": 128, "num_verts": 4, "vertsize": 1},
 }
 
@@ -52,7 +52,7 @@ def main():
         sparse, sparse_ms = timed(blocksparse_attention_impl, *inputs, **arguments)
         exact = attention_impl(*inputs64, **arguments).numpy()
 
-        # It may be off by twice as much as the dense one of its dtype, and two roundings.
+        # It may be off by twice as much as the dense one, and two roundings.
         difference = np.abs(sparse - exact).max()
         tolerance = 2 * np.abs(dense - exact).max()
         tolerance += 2 * np.finfo(sparse.dtype).eps * np.abs(exact).max()
@@ -66,7 +66,7 @@ def main():
 
 
 def timed(attention, *args, **kwargs):
-    """The result as an array, and the milliseconds that the fastest of some calls took."""
+    """The result as an array, and the milliseconds of the fastest of a few calls."""
     times = []
     while len(times) < 6 and sum(times) < 1:  # the first one makes the plan, too
         start = time.perf_counter()

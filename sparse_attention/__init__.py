@@ -5,8 +5,8 @@
     block_mask = sa.BlockMask(sa.local_layout(1024, 64, 256), sa.local_mask(256), 64)
     o = sa.block_sparse_attention(q, k, v, block_mask, heads=8)
 
-What builds plans needs NumPy alone; TensorFlow is imported when something that runs on it
-is first asked for.
+What builds plans needs NumPy alone; TensorFlow is imported when something that runs on
+it is first asked for.
 """
 
 import importlib

@@ -1,13 +1,13 @@
 """Block-sparse attention in TensorFlow's own ops: where the kernels cannot be compiled.
 
 Every entry of the plan is a pair of a q tile and a kv block. All pairs are gathered and
-multiplied in one batch; maxima and sums over the blocks of a q tile are segment sums. The
-scores of all computed blocks are a tensor, unlike in the kernels. TensorFlow
+multiplied in one batch; maxima and sums over the blocks of a q tile are segment sums.
+The scores of all computed blocks are a tensor, unlike in the kernels. TensorFlow
 differentiates it.
 
-A key that no query of its head attends to is set to zero first, so nothing that it holds
-can leak. NaN or Inf in a key that some query attends to does reach the other queries of
-that query's tile: 0 * NaN is NaN.
+A key that no query of its head attends to is set to zero first, so nothing that it
+holds can leak. NaN or Inf in a key that some query attends to does reach the other
+queries of that query's tile: 0 * NaN is NaN.
 """
 
 import functools
@@ -84,7 +84,7 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
 
 
 def _end(kv_lengths, kv_len):
-    """int32 [batch or 1]: the first key that does not exist, as the kernels check it."""
+    """int32 [batch or 1]: the first key that does not exist; checked as in the op."""
     if kv_lengths is None:
         return tf.constant([kv_len])
     expectation = f"kv_lengths must be in [0, kv_len={kv_len}]"
@@ -159,7 +159,7 @@ def _pairs(block_mask, heads, kv_heads):
 
 
 def _axis(length, row_stride, block):
-    """Row of each position, [blocks, block], `length` where it has none; and the inverse."""
+    """Rows of positions, [blocks, block], `length` where there is none; the inverse."""
     row = np.arange(length)
     visits = -(-length // row_stride)
     positions = row % row_stride * visits + row // row_stride

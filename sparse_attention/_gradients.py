@@ -1,4 +1,4 @@
-"""The gradients of the compiled attention op, for tapes and graphs, saved ones included."""
+"""The gradient of the compiled attention op, for tapes, graphs and saved graphs."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""Attention on TensorFlow tensors: the fused op, the dense reference, the seed's helpers."""
+"""Attention on tensors: the fused op, the dense reference, the seed's helpers."""
 
 import numbers
 import weakref
@@ -46,15 +46,15 @@ def block_sparse_attention(
         o_i  = sum_j exp(s_ij - lse_i) * v_j  (sums over the allowed j only)
 
     >>> import sparse_attention as sa
-    >>> block_mask = sa.BlockMask(sa.all_layout(64, 16), sa.causal_mask(), block_size=16)
+    >>> plan = sa.BlockMask(sa.all_layout(64, 16), sa.causal_mask(), block_size=16)
     >>> x = np.ones([2, 64, 4 * 8], np.float32)
-    >>> sa.block_sparse_attention(x, x, x, block_mask, heads=4).shape.as_list()
+    >>> sa.block_sparse_attention(x, x, x, plan, heads=4).shape.as_list()
     [2, 64, 32]
 
     Args:
-      q: float32, float16 or bfloat16 [batch, q_len, heads * head_dim], tensor or array.
-        Only the batch may be unknown until the graph runs. head_dim is a multiple of 8, at
-        most 256.
+      q: float32, float16 or bfloat16 [batch, q_len, heads * head_dim], tensor or
+        array. Only the batch may be unknown until the graph runs. head_dim is a
+        multiple of 8, at most 256.
       k: The same dtype [batch, kv_len, kv_heads * head_dim].
       v: The same dtype [batch, kv_len, kv_heads * head_dim_v].
       block_mask: `BlockMask` for q_len and kv_len, with one head or `heads`.
@@ -62,8 +62,8 @@ def block_sparse_attention(
       kv_heads: Number of key heads, which divides `heads`: head h reads kv head
         floor(h / (heads / kv_heads)). None: `heads`.
       softmax_scale: Multiplies the scores; None: 1 / sqrt(head_dim).
-      kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist. None:
-        all do.
+      kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist.
+        None: all do.
       return_lse: Whether to return lse as well.
       name: Name of the op.
 
@@ -73,14 +73,15 @@ def block_sparse_attention(
       A row that attends to nothing gives o = 0, lse = -inf and zero gradients.
 
     Raises:
-      TypeError: If a dtype is not supported or not equal to q's, or `block_mask` is none.
+      TypeError: If a dtype is not supported or not equal to q's, or `block_mask` is no
+        `BlockMask`.
       ValueError: If a shape or a number of heads does not fit.
 
     Numerics: Products accumulate in float32, the softmax is float32. Bitwise
-      deterministic, forward and backward. Masked keys cannot leak, NaN and Inf included.
-      First derivatives only, of o and of lse.
-    Cost: 2 * block_size^2 * (head_dim + head_dim_v) FLOP per computed block; beside inputs
-      and outputs, memory for lse alone.
+      deterministic, forward and backward. Masked keys cannot leak, NaN and Inf
+      included. First derivatives only, of o and of lse.
+    Cost: 2 * block_size^2 * (head_dim + head_dim_v) FLOP per computed block; beside
+      inputs and outputs, memory for lse alone.
     """
     q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
     kv_heads = heads if kv_heads is None else kv_heads
@@ -216,7 +217,7 @@ _eager_plans = weakref.WeakKeyDictionary()
 
 
 def _plan_tensors(block_mask, q):
-    """kv_indptr, kv_indices, mask_ids, mask_bits: made once for a device, or for a graph.
+    """kv_indptr, kv_indices, mask_ids, mask_bits: made once for a device or a graph.
 
     In a graph they are constants, so that a saved one holds them.
     """
@@ -254,11 +255,13 @@ def attention_impl(
     """The dense masked reference: every score is computed, then masked.
 
     Args:
-      q, k, v: [batch, time, heads * head_dim]; time may be unknown until the graph runs.
+      q, k, v: [batch, time, heads * head_dim]; time may be unknown until the graph
+        runs.
       heads: Number of heads.
-      attn_mode, local_attn_ctx, blocksize, num_verts, vertsize: As for `get_attn_mask`.
-      recompute: Whether to compute the activations again in the backward pass instead of
-        keeping them.
+      attn_mode, local_attn_ctx, blocksize, num_verts, vertsize: As for
+        `get_attn_mask`.
+      recompute: Whether to compute the activations again in the backward pass instead
+        of keeping them.
 
     Returns:
       Like v.
@@ -266,7 +269,7 @@ def attention_impl(
     Raises:
       ValueError: If an argument is missing, not positive, or does not fit the others.
 
-    Numerics: Scores and results as TensorFlow multiplies matrices in this dtype; softmax in
+    Numerics: Products as TensorFlow multiplies matrices in this dtype; the softmax in
       float32 if the input has 16 bits, the weights cast back.
     Cost: 4 * time^2 * head_dim FLOP per head; memory for several score matrices.
     """
@@ -369,8 +372,8 @@ def get_attn_mask(
 
     Args:
       n: Sequence length in positions; an int or a scalar int32 tensor.
-      attn_mode: "all" (everything so far), "local" (the last `local_attn_ctx` positions),
-        "strided" (every `local_attn_ctx`-th) or "fixed" (the own window of
+      attn_mode: "all" (everything so far), "local" (the last `local_attn_ctx`
+        positions), "strided" (every `local_attn_ctx`-th) or "fixed" (the own window of
         `local_attn_ctx`, and in all earlier ones a column of summary blocks).
       local_attn_ctx: Window or stride in positions; unused by "all".
       heads: Heads of "fixed"; None: `num_verts`.
@@ -411,7 +414,7 @@ def get_attn_mask(
 def get_callback(attn_mode, local_attn_ctx=None):
     """blocksparse's `mask_callback` of a pattern: what is masked inside of its blocks.
 
-    >>> get_callback("local", 3)((4, 4), 0, 1, 0, 0).astype(int)  # queries 4-7, keys 0-3
+    >>> get_callback("local", 3)((4, 4), 0, 1, 0, 0).astype(int)  # queries from 4 on
     array([[0, 0, 1, 1],
            [0, 0, 0, 1],
            [0, 0, 0, 0],
@@ -453,8 +456,8 @@ def _check_mode(attn_mode, local_attn_ctx):
 def strided_transpose(x, n_ctx, local_attn_ctx, blocksize):
     """Moves position a * local_attn_ctx + b to b * (n_ctx / local_attn_ctx) + a.
 
-    Strided attention is then causal attention inside of chunks. `block_sparse_attention`
-    addresses the rows in place instead.
+    Strided attention is then causal attention inside of chunks.
+    `block_sparse_attention` addresses the rows in place instead.
 
     Args:
       x: [batch, n_ctx, width].
@@ -505,6 +508,6 @@ def merge_states(x):
 
 
 def shape_list(x):
-    """The shape of x: ints, and scalar tensors for what is known when the graph runs only."""
+    """The shape of x: ints, and scalar tensors for what only the running graph knows."""
     dynamic = tf.shape(x)
     return [dynamic[i] if n is None else n for i, n in enumerate(x.shape.as_list())]

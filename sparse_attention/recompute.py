@@ -24,17 +24,17 @@ REF_VARIABLE_OPS = ("Variable", "VariableV2")
 def recomputable(name):
     """Lets the caller of a function choose to recompute it in the backward pass.
 
-    Used as `@recomputable('name')`, where the name labels the recomputed ops, or bare as
-    `@recomputable`. The decorated function takes one more keyword, `recompute`, False by
-    default. Everything else is handed on, tensors or not, by position or by keyword,
-    nested or not, `self` included; results may be nested as well.
+    Used as `@recomputable('name')`, where the name labels the recomputed ops, or bare
+    as `@recomputable`. The decorated function takes one more keyword, `recompute`,
+    False by default. Everything else is handed on, tensors or not, by position or by
+    keyword, nested or not, `self` included; results may be nested as well.
 
     Gradients reach the tensors among the arguments and the variables that the function
-    reads; in graphs and in `tf.function` also the other tensors that it captures and the
-    variables that it makes. In eager mode, pass such tensors as arguments.
+    reads; in graphs and in `tf.function` also the other tensors that it captures and
+    the variables that it makes. In eager mode, pass such tensors as arguments.
 
-    The function runs twice: so do its side effects, and random numbers must come out the
-    same both times (stateless ops, or in a graph ops with a seed of their own).
+    The function runs twice: so do its side effects, and random numbers must come out
+    the same both times (stateless ops, or in a graph ops with a seed of their own).
 
     Args:
       name: Label of the recomputed ops, or the function itself.
@@ -108,7 +108,7 @@ def _call(function, name, args, kwargs):
         # Nothing flows to `outputs`: that way leads through the first forward pass.
         return [None] * len(outputs) + grads
 
-    # An identity with a gradient of its own. It is given the results, so that it contains
+    # An identity with a gradient of its own. It is given the results, so that it holds
     # no variables: custom_gradient would look for them, and only finds some kinds.
     @tf.custom_gradient
     def switch(*tensors):
@@ -181,7 +181,7 @@ def _unrecorded():
 
 
 def _captured_tensors(first_op, inputs):
-    """Differentiable tensors that the graph's ops from `first_op` on read from others."""
+    """Differentiable tensors that the ops from number `first_op` on read from others."""
     graph = tf.compat.v1.get_default_graph()
     outside = {id(inner): outer for outer, inner in getattr(graph, "captures", ())}
     new_ops = graph.get_operations()[first_op:]
@@ -205,7 +205,7 @@ def _captured_tensors(first_op, inputs):
 
 
 def _vjp(call, inputs, captured, given):
-    """Gradients of all inputs, given those of `call(inputs)[i]` for the i in `given`."""
+    """Gradients of all inputs; `given` maps i to the gradient of `call(inputs)[i]`."""
     sources = inputs + captured
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or graph.building_function:

@@ -1,4 +1,4 @@
-"""block_sparse_attention and the two `*_impl`s on TensorFlow tensors, in all its modes."""
+"""block_sparse_attention and the two `*_impl`s, in all of TensorFlow's modes."""
 
 import gc
 import os
@@ -271,7 +271,8 @@ TWO_HEADS = sa.BlockMask(np.ones([2, 2, 3]), None, 8)
          {"q": zeros(2, 17, 32)}),
         (ValueError, "v must have time = block_mask.kv_len = 24, got shape (2, 16, 32)",
          {"v": zeros(2, 16, 32)}),
-        (ValueError, "q must have width = 3 heads .* got shape (2, 16, 32)", {"heads": 3}),
+        (ValueError, "q must have width = 3 heads .* got shape (2, 16, 32)",
+         {"heads": 3}),
         (ValueError, "q must have width = 8 heads .* multiple of 8 and at most 256",
          {"heads": 8}),
         (ValueError, "q must have width = 1 heads .* got shape (2, 16, 264)",
@@ -286,8 +287,10 @@ TWO_HEADS = sa.BlockMask(np.ones([2, 2, 3]), None, 8)
          {"block_mask": TWO_HEADS}),
         (TypeError, "block_mask must be a BlockMask, got ndarray",
          {"block_mask": np.ones([1, 2, 3])}),
-        (TypeError, "softmax_scale must be a number, got 'big'", {"softmax_scale": "big"}),
-        (TypeError, "kv_lengths must be int32, got float32", {"kv_lengths": [1.0, 2.0]}),
+        (TypeError, "softmax_scale must be a number, got 'big'",
+         {"softmax_scale": "big"}),
+        (TypeError, "kv_lengths must be int32, got float32",
+         {"kv_lengths": [1.0, 2.0]}),
         (ValueError, "kv_lengths must have shape [batch] = (2,), got (3,)",
          {"kv_lengths": [1, 2, 3]}),
         (ValueError, "kv_lengths must have shape", {"kv_lengths": [[1, 2]]}),
@@ -578,7 +581,7 @@ else:
     tf.compat.v1.disable_eager_execution()
     with tf.compat.v1.Session() as session:
         tf.compat.v1.saved_model.load(session, ["serve"], folder + "/model")
-        tensors = [session.graph.get_tensor_by_name(n + ":0") for n in ("o", "q", "k", "v")]
+        tensors = [session.graph.get_tensor_by_name(n + ":0") for n in "oqkv"]
         grads = tf.gradients(tensors[0], tensors[1:])
         got = session.run([tensors[0], *grads], dict(zip(tensors[1:], (q, k, v))))
 for g, name in zip(got, ("want", "dq", "dk", "dv")):

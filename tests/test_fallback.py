@@ -1,4 +1,4 @@
-"""The pure-TensorFlow path, as `block_sparse_attention` takes it without compiled ops."""
+"""The pure-TensorFlow path, which is taken where nothing can be compiled."""
 
 import warnings
 

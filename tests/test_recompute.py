@@ -1,4 +1,4 @@
-"""recomputable: the numbers of a plain call, and the memory of one block instead of all."""
+"""recomputable: the numbers of a plain call, and the memory of one block, not all."""
 
 import inspect
 from concurrent.futures import ThreadPoolExecutor
@@ -220,8 +220,8 @@ def test_variables_with_a_tape_inside_and_outside(mode):
 
     def call(recompute, tape_is_outside):
         with context.eager_mode():
-            w, table = (tf.Variable(init, use_resource=True) if IS_TF1 else tf.Variable(init)
-                        for _ in "ab")  # fmt: skip
+            options = {"use_resource": True} if IS_TF1 else {}
+            w, table = tf.Variable(init, **options), tf.Variable(init, **options)
 
             @sa.recomputable
             def layer(x):
@@ -352,6 +352,25 @@ def test_the_function_runs_again_only_for_a_gradient():
             assert len(calls) == total
 
 
+def test_recomputed_ops_wait_where_the_first_ones_ran():
+    with tf.Graph().as_default() as graph:
+        table = tf.compat.v1.get_variable("table", [5, 3])
+
+        @sa.recomputable("lookup")
+        def layer(ids):  # integers: no data of the gradient's can hold it up
+            return tf.gather(tf.identity(table), ids)
+
+        with tf.device("/device:CPU:1"):
+            y = layer(tf.constant([1, 2]), recompute=True)
+        (grad,) = tf.gradients(y, table)
+        assert grad is not None
+        again = [op for op in graph.get_operations() if "lookup_recompute/" in op.name]
+        (gather,) = (op for op in again if op.type.startswith("Gather"))
+        identities = [op for op in again if op.type == "Identity"]  # all that it reads
+        assert len(identities) == 2 and all(op.control_inputs for op in identities)
+        assert gather.device == "/device:CPU:1"
+
+
 def test_an_update_cannot_overtake_the_second_reading():
     def train(x):
         w = tf.compat.v1.get_variable("w", initializer=2.0, use_resource=True)
@@ -475,6 +494,6 @@ def peaks():
 def test_recompute_saves_the_memory_of_the_activations(peaks, mode):
     recomputed, plain = peaks[mode]
     print(f"peak {plain} MiB, with recompute=True {recomputed} MiB")
-    # 8 blocks of 6 activations are 768 MiB. Recomputed: 8 results and one block, 224 MiB.
+    # 8 blocks of 6 activations are 768 MiB; 8 results and one block are 224 MiB.
     assert plain > 600
     assert recomputed < 0.6 * plain

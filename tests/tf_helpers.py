@@ -1,4 +1,4 @@
-"""Runs functions of tensors in every mode of TensorFlow 1 and 2, and checks attention."""
+"""Runs functions in every mode of TensorFlow 1 and 2, and checks attention."""
 
 import os
 import subprocess
