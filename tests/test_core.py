@@ -165,6 +165,17 @@ def test_strides_that_do_not_divide_match_oracle(core, row_stride):
     Case(core, block_mask).check()
 
 
+def test_splits_that_are_apart_match_oracle(core):
+    """No two q tiles read the same keys, and some keys nobody reads."""
+    layout = np.zeros((2, 6, 9), bool)
+    layout[0, [0, 1, 4], [0, 2, 5]] = True
+    layout[1, [1, 3, 5], [1, 4, 8]] = layout[1, 3, 5] = True
+    block_mask = BlockMask(layout, None, 16, q_len=90, kv_len=140)
+    Case(core, block_mask, block_q=16).check(workers=2)
+    chunks = BlockMask(layouts.chunk_layout(160, 16, 32), None, 16)
+    Case(core, chunks, heads=4, kv_heads=2, block_q=32).check(workers=3)
+
+
 def test_many_heads_match_oracle(core):
     """batch * kv_heads >= 16 takes the path without splits."""
     block_mask = pattern_block_mask("fixed", 90, 8, 16, 32, num_verts=2)

@@ -7,13 +7,14 @@
 // Mapping: one task per (batch, kv head, split). A split is a run of q tiles with about the same number
 //   of blocks as the others; the task goes through the q tiles of its split as the forward pass
 //   does, for every query head that shares the kv head, owns their dq, and adds to dk and dv sums of its
-//   own over the keys that the split reads. The sums of the splits are added in their order. How many
-//   splits there are depends on the problem alone, so the result does not depend on the threads.
+//   own over the keys that the split reads. Where no two splits read the same key (`strided`: every
+//   q tile is a split), they are dk and dv; otherwise the splits' sums are added in their order. How
+//   many splits there are depends on the problem alone, so the result does not depend on the threads.
 // Tiles:   q, do as rows [kTileQ, ld] and as panels [panels][dim, kPanel]     k, v [kTileKV, dim]
 //          p, ds [panels][kTileKV, kPanel]     dq_panels [panels][head_dim, kPanel]
 // Stages:  per key tile: load | s = k q | p | dp = v do | ds | dq += k ds | dv += p do | dk += ds q
 // Memory:  workspace: two tiles of scores a worker, and float32 dk, dv sums: of the present task for
-//          each worker when there is one split, of all tasks otherwise (batch * kv_heads < kMinTasks)
+//          each worker where splits are apart or one, else of all tasks (batch * kv_heads < kMinTasks)
 // Cost:    10 * block_q * block_kv * head_dim FLOP per computed block (five matmuls)
 // Numerics: as the forward pass; lse is read in nats.
 // After:   Dao et al. 2022 (arXiv:2205.14135), algorithm 4, with queries outside.
@@ -36,10 +37,17 @@ class Splits {
   explicit Splits(const SpattnBwdParams& params)
       : problem_(params.problem), plan_(params.plan), group_(problem_.heads / problem_.kv_heads) {
     const int64_t heads = problem_.batch * problem_.kv_heads;
+    count_ = plan_.q_tiles;
+    if (AreApart()) return;
     count_ = heads > 0 ? Max(Min(CeilDiv(kMinTasks, heads), plan_.q_tiles), 1) : 1;
+    are_apart_ = count_ == 1;
   }
 
   int64_t count() const { return count_; }
+  bool are_apart() const { return are_apart_; }
+
+  // Kv heads that may read different keys.
+  int64_t groups() const { return plan_.heads == 1 ? 1 : problem_.kv_heads; }
 
   // First q tile of split s: where s / count of the head's blocks lie before it.
   int64_t FirstQTile(int64_t plan_head, int64_t s) const {
@@ -81,7 +89,22 @@ class Splits {
  private:
   const SpattnProblem& problem_;
   const SpattnPlan& plan_;
+  // Whether each split's keys lie past those of the splits before it.
+  bool AreApart() const {
+    for (int64_t kv_head = 0; kv_head < groups(); ++kv_head) {
+      int64_t past = 0;
+      for (int64_t s = 0; s < count_; ++s) {
+        int64_t begin, end;
+        KvRange(kv_head, s, &begin, &end);
+        if (begin < end && begin < past) return false;
+        past = Max(past, end);
+      }
+    }
+    return true;
+  }
+
   int64_t group_, count_;
+  bool are_apart_ = true;
 };
 
 // ---- scratch ----
@@ -89,6 +112,7 @@ class Splits {
 // float32 sums of dk and dv over the kv positions [begin, end); ld_k, ld_v as the q rows have them.
 struct KvSums {
   int64_t begin, end;
+  int64_t store_begin, store_end;  // splits that are apart: between them they cover all positions
   float *dk, *dv;
 };
 
@@ -368,44 +392,47 @@ inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_hea
 // How the workspace is laid out; built with no base it only counts bytes.
 struct BwdWorkspaceLayout {
   Splits splits;
-  int64_t groups;         // kv heads with sums of different extent: 1 when the plan is shared
-  int64_t scratch_bytes;  // of a worker
-  int64_t sums_floats;    // of the longest sums
-  KvSums* sums;           // [batch * kv_heads, splits], or [workers] when there is one split
-  char* scratch;          // [workers]
-  float* row;             // [workers, widest]
+  int64_t scratch_bytes, sums_floats;  // of a worker
+  char* scratch;                       // [workers]
+  float* row;                          // [workers, ld + ld_v]
+  float* worker_sums;                  // [workers], where splits are apart
+  KvSums* sums;                        // [groups, splits] there, else [batch * kv_heads, splits]
   int64_t bytes;
 
-  BwdWorkspaceLayout(const SpattnBwdParams& params, int32_t workers, void* base) : splits(params) {
+  BwdWorkspaceLayout(const SpattnBwdParams& params, int32_t threads, void* base) : splits(params) {
     const SpattnProblem& problem = params.problem;
     Arena sizes(nullptr), arena(base);
     const BwdScratch scratch_sizes(&sizes, problem);
     scratch_bytes = sizes.used();
-    const int64_t width = scratch_sizes.ld + scratch_sizes.ld_v;
-    const int64_t heads = problem.batch * problem.kv_heads, count = splits.count();
-    const int64_t workers_at_least_1 = Max(workers, 1);
-    scratch = arena.Take<char>(workers_at_least_1 * scratch_bytes);
-    row = arena.Take<float>(workers_at_least_1 * width);
-    sums = arena.Take<KvSums>(count == 1 ? workers_at_least_1 : heads * count);
-    groups = params.plan.heads == 1 ? 1 : problem.kv_heads;
     sums_floats = 0;
+    const int64_t ld = scratch_sizes.ld, ld_v = scratch_sizes.ld_v, workers = Max(threads, 1);
+    const int64_t heads = problem.batch * problem.kv_heads, groups = splits.groups();
+    scratch = arena.Take<char>(workers * scratch_bytes);
+    row = arena.Take<float>(workers * (ld + ld_v));
+    sums = arena.Take<KvSums>((splits.are_apart() ? groups : heads) * splits.count());
     for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t s = 0; s < count; ++s) {
-        KvSums range;
+      int64_t past = 0;
+      for (int64_t s = 0; s < splits.count(); ++s) {
+        KvSums range = {};
         splits.KvRange(group, s, &range.begin, &range.end);
+        range.store_begin = past;
+        past = Max(past, range.end);
+        range.store_end =
+            s + 1 == splits.count() ? params.plan.kv_blocks * params.plan.block_kv : past;
         const int64_t length = range.end - range.begin;
-        sums_floats = Max(sums_floats, length * width);
-        for (int64_t head = group; count > 1 && head < heads; head += groups) {
-          range.dk = arena.Take<float>(length * scratch_sizes.ld);
-          range.dv = arena.Take<float>(length * scratch_sizes.ld_v);
-          if (base) sums[head * count + s] = range;
+        sums_floats = Max(sums_floats, length * (ld + ld_v));
+        if (splits.are_apart()) {
+          if (base) sums[group * splits.count() + s] = range;
+          continue;
+        }
+        for (int64_t head = group; head < heads; head += groups) {
+          range.dk = arena.Take<float>(length * ld);
+          range.dv = arena.Take<float>(length * ld_v);
+          if (base) sums[head * splits.count() + s] = range;
         }
       }
     }
-    for (int64_t worker = 0; count == 1 && worker < workers_at_least_1; ++worker) {
-      float* floats = arena.Take<float>(sums_floats);
-      if (base) sums[worker].dk = floats;
-    }
+    worker_sums = splits.are_apart() ? arena.Take<float>(workers * sums_floats) : nullptr;
     bytes = arena.used();
   }
 };
@@ -421,17 +448,20 @@ inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, voi
   const int64_t count = splits.count(), heads = problem.batch * problem.kv_heads;
   const int64_t group = problem.heads / problem.kv_heads;
   const int64_t ld = RoundUp(problem.head_dim, kPanel), ld_v = RoundUp(problem.head_dim_v, kPanel);
-  const int64_t positions = params.plan.kv_blocks * params.plan.block_kv;
 
+  // A row's heads lie side by side in memory: they are the innermost part of a task's number.
   ParallelFor(threads, heads * count, [&](int64_t task, int32_t worker) {
-    const int64_t b = task / count / problem.kv_heads, kv_head = task / count % problem.kv_heads;
-    const int64_t s = task % count;
+    const int64_t kv_head = task % problem.kv_heads, s = task / problem.kv_heads % count;
+    const int64_t b = task / problem.kv_heads / count;
     Arena arena(layout.scratch + worker * layout.scratch_bytes);
     BwdScratch scratch(&arena, problem);
-    KvSums sums = layout.sums[count == 1 ? worker : task];
-    if (count == 1) {
-      splits.KvRange(layout.groups == 1 ? 0 : kv_head, 0, &sums.begin, &sums.end);
+    KvSums sums;
+    if (splits.are_apart()) {
+      sums = layout.sums[(splits.groups() == 1 ? 0 : kv_head) * count + s];
+      sums.dk = layout.worker_sums + worker * layout.sums_floats;
       sums.dv = sums.dk + (sums.end - sums.begin) * ld;
+    } else {
+      sums = layout.sums[(b * problem.kv_heads + kv_head) * count + s];
     }
     Zero(sums.dk, (sums.end - sums.begin) * ld);
     Zero(sums.dv, (sums.end - sums.begin) * ld_v);
@@ -442,12 +472,14 @@ inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, voi
         BwdQTile(scratch, params, b, head, q_tile, sums);
       }
     }
-    if (count == 1) {
-      StoreKvGrad(params, b, kv_head, &sums, 1, 0, positions, ld, ld_v, scratch.rows);
+    if (splits.are_apart()) {
+      StoreKvGrad(params, b, kv_head, &sums, 1, sums.store_begin, sums.store_end, ld, ld_v,
+                  scratch.rows);
     }
   });
-  if (count == 1) return;
+  if (splits.are_apart()) return;
 
+  const int64_t positions = params.plan.kv_blocks * params.plan.block_kv;
   constexpr int64_t kPositions = 256;  // of a task
   const int64_t chunks = CeilDiv(positions, kPositions);
   ParallelFor(threads, heads * chunks, [&](int64_t task, int32_t worker) {

@@ -4,7 +4,8 @@
 //   s_ij = softmax_scale * <q_i, k_j>     lse_i = log sum_j exp(s_ij)
 //   o_i  = sum_j exp(s_ij - lse_i) * v_j  (no allowed j: o_i = 0, lse_i = -inf)
 //
-// Mapping: one task per (batch, head, q tile), a head's last q tiles first: causal rows grow.
+// Mapping: one task per (batch, q tile, head), the last q tiles first: causal rows grow. A row's heads
+//   lie side by side in memory, so they are taken one after another.
 //   Vector lanes are queries, so row_max, row_sum and every step of the softmax are vertical, and
 //   keys need no transposition, no packing and no padding.
 // Tiles:   q_panels [panels][head_dim, kPanel]     k [kTileKV, head_dim]   v [kTileKV, head_dim_v]
@@ -181,8 +182,8 @@ inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, int64_t 
 inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, int64_t task) {
   const SpattnProblem& problem = params.problem;
   const int64_t q_tiles = params.plan.q_tiles;
-  const int64_t q_tile = q_tiles - 1 - task % q_tiles;
-  const int64_t head = task / q_tiles % problem.heads, b = task / q_tiles / problem.heads;
+  const int64_t head = task % problem.heads, b = task / problem.heads / q_tiles;
+  const int64_t q_tile = q_tiles - 1 - task / problem.heads % q_tiles;
   const QTile tile(problem, params.plan, q_tile);
   const int64_t queries = static_cast<int64_t>(tile.panels) * kPanel;
   LoadQRows(params.q, problem, b, head, tile, problem.head_dim, problem.head_dim, x.rows);
