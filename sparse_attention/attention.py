@@ -12,6 +12,7 @@ from . import (
     _ops,
 )
 from .block_mask import BlockMask, pattern_block_mask
+from .blocksparse_ops import load_blocksparse_ops
 from .masks import check_positive, fixed_mask
 from .recompute import recomputable
 from .transformer import get_blocksparse_obj
@@ -116,19 +117,20 @@ def block_sparse_attention(
 
 
 def load_ops():
-    """Loads the op and its gradient, compiling it if need be.
+    """Loads all ops and their gradients, compiling them if need be.
 
-    For programs that load a SavedModel or a GraphDef with the op in it before they call
-    anything here; everything else loads it by itself.
+    For programs that load a SavedModel or a GraphDef with our ops, or blocksparse's, in it
+    before they call anything here; everything else loads what it needs by itself.
 
     Raises:
-      RuntimeError: If the op cannot be had here.
+      RuntimeError: If the ops cannot be had here.
     """
     if _ops.attention_ops() is None:
         raise RuntimeError(
             "the attention ops must be compiled to load a graph that holds them, and "
             "cannot be; `python -m sparse_attention.doctor` says why"
         )
+    load_blocksparse_ops()
 
 
 def _check_tensors(q, k, v, block_mask, heads, kv_heads):

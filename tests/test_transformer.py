@@ -314,7 +314,7 @@ RUN_GRAPH = """
 import json, sys
 import numpy as np, tensorflow as tf
 from google.protobuf import text_format
-from sparse_attention.blocksparse_ops import load_blocksparse_ops
+import sparse_attention as sa
 
 path, seed = sys.argv[1:]
 graph_def = tf.compat.v1.GraphDef()
@@ -326,7 +326,7 @@ except (ValueError, tf.errors.NotFoundError) as error:
     assert "Blocksparse" in str(error) or "Bst" in str(error), error
 else:
     sys.exit("the ops are there before they are loaded")
-load_blocksparse_ops()
+sa.load_ops()
 random = np.random.RandomState(int(seed))
 inputs = ("q:0", "k:0", "v:0", "dy:0")
 feed = {name: random.standard_normal((2, 24, 16)) for name in inputs}
