@@ -24,6 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = (
     len(_build.ISAS) + 2
 )  # runs of the compiler for the stand-in: kernels, core, link
+STAND_IN = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
 OP_PARTS = PARTS + 2  # and for the op: isa.cc and the binding too
 
 
@@ -95,8 +96,7 @@ def stand_in(tmp_path, compiler, monkeypatch):
     )
     (csrc / "cpu" / "kernels.cc").write_text("\n")
     monkeypatch.setattr(_build, "CSRC", str(csrc))
-    libraries = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
-    monkeypatch.setattr(_build, "LIBRARIES", libraries)
+    monkeypatch.setattr(_build, "LIBRARIES", STAND_IN)
     monkeypatch.setenv("CXX", compiler.path)
     monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSE_ATTENTION_NO_JIT", raising=False)
@@ -399,7 +399,7 @@ def test_builder_killed_without_its_compilers_leaves_no_lock(
 ):
     script = (
         "from sparse_attention import _build\n"
-        f"_build.CSRC = {str(stand_in)!r}\n"
+        f"_build.CSRC, _build.LIBRARIES = {str(stand_in)!r}, {STAND_IN!r}\n"
         "print(_build.build_core())"
     )
     compiler.hold()

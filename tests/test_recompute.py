@@ -358,7 +358,7 @@ def test_recomputed_ops_wait_where_the_first_ones_ran():
 
         @sa.recomputable("lookup")
         def layer(ids):  # integers: no data of the gradient's can hold it up
-            return tf.gather(tf.identity(table), ids)
+            return tf.gather(table, ids)
 
         with tf.device("/device:CPU:1"):
             y = layer(tf.constant([1, 2]), recompute=True)
@@ -369,9 +369,8 @@ def test_recomputed_ops_wait_where_the_first_ones_ran():
             for op in graph.get_operations()
             if "lookup_recompute/" in op.name
         }
-        assert again["GatherV2"].device == "/device:CPU:1"
-        assert again["Identity"].control_inputs  # ids
-        assert again["Identity_1"].control_inputs  # table
+        assert again["Identity"].device == "/device:CPU:1"
+        assert again["Identity"].control_inputs  # of ids
 
 
 def test_an_update_cannot_overtake_the_second_reading():

@@ -155,9 +155,13 @@ inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_d
                          float* delta) {
   for (int n = 0; n < kPanelVecs; ++n) {
     Vec sum{};
-    for (int d = 0; d < head_dim_v; ++d) {
-      const int at = d * kPanel + n * kLanes;
-      sum += Load(o_panel + at) * Load(do_panel + at);
+    for (int first = 0; first < head_dim_v; first += kTermsASum) {
+      Vec part{};
+      for (int d = first; d < head_dim_v && d < first + kTermsASum; ++d) {
+        const int at = d * kPanel + n * kLanes;
+        part += Load(o_panel + at) * Load(do_panel + at);
+      }
+      sum += part;
     }
     Store(delta + n * kLanes, sum);
   }
@@ -181,8 +185,7 @@ inline void RecomputeP(const BwdScratch& x, KeyRange read, int head_dim, int pan
   float* p = x.P(panel);
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    auto acc = ZeroTile<kRows>();
-    MultiplyAdd<kRowMajor>(acc, x.k + j * head_dim, head_dim, q_panel, kPanel, head_dim);
+    const auto acc = RowProducts<kRows>(x.k + j * head_dim, head_dim, q_panel, head_dim);
     for (int n = 0; n < kPanelVecs; ++n) {
       const Vec lse = Load(x.lse_log2 + panel * kPanel + n * kLanes);
       for (int r = 0; r < kRows; ++r) {
@@ -206,8 +209,7 @@ inline void ComputeDs(const BwdScratch& x, KeyRange read, int head_dim_v, int pa
   float* ds = x.Ds(panel);
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    auto acc = ZeroTile<kRows>();
-    MultiplyAdd<kRowMajor>(acc, x.v + j * head_dim_v, head_dim_v, do_panel, kPanel, head_dim_v);
+    const auto acc = RowProducts<kRows>(x.v + j * head_dim_v, head_dim_v, do_panel, head_dim_v);
     for (int n = 0; n < kPanelVecs; ++n) {
       const Vec delta = Load(x.delta + panel * kPanel + n * kLanes);
       for (int r = 0; r < kRows; ++r) {

@@ -66,8 +66,7 @@ inline RegisterTile<1> MatmulQK(const FwdScratch& x, KeyRange read, int head_dim
   for (Vec& max : largest.v[0]) max = Vec{} - kInf;
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    auto acc = ZeroTile<kRows>();
-    MultiplyAdd<kRowMajor>(acc, x.k + j * head_dim, head_dim, q_panel, kPanel, head_dim);
+    const auto acc = RowProducts<kRows>(x.k + j * head_dim, head_dim, q_panel, head_dim);
     for (int r = 0; r < kRows; ++r) {
       for (int n = 0; n < kPanelVecs; ++n) {
         Vec s = acc.v[r][n] * softmax_scale_log2;

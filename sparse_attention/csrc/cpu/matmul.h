@@ -87,6 +87,30 @@ SPATTN_INLINE void MultiplyAdd(RegisterTile<kRows>& acc, const float* a, int64_t
   }
 }
 
+// Terms that are summed one after another; longer sums are sums of such sums, which halves the rounding
+// error at head_dim 256 for about 3 % of the time.
+constexpr int kTermsASum = 64;
+
+// The products of rows a [kRows, k_size] with a panel b [k_size, kPanel].
+template <int kRows>
+SPATTN_INLINE RegisterTile<kRows> RowProducts(const float* a, int64_t lda, const float* b,
+                                              int k_size) {
+  auto acc = ZeroTile<kRows>();
+  for (int k = 0; k < k_size; k += kTermsASum) {
+    const int terms = k_size - k < kTermsASum ? k_size - k : kTermsASum;
+    if (k == 0) {
+      MultiplyAdd<kRowMajor>(acc, a, lda, b, kPanel, terms);
+      continue;
+    }
+    auto part = ZeroTile<kRows>();
+    MultiplyAdd<kRowMajor>(part, a + k, lda, b + k * kPanel, kPanel, terms);
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < kPanelVecs; ++n) acc.v[r][n] += part.v[r][n];
+    }
+  }
+  return acc;
+}
+
 template <int kHeight>
 struct RowCount {  // a tile's height as a type, for the callable of ForRowTiles
   static constexpr int kRows = kHeight;
