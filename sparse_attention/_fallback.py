@@ -72,8 +72,8 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     row_max = tf.math.unsorted_segment_max(
         tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
     )
-    # -inf where all is masked, the lowest float where there is nothing.
-    row_max = tf.stop_gradient(_select(row_max > tf.float32.min, row_max, 0.0))
+    # Where all is masked it is -inf, and s - row_max must not be NaN.
+    row_max = tf.stop_gradient(_select(row_max > -np.inf, row_max, 0.0))
     p = tf.exp(s - gather_tile(row_max)[..., None])
     row_sum = sum_tile(tf.reduce_sum(p, axis=3))
     is_empty = tf.equal(row_sum, 0.0)
@@ -175,5 +175,5 @@ def _warn_once():
         "the attention kernels cannot be compiled here, so TensorFlow's own ops do the "
         "work, more slowly; `python -m sparse_attention.doctor` says why",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

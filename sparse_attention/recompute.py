@@ -125,11 +125,7 @@ def _enter_scope(stack, name, outputs, variable_scope):
     """Goes back to where the function was called, as far as a graph cares."""
     if variable_scope is not None:
         stack.enter_context(tf.device(outputs[0].device))
-        stack.enter_context(
-            tf.compat.v1.variable_scope(
-                variable_scope, reuse=True, auxiliary_name_scope=False
-            )
-        )
+        stack.enter_context(tf.compat.v1.variable_scope(variable_scope, reuse=True))
     stack.enter_context(tf.name_scope(name + "_recompute"))
 
 
@@ -185,21 +181,18 @@ def _captured_tensors(first_op, inputs):
     graph = tf.compat.v1.get_default_graph()
     outside = {id(inner): outer for outer, inner in getattr(graph, "captures", ())}
     new_ops = graph.get_operations()[first_op:]
-    made = {
-        id(tensor)
-        for op in new_ops
-        if op.type not in REF_VARIABLE_OPS
-        for tensor in op.outputs
-    }
     known = {id(tensor) for tensor in inputs}
+    for op in new_ops:
+        if op.type not in REF_VARIABLE_OPS:
+            known.update(map(id, op.outputs))
     captured = {}
     for op in new_ops:
         for tensor in op.inputs:
             if id(tensor) in outside:
                 tensor = outside[id(tensor)]
-            elif id(tensor) in made:
+            elif id(tensor) in known:
                 continue
-            if id(tensor) not in known and _is_differentiable(tensor):
+            if _is_differentiable(tensor):
                 captured[id(tensor)] = tensor
     return list(captured.values())
 

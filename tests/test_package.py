@@ -1,5 +1,7 @@
 """What `import sparse_attention` gives, with and without TensorFlow."""
 
+import doctest
+import importlib
 import re
 
 import pytest
@@ -43,6 +45,12 @@ def test_every_name_is_there():
     assert set(TENSORFLOW_NAMES) <= set(sa.__all__) <= set(dir(sa))
     assert all(hasattr(sa, name) for name in sa.__all__)
     assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
+
+
+@pytest.mark.parametrize("name", ["attention", "recompute"])
+def test_documentation_examples(name):
+    module = importlib.import_module("sparse_attention." + name)
+    assert doctest.testmod(module).failed == 0
 
 
 def test_unknown_names_are_refused():

@@ -200,7 +200,12 @@ def test_graph_variables_captured_and_made_inside(use_resource):
         def layer(x, ids):
             with tf.compat.v1.variable_scope("inside"):
                 made = variable("made", 2)
-            y = tf.tanh(tf.matmul(tf.matmul(x, captured), made))
+            y = tf.tanh(tf.matmul(x, made))
+            _, y = tf.while_loop(
+                lambda i, y: i < 2,
+                lambda i, y: (i + 1, tf.tanh(tf.matmul(y, captured))),
+                (tf.constant(0), y),
+            )
             return y, tf.nn.embedding_lookup(made, ids)
 
         with tf.compat.v1.variable_scope("outside"):
@@ -363,7 +368,7 @@ def test_recomputed_ops_wait_where_the_first_ones_ran():
         with tf.device("/device:CPU:1"):
             y = layer(tf.constant([1, 2]), recompute=True)
         (grad,) = tf.gradients(y, table)
-        assert grad is not None
+        assert isinstance(grad, tf.IndexedSlices)
         again = {
             op.name.split("lookup_recompute/")[1]: op
             for op in graph.get_operations()
@@ -432,11 +437,11 @@ import sparse_attention as sa
 
 mode = sys.argv[1]
 random = np.random.RandomState(0)
-x = random.normal(size=[131072, 32]).astype(np.float32)  # 16 MiB
+x = random.normal(size=[65536, 32]).astype(np.float32)  # 8 MiB
 weights = [(random.normal(size=[32, 32]) / 6).astype(np.float32) for _ in range(8)]
 
 @sa.recomputable
-def block(x, w):  # 6 activations of 16 MiB
+def block(x, w):  # 6 activations of 8 MiB
     for _ in range(6):
         x = tf.tanh(tf.matmul(x, w))
     return x
@@ -496,6 +501,6 @@ def peaks():
 def test_recompute_saves_the_memory_of_the_activations(peaks, mode):
     recomputed, plain = peaks[mode]
     print(f"peak {plain} MiB, with recompute=True {recomputed} MiB")
-    # 8 blocks of 6 activations are 768 MiB; 8 results and one block are 224 MiB.
-    assert plain > 600
+    # 8 blocks of 6 activations are 384 MiB; 8 results and one block are 112 MiB.
+    assert plain > 300
     assert recomputed < 0.6 * plain
