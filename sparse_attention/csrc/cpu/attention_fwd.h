@@ -29,7 +29,6 @@
 namespace spattn {
 namespace SPATTN_ISA {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 
 // ---- scratch ----

@@ -24,7 +24,6 @@ namespace SPATTN_ISA {
 
 constexpr int64_t kBlocksATask = 32;
 constexpr float kLowest = -3.40282347e38f;  // the lowest finite float
-constexpr float kLog2OfE = 1.44269504f;
 
 // ---- where things lie ----
 
@@ -193,13 +192,6 @@ inline void Nt(const SpattnBlocksMatmul& params, const SpattnThreads& threads, v
 
 // ---- nn: q = scores kv, and tn: kv = scores^T q ----
 
-template <int kRows>
-SPATTN_INLINE void AddTile(const RegisterTile<kRows>& from, RegisterTile<kRows>& to) {
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kPanelVecs; ++n) to.v[r][n] += from.v[r][n];
-  }
-}
-
 template <ALayout kLayout>
 inline void XnTask(const MatmulScratch& x, const SpattnBlocksMatmul& params, int64_t task) {
   constexpr bool kIsTn = kLayout == kColMajor;
@@ -364,7 +356,7 @@ inline void SoftmaxQuery(float* row, const uint8_t* attends, int64_t count, floa
   for (int i = 1; i < kLanes; ++i) max = largest[i] > max ? largest[i] : max;
   Vec sum{};
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec p = Exp2((Load(row + j) - max) * kLog2OfE);
+    const Vec p = Exp2((Load(row + j) - max) * kLog2E);
     Store(row + j, p);
     sum += p;
   }

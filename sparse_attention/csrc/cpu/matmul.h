@@ -70,6 +70,13 @@ SPATTN_INLINE void StoreTile(const RegisterTile<kRows>& acc, float* to) {
   }
 }
 
+template <int kRows>
+SPATTN_INLINE void AddTile(const RegisterTile<kRows>& from, RegisterTile<kRows>& to) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kPanelVecs; ++n) to.v[r][n] += from.v[r][n];
+  }
+}
+
 template <ALayout kLayout, int kRows>
 SPATTN_INLINE void MultiplyAdd(RegisterTile<kRows>& acc, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int k_size) {
@@ -104,9 +111,7 @@ SPATTN_INLINE RegisterTile<kRows> RowProducts(const float* a, int64_t lda, const
     }
     auto part = ZeroTile<kRows>();
     MultiplyAdd<kRowMajor>(part, a + k, lda, b + k * kPanel, kPanel, terms);
-    for (int r = 0; r < kRows; ++r) {
-      for (int n = 0; n < kPanelVecs; ++n) acc.v[r][n] += part.v[r][n];
-    }
+    AddTile(part, acc);
   }
   return acc;
 }

@@ -35,6 +35,7 @@ typedef float Vec4 __attribute__((vector_size(16)));
 typedef int32_t IntVec4 __attribute__((vector_size(16)));
 
 constexpr float kInf = __builtin_inff();
+constexpr float kLog2E = 1.44269504f;
 
 // ---- memory; no alignment is asked for ----
 
