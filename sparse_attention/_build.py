@@ -49,10 +49,13 @@ LIBRARIES = {
 }
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
+# Short rows are copied faster by the kernels' own loops than by calls of memcpy.
+FLAGS += ["-fno-tree-loop-distribute-patterns"]
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl " + ISAS["avx2"]
+    ISAS["avx512_bf16"] = "-DSPATTN_AVX512_BF16 " + ISAS["avx512"]
 else:
     FLAGS += ["-DSPATTN_ONLY_BASELINE"]
 

@@ -31,7 +31,12 @@ def instruction_sets():
         return ["baseline"]
     with open("/proc/cpuinfo") as cpuinfo:
         flags = cpuinfo.read().split()
-    needs = {"baseline": "sse2", "avx2": "avx2", "avx512": "avx512vl"}
+    needs = {
+        "baseline": "sse2",
+        "avx2": "avx2",
+        "avx512": "avx512vl",
+        "avx512_bf16": "avx512_bf16",
+    }
     return [isa for isa, flag in needs.items() if flag in flags]
 
 

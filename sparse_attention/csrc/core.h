@@ -118,7 +118,7 @@ SPATTN_API SpattnStatus spattn_fwd_cpu(const SpattnFwdParams* params, const Spat
 SPATTN_API SpattnStatus spattn_bwd_cpu(const SpattnBwdParams* params, const SpattnThreads* threads,
                                        void* workspace);
 
-// The instruction set in use: "avx512", "avx2" or "baseline". The environment variable
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". The environment variable
 // SPARSE_ATTENTION_ISA lowers it.
 SPATTN_API const char* spattn_cpu_isa(void);
 

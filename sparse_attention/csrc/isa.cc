@@ -3,27 +3,38 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if !defined(SPATTN_ONLY_BASELINE)
+#include <cpuid.h>
+#endif
 
 #include "core.h"
 
 namespace spattn {
 namespace {
 
+const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};  // in Isa's order
+
 Isa BestIsa() {
 #if !defined(SPATTN_ONLY_BASELINE)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx2) return has_avx512 ? Isa::kAvx512 : Isa::kAvx2;
-#endif
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kBaseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
+  }
+  unsigned eax = 0, ebx, ecx, edx;  // GCC 9 does not know the name of avx512_bf16
+  const bool has_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+  return has_bf16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
   return Isa::kBaseline;
+#endif
 }
 
 Isa Lowered(Isa best) {
   const char* wanted = getenv("SPARSE_ATTENTION_ISA");
-  if (wanted && strcmp(wanted, "baseline") == 0) return Isa::kBaseline;
-  if (wanted && strcmp(wanted, "avx2") == 0 && best == Isa::kAvx512) return Isa::kAvx2;
+  for (int isa = 0; wanted && isa < static_cast<int>(best); ++isa) {
+    if (strcmp(wanted, kNames[isa]) == 0) return static_cast<Isa>(isa);
+  }
   return best;
 }
 
@@ -36,13 +47,4 @@ Isa CpuIsa() {
 
 }  // namespace spattn
 
-const char* spattn_cpu_isa(void) {
-  switch (spattn::CpuIsa()) {
-    case spattn::Isa::kAvx512:
-      return "avx512";
-    case spattn::Isa::kAvx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
-}
+const char* spattn_cpu_isa(void) { return spattn::kNames[static_cast<int>(spattn::CpuIsa())]; }

@@ -4,19 +4,20 @@
 
 namespace spattn {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best one; SPARSE_ATTENTION_ISA=baseline or avx2 in the environment lowers it.
+// The best one; SPARSE_ATTENTION_ISA=baseline, avx2 or avx512 in the environment lowers it.
 Isa CpuIsa();
 
 // The instruction set's own `name`: each file in cpu/ is compiled once in each of the namespaces.
 #if defined(SPATTN_ONLY_BASELINE)
 #define SPATTN_OF_THIS_ISA(name) (::spattn::baseline::name)
 #else
-#define SPATTN_OF_THIS_ISA(name)                                         \
-  (::spattn::CpuIsa() == ::spattn::Isa::kAvx512 ? ::spattn::avx512::name \
-   : ::spattn::CpuIsa() == ::spattn::Isa::kAvx2 ? ::spattn::avx2::name   \
-                                                : ::spattn::baseline::name)
+#define SPATTN_OF_THIS_ISA(name)                                                  \
+  (::spattn::CpuIsa() == ::spattn::Isa::kAvx512Bf16 ? ::spattn::avx512_bf16::name \
+   : ::spattn::CpuIsa() == ::spattn::Isa::kAvx512   ? ::spattn::avx512::name      \
+   : ::spattn::CpuIsa() == ::spattn::Isa::kAvx2     ? ::spattn::avx2::name        \
+                                                    : ::spattn::baseline::name)
 #endif
 
 }  // namespace spattn

@@ -4,7 +4,7 @@
 //   delta_i = sum_d do_id o_id - dlse_i     dp_ij = <do_i, v_j>     ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = softmax_scale sum_j ds_ij k_j    dk_j = softmax_scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
 //
-// Mapping: one task per (batch, kv head, split). A split is a run of q tiles with about the same number
+// Mapping: one task per (batch, few kv heads, split). A split is a run of q tiles with about the same number
 //   of blocks as the others; the task goes through the q tiles of its split as the forward pass
 //   does, for every query head that shares the kv head, owns their dq, and adds to dk and dv sums of its
 //   own over the keys that the split reads. Where no two splits read the same key (`strided`: every
@@ -117,49 +117,95 @@ struct KvSums {
 };
 
 struct BwdScratch {
-  int64_t ld, ld_v;  // leading dimensions of rows: head_dim and head_dim_v, rounded up to panels
-  float *q_rows, *do_rows, *rows, *q_panels, *do_panels, *dq_panels, *k, *v, *p, *ds;
-  float *lse_log2, *delta;  // [panels * kPanel]; lse in base 2, +inf where p must be 0
+  int64_t ld, ld_v;               // head_dim and head_dim_v, rounded up to panels
+  float *q_rows, *do_rows;        // [heads][kTileQ, ld], words
+  float *q_columns, *do_columns;  // the same as columns
+  float *q_panels, *do_panels;    // [heads][kMaxPanels][dim, kPanel], words
+  float* dq_panels;               // [heads][kMaxPanels][dim, kPanel]
+  float *lse_log2, *delta;        // [heads][kTileQ]; lse in base 2, +inf where p must be 0
+  float *k, *v, *k_columns;       // [heads][kTileKV, dim], words; k_columns: of one head
+  float* p;                       // [kTileKV, kPanel] of one panel
+  float *p_rows, *ds_rows;        // [kMaxPanels][kTileKV, kPanel], words
+  float* ds_columns;              // the same as columns
   KeyTile* keys;
-  Leaks key_leaks, q_leaks, do_leaks;
+  Leaks key_leaks, q_leaks[kMaxTaskHeads], do_leaks[kMaxTaskHeads];
 
-  BwdScratch(Arena* arena, const SpattnProblem& problem) {
-    const int64_t queries = kMaxPanels * kPanel, scores = kMaxPanels * kTileKV * kPanel;
+  BwdScratch(Arena* arena, const SpattnProblem& problem, int heads) {
+    const int64_t widest = Max(problem.head_dim, problem.head_dim_v);
+    const int64_t scores = kMaxPanels * kTileKV * kPanel, queries = heads * kTileQ;
     ld = RoundUp(problem.head_dim, kPanel);
     ld_v = RoundUp(problem.head_dim_v, kPanel);
     q_rows = arena->Take<float>(queries * ld);
     do_rows = arena->Take<float>(queries * ld_v);
-    rows = arena->Take<float>(queries * Max(ld, ld_v));
     q_panels = arena->Take<float>(queries * problem.head_dim);
     do_panels = arena->Take<float>(queries * problem.head_dim_v);
-    dq_panels = arena->Take<float>(queries * Max(problem.head_dim, problem.head_dim_v));
-    k = arena->Take<float>(kTileKV * problem.head_dim);
-    v = arena->Take<float>(kTileKV * problem.head_dim_v);
-    p = arena->Take<float>(scores);
-    ds = arena->Take<float>(scores);
+    dq_panels = arena->Take<float>(queries * widest);
     lse_log2 = arena->Take<float>(queries);
     delta = arena->Take<float>(queries);
+    k = arena->Take<float>(heads * kTileKV * problem.head_dim);
+    v = arena->Take<float>(heads * kTileKV * problem.head_dim_v);
+    p_rows = arena->Take<float>(scores);
+    ds_rows = arena->Take<float>(scores);
+    p = p_rows;
+    q_columns = do_columns = k_columns = ds_columns = nullptr;
+    if (kHasPairs) {
+      p = arena->Take<float>(kTileKV * kPanel);
+      q_columns = arena->Take<float>(queries * ld);
+      do_columns = arena->Take<float>(queries * ld_v);
+      k_columns = arena->Take<float>(kTileKV * problem.head_dim);
+      ds_columns = arena->Take<float>(scores);
+    }
     keys = arena->Take<KeyTile>(1);
-    float* row = arena->Take<float>(Max(ld, ld_v));
-    key_leaks = q_leaks = do_leaks = Leaks(row);
+    const Leaks leaks(arena->Take<float>(widest));
+    key_leaks = leaks;
+    for (int h = 0; h < kMaxTaskHeads; ++h) q_leaks[h] = do_leaks[h] = leaks;
   }
 
-  float* P(int panel) const { return p + panel * kTileKV * kPanel; }
-  float* Ds(int panel) const { return ds + panel * kTileKV * kPanel; }
+  template <class Terms>
+  float* DsColumns() const {
+    return Terms::kTerms == 1 ? ds_rows : ds_columns;
+  }
+};
+
+// Words of a key's scores in one panel, and of a panel's scores.
+template <class Terms>
+constexpr int kRowWords = kPanel / Terms::kTerms;
+template <class Terms>
+constexpr int kScoreWords = kTileKV * kRowWords<Terms>;
+
+// Where one head's tiles are.
+template <class Terms>
+struct HeadTiles {
+  float *q_rows, *do_rows, *q_columns, *do_columns, *q_panels, *do_panels, *dq_panels;
+  float *lse_log2, *delta;
+
+  HeadTiles(const BwdScratch& x, const SpattnProblem& problem, int h) {
+    const int64_t queries = h * kTileQ;
+    q_rows = x.q_rows + queries * x.ld / Terms::kTerms;
+    do_rows = x.do_rows + queries * x.ld_v / Terms::kTerms;
+    q_columns = Terms::kTerms == 1 ? q_rows : x.q_columns + queries * x.ld / Terms::kTerms;
+    do_columns = Terms::kTerms == 1 ? do_rows : x.do_columns + queries * x.ld_v / Terms::kTerms;
+    q_panels = x.q_panels + queries * problem.head_dim / Terms::kTerms;
+    do_panels = x.do_panels + queries * problem.head_dim_v / Terms::kTerms;
+    dq_panels = x.dq_panels + queries * problem.head_dim;
+    lse_log2 = x.lse_log2 + queries;
+    delta = x.delta + queries;
+  }
 };
 
 // ---- stages ----
 
 // delta = sum_d o_d do_d, in the order in which dp is summed: with one key o = v, and ds is exactly 0.
-inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_dim_v,
-                         float* delta) {
+template <class Terms>
+inline void ComputeDelta(const float* o_panel, const float* do_panel, int words, float* delta) {
+#pragma GCC unroll 2
   for (int n = 0; n < kPanelVecs; ++n) {
     Vec sum{};
-    for (int first = 0; first < head_dim_v; first += kTermsASum) {
+    for (int first = 0; first < words; first += kWordsASum) {
       Vec part{};
-      for (int d = first; d < head_dim_v && d < first + kTermsASum; ++d) {
-        const int at = d * kPanel + n * kLanes;
-        part += Load(o_panel + at) * Load(do_panel + at);
+      for (int word = first; word < words && word < first + kWordsASum; ++word) {
+        const int at = word * kPanel + n * kLanes;
+        part = Terms::MultiplyAdd(Load(o_panel + at), Load(do_panel + at), part);
       }
       sum += part;
     }
@@ -168,32 +214,32 @@ inline void ComputeDelta(const float* o_panel, const float* do_panel, int head_d
 }
 
 // p and ds of the keys that the panel does not read: AddKvGrad's tiles may overlap them.
-inline void ZeroUnread(const BwdScratch& x, int count, int panel) {
+template <class Terms>
+inline void ZeroUnread(const BwdScratch& x, int panel) {
   const KeyRange read = x.keys->read[panel];
-  float* const scores[] = {x.P(panel), x.Ds(panel)};
-  for (float* s : scores) {
-    Zero(s, read.begin * kPanel);
-    Zero(s + read.end * kPanel, (count - read.end) * kPanel);
+  float* const scores[] = {x.p_rows, x.ds_rows};
+  for (float* rows : scores) {
+    rows += panel * kScoreWords<Terms>;
+    Zero(rows, read.begin * kRowWords<Terms>);
+    Zero(rows + read.end * kRowWords<Terms>, (x.keys->count - read.end) * kRowWords<Terms>);
   }
 }
 
 // p[j] = 2^(softmax_scale_log2 * k_j q - lse_log2), 0 where not attended
-template <bool kMasked>
-inline void RecomputeP(const BwdScratch& x, KeyRange read, int head_dim, int panel,
-                       float softmax_scale_log2) {
-  const float* q_panel = x.q_panels + panel * head_dim * kPanel;
-  float* p = x.P(panel);
+template <class Terms, bool kMasked>
+SPATTN_STAGE void RecomputeP(const float* k, const float* q_panel, const float* lse_log2, int words,
+                             KeyRange read, float softmax_scale_log2, const uint32_t* attends,
+                             float* p) {
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    const auto acc = RowProducts<kRows>(x.k + j * head_dim, head_dim, q_panel, head_dim);
+    const auto acc = RowProducts<Terms, kRows>(k + j * words, words, q_panel, words);
+#pragma GCC unroll 2
     for (int n = 0; n < kPanelVecs; ++n) {
-      const Vec lse = Load(x.lse_log2 + panel * kPanel + n * kLanes);
+      const Vec lse = Load(lse_log2 + n * kLanes);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         Vec p_rn = Exp2(acc.v[r][n] * softmax_scale_log2 - lse);
-        if (kMasked) {
-          const uint32_t attends = x.keys->attends[panel][j + r];
-          p_rn = Select(LanesOfBits(attends >> (n * kLanes)), p_rn, Vec{});
-        }
+        if (kMasked) p_rn = Select(LanesOfBits(attends[j + r] >> (n * kLanes)), p_rn, Vec{});
         Store(p + (j + r) * kPanel + n * kLanes, p_rn);
       }
     }
@@ -201,25 +247,38 @@ inline void RecomputeP(const BwdScratch& x, KeyRange read, int head_dim, int pan
   ForRowTiles(read.end, matmul, read.begin);
 }
 
-// ds[j] = p[j] * (v_j do - delta), 0 where not attended
-template <bool kMasked>
-inline void ComputeDs(const BwdScratch& x, KeyRange read, int head_dim_v, int panel) {
-  const float* do_panel = x.do_panels + panel * head_dim_v * kPanel;
-  const float* p = x.P(panel);
-  float* ds = x.Ds(panel);
+// ds[j] = p[j] * (v_j do - delta), 0 where not attended; ds and p as the words that products read.
+template <class Terms, bool kMasked>
+SPATTN_STAGE void ComputeDs(const float* v, const float* do_panel, const float* delta, int words,
+                            KeyRange read, const uint32_t* attends, const float* p, float* p_rows,
+                            float* ds_rows, float* ds_columns) {
+  constexpr int kTerms = Terms::kTerms;
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    const auto acc = RowProducts<kRows>(x.v + j * head_dim_v, head_dim_v, do_panel, head_dim_v);
+    auto ds = RowProducts<Terms, kRows>(v + j * words, words, do_panel, words);
+#pragma GCC unroll 2
     for (int n = 0; n < kPanelVecs; ++n) {
-      const Vec delta = Load(x.delta + panel * kPanel + n * kLanes);
+      const Vec delta_n = Load(delta + n * kLanes);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const int64_t at = (j + r) * kPanel + n * kLanes;
-        Vec ds_rn = Load(p + at) * (acc.v[r][n] - delta);
-        if (kMasked) {
-          const uint32_t attends = x.keys->attends[panel][j + r];
-          ds_rn = Select(LanesOfBits(attends >> (n * kLanes)), ds_rn, Vec{});
-        }
-        Store(ds + at, ds_rn);
+        Vec ds_rn = Load(p + (j + r) * kPanel + n * kLanes) * (ds.v[r][n] - delta_n);
+        if (kMasked) ds_rn = Select(LanesOfBits(attends[j + r] >> (n * kLanes)), ds_rn, Vec{});
+        ds.v[r][n] = ds_rn;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      Terms::StoreRow(ds.v[r][0], ds.v[r][1], ds_rows + (j + r) * kRowWords<Terms>);
+      if (kTerms == 1) continue;  // p_rows is p, ds_columns is ds_rows
+      const float* p_r = p + (j + r) * kPanel;
+      Terms::StoreRow(Load(p_r), Load(p_r + kLanes), p_rows + (j + r) * kRowWords<Terms>);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; kTerms > 1 && r < kRows; r += kTerms) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kPanelVecs; ++n) {
+        const Vec rows[2] = {ds.v[r][n], r + 1 < kRows ? ds.v[r + 1][n] : Vec{}};
+        Store(ds_columns + (j + r) / kTerms * kPanel + n * kLanes, Terms::Column(rows));
       }
     }
   };
@@ -227,20 +286,25 @@ inline void ComputeDs(const BwdScratch& x, KeyRange read, int head_dim_v, int pa
 }
 
 // dq_panel [head_dim, kPanel] += k^T ds
-inline void AddDq(const BwdScratch& x, KeyRange read, int head_dim, int panel) {
-  float* dq_panel = x.dq_panels + panel * head_dim * kPanel;
+template <class Terms>
+SPATTN_STAGE void AddDq(const float* k_columns, const float* ds_columns, int head_dim,
+                        KeyRange read, float* dq_panel) {
+  const int begin = read.begin / Terms::kTerms;
+  const int end = static_cast<int>(CeilDiv(read.end, Terms::kTerms));
   ForRowTiles(head_dim, [&](int d, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     RegisterTile<kRows> acc = LoadTile<kRows>(dq_panel + d * kPanel);
-    MultiplyAdd<kColMajor>(acc, x.k + read.begin * head_dim + d, head_dim,
-                           x.Ds(panel) + read.begin * kPanel, kPanel, read.count());
+    MultiplyAdd<Terms, kColMajor>(acc, k_columns + begin * head_dim + d, head_dim,
+                                  ds_columns + begin * kPanel, kPanel, end - begin);
     StoreTile(acc, dq_panel + d * kPanel);
   });
 }
 
 // sums[position of key j - begin] += sum_i weights[i][j] rows[i]: dv from p and do, dk from ds and q
-inline void AddKvGrad(const KeyTile& keys, int panels, const float* weights, const float* rows,
-                      int64_t ld, int64_t begin, float* sums) {
+template <class Terms>
+SPATTN_STAGE void AddKvGrad(const KeyTile& keys, int panels, const float* weights,
+                            const float* columns, int64_t ld, int64_t begin, float* sums) {
+  constexpr int kWords = kRowWords<Terms>;
   ForRowTiles(keys.count, [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     for (int64_t d = 0; d < ld; d += kPanel) {
@@ -248,11 +312,13 @@ inline void AddKvGrad(const KeyTile& keys, int panels, const float* weights, con
       for (int panel = 0; panel < panels; ++panel) {
         const KeyRange read = keys.read[panel];
         if (j >= read.end || j + kRows <= read.begin) continue;
-        MultiplyAdd<kRowMajor>(acc, weights + (panel * kTileKV + j) * kPanel, kPanel,
-                               rows + panel * kPanel * ld + d, ld, kPanel);
+        MultiplyAdd<Terms, kRowMajor>(acc, weights + panel * kScoreWords<Terms> + j * kWords,
+                                      kWords, columns + panel * kWords * ld + d, ld, kWords);
       }
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         float* sum = sums + (keys.positions[j + r] - begin) * ld + d;
+#pragma GCC unroll 2
         for (int n = 0; n < kPanelVecs; ++n) {
           Store(sum + n * kLanes, Load(sum + n * kLanes) + acc.v[r][n]);
         }
@@ -262,12 +328,14 @@ inline void AddKvGrad(const KeyTile& keys, int panels, const float* weights, con
 }
 
 // sums[key] += weights[i][key] * row for the keys that query i attends to
+template <class Terms>
 inline void AddToKeys(const KeyTile& keys, int i, const float* weights, const float* row, int dim,
                       int64_t ld, int64_t begin, float* sums) {
   const int panel = i / kPanel, lane = i % kPanel;
   for (int j = 0; j < keys.count; ++j) {
     if (!(keys.attends[panel][j] >> lane & 1)) continue;
-    const float weight = weights[(panel * kTileKV + j) * kPanel + lane];
+    const float weight =
+        Terms::TermOfRow(weights + panel * kScoreWords<Terms> + j * kRowWords<Terms>, lane);
     float* sum = sums + (keys.positions[j] - begin) * ld;
     for (int d = 0; d < dim; ++d) sum[d] += weight * row[d];
   }
@@ -275,117 +343,171 @@ inline void AddToKeys(const KeyTile& keys, int i, const float* weights, const fl
 
 // ---- kernel ----
 
-inline void LoadQTile(const BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
+template <class Terms>
+inline void LoadQTile(const BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
                       const QTile& tile) {
   const SpattnProblem& problem = params.problem;
   const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
-  LoadQRows(params.o, problem, b, head, tile, head_dim_v, x.ld_v, x.rows);
-  LoadQRows(params.q, problem, b, head, tile, head_dim, x.ld, x.q_rows);
-  LoadQRows(params.dout, problem, b, head, tile, head_dim_v, x.ld_v, x.do_rows);
-  RowsToPanels(x.q_rows, tile.panels, head_dim, x.ld, x.q_panels);
-  RowsToPanels(x.do_rows, tile.panels, head_dim_v, x.ld_v, x.do_panels);
+  const int words = head_dim / Terms::kTerms, words_v = head_dim_v / Terms::kTerms;
+  const int64_t ld = x.ld / Terms::kTerms, ld_v = x.ld_v / Terms::kTerms;
   float* o_panels = x.dq_panels;  // not in use yet
-  RowsToPanels(x.rows, tile.panels, head_dim_v, x.ld_v, o_panels);
-  for (int panel = 0; panel < tile.panels; ++panel) {
-    ComputeDelta(o_panels + panel * head_dim_v * kPanel, x.do_panels + panel * head_dim_v * kPanel,
-                 head_dim_v, x.delta + panel * kPanel);
-  }
-  const int64_t first = (b * problem.heads + head) * problem.q_len;
-  for (int i = 0; i < tile.panels * kPanel; ++i) {
-    const int64_t row = tile.rows[i];
-    const bool has_keys = row >= 0 && params.lse[first + row] != -kInf;
-    x.lse_log2[i] = has_keys ? params.lse[first + row] * kLog2E : kInf;
-    if (has_keys && params.dlse) x.delta[i] -= params.dlse[first + row];
+  LoadQPanels<Terms>(params.o, problem, heads, tile, head_dim_v, o_panels);
+  LoadQRows<Terms>(params.dout, problem, heads, tile, head_dim_v, ld_v, x.do_rows);
+  LoadQRows<Terms>(params.q, problem, heads, tile, head_dim, ld, x.q_rows);
+  for (int h = 0; h < heads.count; ++h) {
+    const HeadTiles<Terms> head(x, problem, h);
+    Terms::Columns(head.q_rows, tile.panels * kPanel, ld, head.q_columns);
+    Terms::Columns(head.do_rows, tile.panels * kPanel, ld_v, head.do_columns);
+    RowsToPanels(head.q_rows, tile.panels, words, ld, head.q_panels);
+    RowsToPanels(head.do_rows, tile.panels, words_v, ld_v, head.do_panels);
+    for (int panel = 0; panel < tile.panels; ++panel) {
+      const float* o_panel = o_panels + (h * kMaxPanels + panel) * kPanel * words_v;
+      ComputeDelta<Terms>(o_panel, head.do_panels + panel * kPanel * words_v, words_v,
+                          head.delta + panel * kPanel);
+    }
+    const int64_t first = (heads.b * problem.heads + heads[h]) * problem.q_len;
+    for (int i = 0; i < tile.panels * kPanel; ++i) {
+      const int64_t row = tile.rows[i];
+      const bool has_keys = row >= 0 && params.lse[first + row] != -kInf;
+      head.lse_log2[i] = has_keys ? params.lse[first + row] * kLog2E : kInf;
+      if (has_keys && params.dlse) head.delta[i] -= params.dlse[first + row];
+    }
   }
 }
 
-template <bool kMasked>
-inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
-                    int64_t q_tile, const QTile& tile, const KvSums& sums) {
+// What was taken out of a PARTIAL tile's products, for head h.
+template <class Terms>
+inline void AddLeaks(const BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
+                     const Heads& kv_heads, int h, const QTile& tile, const KvSums& sums) {
   const SpattnProblem& problem = params.problem;
+  const KeyTile& keys = *x.keys;
   const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
-  const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-  if (kMasked) {
-    x.q_leaks.TakeOut(x.q_rows, tile.panels * kPanel, head_dim, x.ld);
-    x.do_leaks.TakeOut(x.do_rows, tile.panels * kPanel, head_dim_v, x.ld_v);
+  const Leaks &key_leaks = x.key_leaks, &q_leaks = x.q_leaks[h], &do_leaks = x.do_leaks[h];
+  for (int n = 0; n < key_leaks.count; ++n) {
+    const int j = key_leaks.index[n];
+    const float* row =
+        key_leaks.Row(params.k, problem, heads.b, kv_heads[h], keys.rows[j], head_dim);
+    for (int panel = 0; panel < tile.panels; ++panel) {
+      const float* ds = x.DsColumns<Terms>() + panel * kScoreWords<Terms>;
+      AddToPanel(
+          row, head_dim, [&](int i) { return Terms::TermOfColumns(ds, kPanel, j, i); },
+          keys.attends[panel][j],
+          HeadTiles<Terms>(x, problem, h).dq_panels + panel * kPanel * head_dim);
+    }
   }
-  KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : head, q_tile, b);
-  KeyTile* keys = x.keys;
-  while (walk.Next(keys)) {
-    LoadKeys(params.k, problem, b, kv_head, *keys, head_dim, head_dim, x.k);
-    LoadKeys(params.v, problem, b, kv_head, *keys, head_dim_v, head_dim_v, x.v);
-    for (int panel = 0; panel < tile.panels; ++panel) {
-      const KeyRange read = keys->read[panel];
-      if (kMasked) ZeroUnread(x, keys->count, panel);
-      RecomputeP<kMasked>(x, read, head_dim, panel, problem.softmax_scale * kLog2E);
-      ComputeDs<kMasked>(x, read, head_dim_v, panel);
-    }
-    if (kMasked) x.key_leaks.TakeOut(x.k, keys->count, head_dim, head_dim);
-    for (int panel = 0; panel < tile.panels; ++panel) {
-      AddDq(x, keys->read[panel], head_dim, panel);
-    }
-    AddKvGrad(*keys, tile.panels, x.p, x.do_rows, x.ld_v, sums.begin, sums.dv);
-    AddKvGrad(*keys, tile.panels, x.ds, x.q_rows, x.ld, sums.begin, sums.dk);
-    if (kMasked) {
-      for (int n = 0; n < x.key_leaks.count; ++n) {
-        const int j = x.key_leaks.index[n];
-        const float* row = x.key_leaks.Row(params.k, problem, b, kv_head, keys->rows[j], head_dim);
-        for (int panel = 0; panel < tile.panels; ++panel) {
-          AddToPanel(row, head_dim, x.Ds(panel) + j * kPanel, keys->attends[panel][j],
-                     x.dq_panels + panel * head_dim * kPanel);
-        }
-      }
-      for (int n = 0; n < x.do_leaks.count; ++n) {
-        const int i = x.do_leaks.index[n];
-        const float* row = x.do_leaks.Row(params.dout, problem, b, head, tile.rows[i], head_dim_v);
-        AddToKeys(*keys, i, x.p, row, head_dim_v, x.ld_v, sums.begin, sums.dv);
-      }
-      for (int n = 0; n < x.q_leaks.count; ++n) {
-        const int i = x.q_leaks.index[n];
-        const float* row = x.q_leaks.Row(params.q, problem, b, head, tile.rows[i], head_dim);
-        AddToKeys(*keys, i, x.ds, row, head_dim, x.ld, sums.begin, sums.dk);
-      }
+  for (int n = 0; n < do_leaks.count; ++n) {
+    const int i = do_leaks.index[n];
+    const float* row =
+        do_leaks.Row(params.dout, problem, heads.b, heads[h], tile.rows[i], head_dim_v);
+    AddToKeys<Terms>(keys, i, x.p_rows, row, head_dim_v, x.ld_v, sums.begin, sums.dv);
+  }
+  for (int n = 0; n < q_leaks.count; ++n) {
+    const int i = q_leaks.index[n];
+    const float* row = q_leaks.Row(params.q, problem, heads.b, heads[h], tile.rows[i], head_dim);
+    AddToKeys<Terms>(keys, i, x.ds_rows, row, head_dim, x.ld, sums.begin, sums.dk);
+  }
+}
+
+// One key tile for head h.
+template <class Terms, bool kMasked>
+inline void BwdTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
+                    const Heads& kv_heads, int h, const QTile& tile, const KvSums& sums) {
+  const SpattnProblem& problem = params.problem;
+  const int head_dim = problem.head_dim;
+  const int words = head_dim / Terms::kTerms, words_v = problem.head_dim_v / Terms::kTerms;
+  const KeyTile& keys = *x.keys;
+  const HeadTiles<Terms> head(x, problem, h);
+  float *k = x.k + h * kTileKV * words, *v = x.v + h * kTileKV * words_v;
+  float* ds_columns = x.DsColumns<Terms>();
+  for (int panel = 0; panel < tile.panels; ++panel) {
+    const KeyRange read = keys.read[panel];
+    const int64_t scores = panel * kScoreWords<Terms>;
+    float* p = Terms::kTerms == 1 ? x.p_rows + scores : x.p;
+    if (kMasked) ZeroUnread<Terms>(x, panel);
+    RecomputeP<Terms, kMasked>(k, head.q_panels + panel * kPanel * words,
+                               head.lse_log2 + panel * kPanel, words, read,
+                               problem.softmax_scale * kLog2E, keys.attends[panel], p);
+    ComputeDs<Terms, kMasked>(v, head.do_panels + panel * kPanel * words_v,
+                              head.delta + panel * kPanel, words_v, read, keys.attends[panel], p,
+                              x.p_rows + scores, x.ds_rows + scores, ds_columns + scores);
+  }
+  if (kMasked) x.key_leaks.TakeOut<Terms>(k, keys.count, head_dim, words);
+  const float* k_columns = Terms::Columns(k, keys.count, words, x.k_columns);
+  for (int panel = 0; panel < tile.panels; ++panel) {
+    AddDq<Terms>(k_columns, ds_columns + panel * kScoreWords<Terms>, head_dim, keys.read[panel],
+                 head.dq_panels + panel * kPanel * head_dim);
+  }
+  AddKvGrad<Terms>(keys, tile.panels, x.p_rows, head.do_columns, x.ld_v, sums.begin, sums.dv);
+  AddKvGrad<Terms>(keys, tile.panels, x.ds_rows, head.q_columns, x.ld, sums.begin, sums.dk);
+  if (kMasked) AddLeaks<Terms>(x, params, heads, kv_heads, h, tile, sums);
+}
+
+template <class Terms, bool kMasked>
+inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
+                    const Heads& kv_heads, int64_t q_tile, const QTile& tile, const KvSums* sums) {
+  const SpattnProblem& problem = params.problem;
+  for (int h = 0; kMasked && h < heads.count; ++h) {
+    const HeadTiles<Terms> head(x, problem, h);
+    const auto take_out = [&](Leaks* leaks, float* rows, int dim, int64_t ld, float* columns) {
+      const int queries = tile.panels * kPanel;
+      leaks->TakeOut<Terms>(rows, queries, dim, ld);
+      if (leaks->count > 0) Terms::Columns(rows, queries, ld, columns);
+    };
+    take_out(&x.q_leaks[h], head.q_rows, problem.head_dim, x.ld / Terms::kTerms, head.q_columns);
+    take_out(&x.do_leaks[h], head.do_rows, problem.head_dim_v, x.ld_v / Terms::kTerms,
+             head.do_columns);
+  }
+  KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : heads.first, q_tile,
+                        heads.b);
+  while (walk.Next(x.keys)) {
+    LoadKeys<Terms>(params.k, problem, kv_heads, *x.keys, problem.head_dim, x.k);
+    LoadKeys<Terms>(params.v, problem, kv_heads, *x.keys, problem.head_dim_v, x.v);
+    for (int h = 0; h < heads.count; ++h) {
+      BwdTile<Terms, kMasked>(x, params, heads, kv_heads, h, tile, sums[h]);
     }
   }
 }
 
-inline void BwdQTile(BwdScratch& x, const SpattnBwdParams& params, int64_t b, int64_t head,
-                     int64_t q_tile, const KvSums& sums) {
+template <class Terms>
+inline void BwdQTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
+                     const Heads& kv_heads, int64_t q_tile, const KvSums* sums) {
   const SpattnProblem& problem = params.problem;
   const QTile tile(problem, params.plan, q_tile);
-  const int64_t dq_size = static_cast<int64_t>(tile.panels) * kPanel * problem.head_dim;
-  LoadQTile(x, params, b, head, tile);
-  Zero(x.dq_panels, dq_size);
-  BwdKeys<false>(x, params, b, head, q_tile, tile, sums);
-  BwdKeys<true>(x, params, b, head, q_tile, tile, sums);
-  for (int64_t i = 0; i < dq_size; ++i) x.dq_panels[i] *= problem.softmax_scale;
-  PanelsToRows(x.dq_panels, tile.panels, problem.head_dim, x.ld, x.rows);
-  StoreQRows(x.rows, params.dq, problem, b, head, tile, problem.head_dim, x.ld);
+  LoadQTile<Terms>(x, params, heads, tile);
+  for (int h = 0; h < heads.count; ++h) {
+    Zero(x.dq_panels + h * kTileQ * problem.head_dim, tile.panels * kPanel * problem.head_dim);
+  }
+  BwdKeys<Terms, false>(x, params, heads, kv_heads, q_tile, tile, sums);
+  BwdKeys<Terms, true>(x, params, heads, kv_heads, q_tile, tile, sums);
+  const auto scale = [&](int, int) { return problem.softmax_scale; };
+  StoreQPanels(x.dq_panels, scale, problem, heads, tile, problem.head_dim, params.dq);
 }
 
-// dk and dv at the kv positions [begin, end): the splits' sums, added in their order.
-inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_head,
-                        const KvSums* sums, int64_t splits, int64_t begin, int64_t end, int64_t ld,
-                        int64_t ld_v, float* row) {
+// dk and dv at the kv positions [begin, end): the splits' sums [heads][splits], added in their order.
+inline void StoreKvGrad(const SpattnBwdParams& params, const Heads& kv_heads, const KvSums* sums,
+                        int64_t splits, int64_t begin, int64_t end) {
   const SpattnProblem& problem = params.problem;
-  const auto store = [&](const SpattnTensor& t, float* KvSums::* part, int dim, int64_t width,
-                         float scale, int64_t position, int64_t to) {
-    Zero(row, width);
-    for (int64_t s = 0; s < splits; ++s) {
-      if (position < sums[s].begin || position >= sums[s].end) continue;
-      const float* from = sums[s].*part + (position - sums[s].begin) * width;
-      for (int d = 0; d < dim; ++d) row[d] += from[d];
+  const auto store = [&](const SpattnTensor& t, float* KvSums::* part, int dim, float scale,
+                         int64_t position, int64_t to) {
+    const int64_t ld = RoundUp(dim, kPanel);
+    for (int h = 0; h < kv_heads.count; ++h) {
+      float row[kMaxHeadDim] = {};
+      for (const KvSums* sum = sums + h * splits; sum < sums + (h + 1) * splits; ++sum) {
+        if (position < sum->begin || position >= sum->end) continue;
+        const float* from = sum->*part + (position - sum->begin) * ld;
+        for (int d = 0; d < dim; ++d) row[d] += from[d];
+      }
+      for (int d = 0; d < dim; ++d) row[d] *= scale;
+      const char* address = RowAddress(t, problem.dtype, kv_heads.b, kv_heads[h], to);
+      StoreRow(row, problem.dtype, dim, const_cast<char*>(address));
     }
-    for (int d = 0; d < dim; ++d) row[d] *= scale;
-    const char* address = RowAddress(t, problem.dtype, b, kv_head, to);
-    StoreRow(row, problem.dtype, dim, const_cast<char*>(address));
   };
   RowWalk walk(problem.kv_len, problem.row_stride, begin);
   for (int64_t position = begin; position < end; ++position, walk.Next()) {
-    if (walk.row() < 0) continue;
-    store(params.dk, &KvSums::dk, problem.head_dim, ld, problem.softmax_scale, position,
-          walk.row());
-    store(params.dv, &KvSums::dv, problem.head_dim_v, ld_v, 1.0f, position, walk.row());
+    const int64_t row = walk.row();
+    if (row < 0) continue;
+    store(params.dk, &KvSums::dk, problem.head_dim, problem.softmax_scale, position, row);
+    store(params.dv, &KvSums::dv, problem.head_dim_v, 1.0f, position, row);
   }
 }
 
@@ -394,23 +516,26 @@ inline void StoreKvGrad(const SpattnBwdParams& params, int64_t b, int64_t kv_hea
 // How the workspace is laid out; built with no base it only counts bytes.
 struct BwdWorkspaceLayout {
   Splits splits;
-  int64_t scratch_bytes, sums_floats;  // of a worker
+  int task_heads;                      // kv heads a task
+  int64_t scratch_bytes, sums_floats;  // of a worker; of a head's sums
   char* scratch;                       // [workers]
-  float* row;                          // [workers, ld + ld_v]
-  float* worker_sums;                  // [workers], where splits are apart
+  float* worker_sums;                  // [workers, task_heads], where splits are apart
   KvSums* sums;                        // [groups, splits] there, else [batch * kv_heads, splits]
   int64_t bytes;
 
   BwdWorkspaceLayout(const SpattnBwdParams& params, int32_t threads, void* base) : splits(params) {
     const SpattnProblem& problem = params.problem;
+    const int64_t workers = Max(threads, 1);
+    const int64_t heads = problem.batch * problem.kv_heads, groups = splits.groups();
+    constexpr int64_t kRows = 256;  // of q, do, dq, whose tiles are 160 KB then at head_dim 64
+    task_heads = HeadsATask(params.plan, problem.kv_heads, params.plan.block_q, kRows,
+                            heads * splits.count(), workers);
     Arena sizes(nullptr), arena(base);
-    const BwdScratch scratch_sizes(&sizes, problem);
+    const BwdScratch scratch_sizes(&sizes, problem, task_heads);
     scratch_bytes = sizes.used();
     sums_floats = 0;
-    const int64_t ld = scratch_sizes.ld, ld_v = scratch_sizes.ld_v, workers = Max(threads, 1);
-    const int64_t heads = problem.batch * problem.kv_heads, groups = splits.groups();
+    const int64_t ld = scratch_sizes.ld, ld_v = scratch_sizes.ld_v;
     scratch = arena.Take<char>(workers * scratch_bytes);
-    row = arena.Take<float>(workers * (ld + ld_v));
     sums = arena.Take<KvSums>((splits.are_apart() ? groups : heads) * splits.count());
     for (int64_t group = 0; group < groups; ++group) {
       int64_t past = 0;
@@ -434,7 +559,8 @@ struct BwdWorkspaceLayout {
         }
       }
     }
-    worker_sums = splits.are_apart() ? arena.Take<float>(workers * sums_floats) : nullptr;
+    worker_sums =
+        splits.are_apart() ? arena.Take<float>(workers * task_heads * sums_floats) : nullptr;
     bytes = arena.used();
   }
 };
@@ -443,52 +569,62 @@ inline int64_t BwdWorkspace(const SpattnBwdParams& params, int32_t workers) {
   return BwdWorkspaceLayout(params, workers, nullptr).bytes;
 }
 
+// Split s of kv_heads.
+template <class Terms>
+inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& params,
+                    const Heads& kv_heads, int64_t s, int32_t worker) {
+  const SpattnProblem& problem = params.problem;
+  const Splits& splits = layout.splits;
+  Arena arena(layout.scratch + worker * layout.scratch_bytes);
+  BwdScratch scratch(&arena, problem, kv_heads.count);
+  KvSums sums[kMaxTaskHeads];
+  for (int h = 0; h < kv_heads.count; ++h) {
+    const int64_t kv_head = splits.are_apart() ? (splits.groups() == 1 ? 0 : kv_heads[h])
+                                               : kv_heads.b * problem.kv_heads + kv_heads[h];
+    sums[h] = layout.sums[kv_head * splits.count() + s];
+    const int64_t length = sums[h].end - sums[h].begin;
+    if (splits.are_apart()) {
+      sums[h].dk = layout.worker_sums + (worker * layout.task_heads + h) * layout.sums_floats;
+      sums[h].dv = sums[h].dk + length * scratch.ld;
+    }
+    Zero(sums[h].dk, length * scratch.ld);
+    Zero(sums[h].dv, length * scratch.ld_v);
+  }
+  const int64_t group = problem.heads / problem.kv_heads;
+  for (int64_t i = 0; i < group; ++i) {
+    const Heads heads = {kv_heads.b, kv_heads.first * group + i, group, kv_heads.count};
+    const int64_t plan_head = splits.PlanHead(heads.first);
+    const int64_t end = splits.FirstQTile(plan_head, s + 1);
+    for (int64_t q_tile = splits.FirstQTile(plan_head, s); q_tile < end; ++q_tile) {
+      BwdQTile<Terms>(scratch, params, heads, kv_heads, q_tile, sums);
+    }
+  }
+  if (splits.are_apart()) {
+    StoreKvGrad(params, kv_heads, sums, 1, sums[0].store_begin, sums[0].store_end);
+  }
+}
+
 inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, void* workspace) {
   const SpattnProblem& problem = params.problem;
   const BwdWorkspaceLayout layout(params, threads.workers, workspace);
-  const Splits& splits = layout.splits;
-  const int64_t count = splits.count(), heads = problem.batch * problem.kv_heads;
-  const int64_t group = problem.heads / problem.kv_heads;
-  const int64_t ld = RoundUp(problem.head_dim, kPanel), ld_v = RoundUp(problem.head_dim_v, kPanel);
+  const int64_t count = layout.splits.count(), groups = problem.kv_heads / layout.task_heads;
 
-  // A row's heads lie side by side in memory: they are the innermost part of a task's number.
-  ParallelFor(threads, heads * count, [&](int64_t task, int32_t worker) {
-    const int64_t kv_head = task % problem.kv_heads, s = task / problem.kv_heads % count;
-    const int64_t b = task / problem.kv_heads / count;
-    Arena arena(layout.scratch + worker * layout.scratch_bytes);
-    BwdScratch scratch(&arena, problem);
-    KvSums sums;
-    if (splits.are_apart()) {
-      sums = layout.sums[(splits.groups() == 1 ? 0 : kv_head) * count + s];
-      sums.dk = layout.worker_sums + worker * layout.sums_floats;
-      sums.dv = sums.dk + (sums.end - sums.begin) * ld;
-    } else {
-      sums = layout.sums[(b * problem.kv_heads + kv_head) * count + s];
-    }
-    Zero(sums.dk, (sums.end - sums.begin) * ld);
-    Zero(sums.dv, (sums.end - sums.begin) * ld_v);
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      const int64_t plan_head = splits.PlanHead(head);
-      const int64_t end = splits.FirstQTile(plan_head, s + 1);
-      for (int64_t q_tile = splits.FirstQTile(plan_head, s); q_tile < end; ++q_tile) {
-        BwdQTile(scratch, params, b, head, q_tile, sums);
-      }
-    }
-    if (splits.are_apart()) {
-      StoreKvGrad(params, b, kv_head, &sums, 1, sums.store_begin, sums.store_end, ld, ld_v,
-                  scratch.rows);
-    }
+  ParallelFor(threads, problem.batch * groups * count, [&](int64_t task, int32_t worker) {
+    const Heads kv_heads = {task / groups / count, task % groups * layout.task_heads, 1,
+                            layout.task_heads};
+    WithTermsOf(problem.dtype, [&](auto terms) {
+      BwdTask<decltype(terms)>(layout, params, kv_heads, task / groups % count, worker);
+    });
   });
-  if (splits.are_apart()) return;
+  if (layout.splits.are_apart()) return;
 
   const int64_t positions = params.plan.kv_blocks * params.plan.block_kv;
   constexpr int64_t kPositions = 256;  // of a task
   const int64_t chunks = CeilDiv(positions, kPositions);
-  ParallelFor(threads, heads * chunks, [&](int64_t task, int32_t worker) {
+  ParallelFor(threads, problem.batch * problem.kv_heads * chunks, [&](int64_t task, int32_t) {
     const int64_t head = task / chunks, begin = task % chunks * kPositions;
-    StoreKvGrad(params, head / problem.kv_heads, head % problem.kv_heads,
-                layout.sums + head * count, count, begin, Min(begin + kPositions, positions), ld,
-                ld_v, layout.row + worker * (ld + ld_v));
+    StoreKvGrad(params, {head / problem.kv_heads, head % problem.kv_heads, 1, 1},
+                layout.sums + head * count, count, begin, Min(begin + kPositions, positions));
   });
 }
 

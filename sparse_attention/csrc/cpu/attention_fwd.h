@@ -4,8 +4,7 @@
 //   s_ij = softmax_scale * <q_i, k_j>     lse_i = log sum_j exp(s_ij)
 //   o_i  = sum_j exp(s_ij - lse_i) * v_j  (no allowed j: o_i = 0, lse_i = -inf)
 //
-// Mapping: one task per (batch, q tile, head), the last q tiles first: causal rows grow. A row's heads
-//   lie side by side in memory, so they are taken one after another.
+// Mapping: one task per (batch, q tile, few heads), the last q tiles first: causal rows grow.
 //   Vector lanes are queries, so row_max, row_sum and every step of the softmax are vertical, and
 //   keys need no transposition, no packing and no padding.
 // Tiles:   q_panels [panels][head_dim, kPanel]     k [kTileKV, head_dim]   v [kTileKV, head_dim_v]
@@ -34,44 +33,50 @@ constexpr float kLn2 = 0.69314718f;
 // ---- scratch ----
 
 struct FwdScratch {
-  float *rows, *q_panels, *o_panels, *k, *v, *s;
-  float *row_max, *row_sum;  // [panels][kPanel]; row_max in base 2, scaled
+  float *q_panels, *o_panels;  // [heads][kMaxPanels][dim, kPanel]
+  float *row_max, *row_sum;    // [heads][kTileQ]; row_max in base 2, scaled
+  float *k, *v;                // [heads][kTileKV, dim]
+  float *v_columns, *s;        // of one head; s: of one panel
   KeyTile* keys;
   Leaks leaks;
 
-  FwdScratch(Arena* arena, const SpattnProblem& p) {
-    const int64_t queries = kMaxPanels * kPanel, widest = Max(p.head_dim, p.head_dim_v);
-    rows = arena->Take<float>(queries * widest);
-    q_panels = arena->Take<float>(queries * p.head_dim);
-    o_panels = arena->Take<float>(queries * p.head_dim_v);
-    k = arena->Take<float>(kTileKV * p.head_dim);
-    v = arena->Take<float>(kTileKV * p.head_dim_v);
+  FwdScratch(Arena* arena, const SpattnProblem& p, int heads) {
+    q_panels = arena->Take<float>(heads * kTileQ * p.head_dim);
+    o_panels = arena->Take<float>(heads * kTileQ * p.head_dim_v);
+    row_max = arena->Take<float>(heads * kTileQ);
+    row_sum = arena->Take<float>(heads * kTileQ);
+    k = arena->Take<float>(heads * kTileKV * p.head_dim);
+    v = arena->Take<float>(heads * kTileKV * p.head_dim_v);
+    v_columns = arena->Take<float>(kTileKV * p.head_dim_v);
     s = arena->Take<float>(kTileKV * kPanel);
-    row_max = arena->Take<float>(queries);
-    row_sum = arena->Take<float>(queries);
     keys = arena->Take<KeyTile>(1);
-    leaks = Leaks(arena->Take<float>(widest));
+    leaks = Leaks(arena->Take<float>(p.head_dim_v));
   }
 };
 
 // ---- stages ----
 
 // s[j] = softmax_scale_log2 * k_j q, -inf where not attended; returns each query's largest.
-template <bool kMasked>
-inline RegisterTile<1> MatmulQK(const FwdScratch& x, KeyRange read, int head_dim,
-                                const float* q_panel, float softmax_scale_log2,
-                                const uint32_t* attends) {
+template <class Terms, bool kMasked>
+SPATTN_STAGE RegisterTile<1> MatmulQK(const float* k, const float* q_panel, int head_dim,
+                                      KeyRange read, float softmax_scale_log2,
+                                      const uint32_t* attends, float* s) {
   RegisterTile<1> largest;
   for (Vec& max : largest.v[0]) max = Vec{} - kInf;
+  const int words = head_dim / Terms::kTerms;
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
-    const auto acc = RowProducts<kRows>(x.k + j * head_dim, head_dim, q_panel, head_dim);
+    const auto acc = RowProducts<Terms, kRows>(k + j * words, words, q_panel, words);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
       for (int n = 0; n < kPanelVecs; ++n) {
-        Vec s = acc.v[r][n] * softmax_scale_log2;
-        if (kMasked) s = Select(LanesOfBits(attends[j + r] >> (n * kLanes)), s, Vec{} - kInf);
-        largest.v[0][n] = Max(s, largest.v[0][n]);
-        Store(x.s + (j + r) * kPanel + n * kLanes, s);
+        Vec s_rn = acc.v[r][n] * softmax_scale_log2;
+        if (kMasked) {
+          s_rn = Select(LanesOfBits(attends[j + r] >> (n * kLanes)), s_rn, Vec{} - kInf);
+        }
+        largest.v[0][n] = Max(s_rn, largest.v[0][n]);
+        Store(s + (j + r) * kPanel + n * kLanes, s_rn);
       }
     }
   };
@@ -79,139 +84,183 @@ inline RegisterTile<1> MatmulQK(const FwdScratch& x, KeyRange read, int head_dim
   return largest;
 }
 
-// s becomes p = 2^(s - row_max) under the new maximum; returns what older sums must be scaled by.
-inline RegisterTile<1> OnlineSoftmax(const FwdScratch& x, KeyRange read, int panel,
-                                     const RegisterTile<1>& largest) {
+// s becomes p = 2^(s - row_max) under the new maximum, as columns; returns what older sums must be
+// scaled by.
+template <class Terms>
+SPATTN_STAGE RegisterTile<1> OnlineSoftmax(KeyRange read, const RegisterTile<1>& largest,
+                                           float* row_max, float* row_sum, float* s) {
+  constexpr int kTerms = Terms::kTerms;
   RegisterTile<1> rescale;
+#pragma GCC unroll 2
   for (int n = 0; n < kPanelVecs; ++n) {
-    float* row_max = x.row_max + panel * kPanel + n * kLanes;
-    float* row_sum = x.row_sum + panel * kPanel + n * kLanes;
-    const Vec old_max = Load(row_max), new_max = Max(old_max, largest.v[0][n]);
+    const Vec old_max = Load(row_max + n * kLanes), new_max = Max(old_max, largest.v[0][n]);
     // A query that has met no key keeps row_max = -inf; subtract 0 there, for -inf + inf is NaN.
     const Vec subtract = Select(new_max == -kInf, Vec{}, new_max);
     rescale.v[0][n] = Exp2(old_max - subtract);
-    Vec sum = Load(row_sum) * rescale.v[0][n];
-    for (int j = read.begin; j < read.end; ++j) {
-      float* s = x.s + j * kPanel + n * kLanes;
-      const Vec p = Exp2(Load(s) - subtract);
-      Store(s, p);
-      sum += p;
+    Vec sum = Load(row_sum + n * kLanes) * rescale.v[0][n];
+    for (int j = read.begin; j < read.end; j += kTerms) {
+      Vec p[kTerms];
+      for (int term = 0; term < kTerms; ++term) {
+        p[term] = Vec{};
+        if (j + term < read.end) {
+          p[term] = Exp2(Load(s + (j + term) * kPanel + n * kLanes) - subtract);
+        }
+        sum += p[term];
+      }
+      Store(s + j / kTerms * kPanel + n * kLanes, Terms::Column(p));
     }
-    Store(row_max, new_max);
-    Store(row_sum, sum);
+    Store(row_max + n * kLanes, new_max);
+    Store(row_sum + n * kLanes, sum);
   }
   return rescale;
 }
 
 // o_panel [head_dim_v, kPanel] = o_panel * rescale + v^T p
-inline void MatmulPV(const FwdScratch& x, KeyRange read, int head_dim_v,
-                     const RegisterTile<1>& rescale, float* o_panel) {
+template <class Terms>
+SPATTN_STAGE void MatmulPV(const float* v_columns, const float* p, int head_dim_v, KeyRange read,
+                           const RegisterTile<1>& rescale, float* o_panel) {
+  const int begin = read.begin / Terms::kTerms;
+  const int end = static_cast<int>(CeilDiv(read.end, Terms::kTerms));
   ForRowTiles(head_dim_v, [&](int d, auto height) {
     constexpr int kRows = decltype(height)::kRows;
     RegisterTile<kRows> acc = LoadTile<kRows>(o_panel + d * kPanel);
+#pragma GCC unroll 16
     for (auto& row : acc.v) {
+#pragma GCC unroll 2
       for (int n = 0; n < kPanelVecs; ++n) row[n] *= rescale.v[0][n];
     }
-    MultiplyAdd<kColMajor>(acc, x.v + read.begin * head_dim_v + d, head_dim_v,
-                           x.s + read.begin * kPanel, kPanel, read.count());
+    MultiplyAdd<Terms, kColMajor>(acc, v_columns + begin * head_dim_v + d, head_dim_v,
+                                  p + begin * kPanel, kPanel, end - begin);
     StoreTile(acc, o_panel + d * kPanel);
   });
 }
 
-// o = o / row_sum, lse = ln 2 * (row_max + log2 row_sum); 0 and -inf where no key was met.
-inline void Finish(const FwdScratch& x, const SpattnFwdParams& params, int64_t b, int64_t head,
+// o = o / row_sum, lse = ln 2 * row_max + ln row_sum; 0 and -inf where no key was met.
+inline void Finish(const FwdScratch& x, const SpattnFwdParams& params, const Heads& heads,
                    const QTile& tile) {
   const SpattnProblem& problem = params.problem;
-  const int head_dim_v = problem.head_dim_v;
-  for (int panel = 0; panel < tile.panels; ++panel) {
-    float* o_panel = x.o_panels + panel * head_dim_v * kPanel;
-    for (int n = 0; n < kPanelVecs; ++n) {
-      const Vec sum = Load(x.row_sum + panel * kPanel + n * kLanes);
-      const Vec inverse = Select(sum == Vec{}, Vec{}, 1.0f / sum);
-      for (int d = 0; d < head_dim_v; ++d) {
-        float* o = o_panel + d * kPanel + n * kLanes;
-        Store(o, Load(o) * inverse);
-      }
+  for (int h = 0; h < heads.count; ++h) {
+    float* lse = params.lse + (heads.b * problem.heads + heads[h]) * problem.q_len;
+    for (int i = 0; i < tile.panels * kPanel; ++i) {
+      if (tile.rows[i] < 0) continue;
+      const float row_sum = x.row_sum[h * kTileQ + i], row_max = x.row_max[h * kTileQ + i];
+      lse[tile.rows[i]] = row_sum == 0.0f ? -kInf : row_max * kLn2 + __builtin_logf(row_sum);
     }
   }
-  PanelsToRows(x.o_panels, tile.panels, head_dim_v, head_dim_v, x.rows);
-  StoreQRows(x.rows, params.o, problem, b, head, tile, head_dim_v, head_dim_v);
-  float* lse = params.lse + (b * problem.heads + head) * problem.q_len;
-  for (int i = 0; i < tile.panels * kPanel; ++i) {
-    if (tile.rows[i] < 0) continue;
-    const float log_sum = __builtin_logf(x.row_sum[i]);  // log 0 = -inf
-    lse[tile.rows[i]] = x.row_sum[i] == 0.0f ? -kInf : x.row_max[i] * kLn2 + log_sum;
-  }
+  const auto inverse = [&](int h, int i) {
+    const float row_sum = x.row_sum[h * kTileQ + i];
+    return row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+  };
+  StoreQPanels(x.o_panels, inverse, problem, heads, tile, problem.head_dim_v, params.o);
 }
 
 // ---- kernel ----
 
-template <bool kMasked>
-inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, int64_t b, int64_t head,
+// One key tile for one head: v_columns are the tile's, leaks what was taken out of them.
+template <class Terms, bool kMasked>
+inline void FwdTile(const FwdScratch& x, const SpattnFwdParams& params, const Heads& kv_heads,
+                    int kv, int h, int panels, const float* v_columns, const Leaks& leaks) {
+  const SpattnProblem& problem = params.problem;
+  const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
+  const KeyTile& keys = *x.keys;
+  const float* k = x.k + kv * kTileKV * head_dim / Terms::kTerms;
+  for (int panel = 0; panel < panels; ++panel) {
+    const KeyRange read = keys.read[panel];
+    if (read.count() == 0) continue;
+    const int64_t first = h * kTileQ + panel * kPanel;
+    const float* q_panel = x.q_panels + first * head_dim / Terms::kTerms;
+    float* o_panel = x.o_panels + first * head_dim_v;
+    const RegisterTile<1> largest = MatmulQK<Terms, kMasked>(
+        k, q_panel, head_dim, read, problem.softmax_scale * kLog2E, keys.attends[panel], x.s);
+    const RegisterTile<1> rescale =
+        OnlineSoftmax<Terms>(read, largest, x.row_max + first, x.row_sum + first, x.s);
+    MatmulPV<Terms>(v_columns, x.s, head_dim_v, read, rescale, o_panel);
+    for (int n = 0; kMasked && n < leaks.count; ++n) {
+      const int j = leaks.index[n];
+      const float* row =
+          leaks.Row(params.v, problem, kv_heads.b, kv_heads[kv], keys.rows[j], head_dim_v);
+      const auto p = [&](int i) { return Terms::TermOfColumns(x.s, kPanel, j, i); };
+      AddToPanel(row, head_dim_v, p, keys.attends[panel][j], o_panel);
+    }
+  }
+}
+
+template <class Terms, bool kMasked>
+inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, const Heads& heads,
                     int64_t q_tile, int panels) {
   const SpattnProblem& problem = params.problem;
   const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
-  const int64_t kv_head = head / (problem.heads / problem.kv_heads);
-  KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : head, q_tile, b);
-  KeyTile* keys = x.keys;
+  const int64_t group = problem.heads / problem.kv_heads, first = heads.first / group;
+  const int64_t last = heads[heads.count - 1] / group;
+  const Heads kv_heads = {heads.b, first, 1, static_cast<int>(last - first + 1)};
+  KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : heads.first, q_tile,
+                        heads.b);
   Leaks leaks = x.leaks;
-  while (walk.Next(keys)) {
-    LoadKeys(params.k, problem, b, kv_head, *keys, head_dim, head_dim, x.k);
-    LoadKeys(params.v, problem, b, kv_head, *keys, head_dim_v, head_dim_v, x.v);
-    if (kMasked) leaks.TakeOut(x.v, keys->count, head_dim_v, head_dim_v);
-    for (int panel = 0; panel < panels; ++panel) {
-      const KeyRange read = keys->read[panel];
-      if (read.count() == 0) continue;
-      const float* q_panel = x.q_panels + panel * head_dim * kPanel;
-      float* o_panel = x.o_panels + panel * head_dim_v * kPanel;
-      const RegisterTile<1> largest = MatmulQK<kMasked>(
-          x, read, head_dim, q_panel, problem.softmax_scale * kLog2E, keys->attends[panel]);
-      const RegisterTile<1> rescale = OnlineSoftmax(x, read, panel, largest);
-      MatmulPV(x, read, head_dim_v, rescale, o_panel);
-      for (int n = 0; kMasked && n < leaks.count; ++n) {
-        const int j = leaks.index[n];
-        const float* row = leaks.Row(params.v, problem, b, kv_head, keys->rows[j], head_dim_v);
-        AddToPanel(row, head_dim_v, x.s + j * kPanel, keys->attends[panel][j], o_panel);
+  while (walk.Next(x.keys)) {
+    LoadKeys<Terms>(params.k, problem, kv_heads, *x.keys, head_dim, x.k);
+    LoadKeys<Terms>(params.v, problem, kv_heads, *x.keys, head_dim_v, x.v);
+    const int count = x.keys->count, words_v = head_dim_v / Terms::kTerms;
+    int h = 0;
+    for (int kv = 0; kv < kv_heads.count; ++kv) {
+      float* v = x.v + kv * kTileKV * words_v;
+      if (kMasked) leaks.TakeOut<Terms>(v, count, head_dim_v, words_v);
+      const float* v_columns = Terms::Columns(v, count, words_v, x.v_columns);
+      for (; h < heads.count && heads[h] / group == kv_heads[kv]; ++h) {
+        FwdTile<Terms, kMasked>(x, params, kv_heads, kv, h, panels, v_columns, leaks);
       }
     }
   }
 }
 
-inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, int64_t task) {
+template <class Terms>
+inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, const Heads& heads,
+                    int64_t q_tile) {
   const SpattnProblem& problem = params.problem;
-  const int64_t q_tiles = params.plan.q_tiles;
-  const int64_t head = task % problem.heads, b = task / problem.heads / q_tiles;
-  const int64_t q_tile = q_tiles - 1 - task / problem.heads % q_tiles;
   const QTile tile(problem, params.plan, q_tile);
-  const int64_t queries = static_cast<int64_t>(tile.panels) * kPanel;
-  LoadQRows(params.q, problem, b, head, tile, problem.head_dim, problem.head_dim, x.rows);
-  RowsToPanels(x.rows, tile.panels, problem.head_dim, problem.head_dim, x.q_panels);
-  Zero(x.o_panels, queries * problem.head_dim_v);
-  Zero(x.row_sum, queries);
-  for (int i = 0; i < queries; ++i) x.row_max[i] = -kInf;
-  FwdKeys<false>(x, params, b, head, q_tile, tile.panels);
-  FwdKeys<true>(x, params, b, head, q_tile, tile.panels);
-  Finish(x, params, b, head, tile);
+  LoadQPanels<Terms>(params.q, problem, heads, tile, problem.head_dim, x.q_panels);
+  for (int h = 0; h < heads.count; ++h) {
+    const int64_t queries = tile.panels * kPanel;
+    Zero(x.o_panels + h * kTileQ * problem.head_dim_v, queries * problem.head_dim_v);
+    Zero(x.row_sum + h * kTileQ, queries);
+    for (int i = 0; i < queries; ++i) x.row_max[h * kTileQ + i] = -kInf;
+  }
+  FwdKeys<Terms, false>(x, params, heads, q_tile, tile.panels);
+  FwdKeys<Terms, true>(x, params, heads, q_tile, tile.panels);
+  Finish(x, params, heads, tile);
 }
 
 // ---- launcher ----
 
-inline int64_t FwdScratchBytes(const SpattnProblem& problem) {
+inline int FwdHeadsATask(const SpattnFwdParams& params, int32_t workers) {
+  const SpattnProblem& problem = params.problem;
+  constexpr int64_t kRows = 256;  // of q and o, whose tiles are 128 KB then at head_dim 64
+  return HeadsATask(params.plan, problem.heads, params.plan.block_q, kRows,
+                    problem.batch * problem.heads * params.plan.q_tiles, workers);
+}
+
+inline int64_t FwdScratchBytes(const SpattnProblem& problem, int heads) {
   Arena arena(nullptr);
-  FwdScratch scratch(&arena, problem);
+  FwdScratch scratch(&arena, problem, heads);
   return arena.used();
 }
 
 inline int64_t FwdWorkspace(const SpattnFwdParams& params, int32_t workers) {
-  return FwdScratchBytes(params.problem) * Max(workers, 1);
+  return FwdScratchBytes(params.problem, FwdHeadsATask(params, workers)) * Max(workers, 1);
 }
 
 inline void Fwd(const SpattnFwdParams& params, const SpattnThreads& threads, void* workspace) {
-  const int64_t tasks = params.problem.batch * params.problem.heads * params.plan.q_tiles;
-  const int64_t scratch_bytes = FwdScratchBytes(params.problem);
-  ParallelFor(threads, tasks, [&](int64_t task, int32_t worker) {
+  const SpattnProblem& problem = params.problem;
+  const int64_t q_tiles = params.plan.q_tiles;
+  const int count = FwdHeadsATask(params, threads.workers);
+  const int64_t groups = problem.heads / count;
+  const int64_t scratch_bytes = FwdScratchBytes(problem, count);
+  ParallelFor(threads, problem.batch * groups * q_tiles, [&](int64_t task, int32_t worker) {
+    const int64_t b = task / groups / q_tiles, q_tile = q_tiles - 1 - task / groups % q_tiles;
+    const Heads heads = {b, task % groups * count, 1, count};
     Arena arena(static_cast<char*>(workspace) + worker * scratch_bytes);
-    FwdTask(FwdScratch(&arena, params.problem), params, task);
+    const FwdScratch scratch(&arena, problem, count);
+    WithTermsOf(problem.dtype,
+                [&](auto terms) { FwdTask<decltype(terms)>(scratch, params, heads, q_tile); });
   });
 }
 

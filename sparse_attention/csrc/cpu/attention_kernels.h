@@ -23,6 +23,9 @@ extern const AttentionKernels kAttentionKernels;
 namespace avx512 {
 extern const AttentionKernels kAttentionKernels;
 }
+namespace avx512_bf16 {
+extern const AttentionKernels kAttentionKernels;
+}
 
 }  // namespace spattn
 

@@ -156,7 +156,7 @@ inline void NtBlock(const MatmulScratch& x, const SpattnBlocksMatmul& params, in
     float* s = x.blocks + panel * block_size * kPanel;
     ForRowTiles(block_size, [&](int j, auto height) {
       auto acc = ZeroTile<decltype(height)::kRows>();
-      MultiplyAdd<kRowMajor>(acc, k.data + j * k.ld, k.ld, q, kPanel, head_dim);
+      MultiplyAdd<Floats, kRowMajor>(acc, k.data + j * k.ld, k.ld, q, kPanel, head_dim);
       StoreTile(acc, s + j * kPanel);
     });
   }
@@ -219,8 +219,8 @@ inline void XnTask(const MatmulScratch& x, const SpattnBlocksMatmul& params, int
         constexpr int kRows = decltype(height)::kRows;
         float* tile = sum + panel * panel_size + r * kPanel;
         auto acc = ZeroTile<kRows>();
-        MultiplyAdd<kLayout>(acc, w + (kIsTn ? r : r * block_size), block_size,
-                             v.data + panel * kPanel, v.ld, block_size);
+        MultiplyAdd<Floats, kLayout>(acc, w + (kIsTn ? r : r * block_size), block_size,
+                                     v.data + panel * kPanel, v.ld, block_size);
         AddTile(LoadTile<kRows>(tile), acc);
         StoreTile(acc, tile);
       });

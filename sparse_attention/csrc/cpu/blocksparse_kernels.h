@@ -30,6 +30,9 @@ extern const BlocksparseKernels kBlocksparseKernels;
 namespace avx512 {
 extern const BlocksparseKernels kBlocksparseKernels;
 }
+namespace avx512_bf16 {
+extern const BlocksparseKernels kBlocksparseKernels;
+}
 
 }  // namespace spattn
 

@@ -19,11 +19,12 @@ struct Leaks {
   explicit Leaks(float* row) : row_(row) {}
 
   // Zeroes the rows of tile [rows, ld] that hold a NaN or an Inf, and remembers which.
+  template <class Terms>
   void TakeOut(float* tile, int rows, int dim, int64_t ld) {
     count = 0;
     for (int i = 0; i < rows; ++i) {
-      if (RowIsFinite(tile + i * ld, dim)) continue;
-      Zero(tile + i * ld, dim);
+      if (Terms::RowIsFinite(tile + i * ld, dim)) continue;
+      Zero(tile + i * ld, dim / Terms::kTerms);
       index[count++] = i;
     }
   }
@@ -39,12 +40,13 @@ struct Leaks {
   float* row_ = nullptr;  // [widest dim]
 };
 
-// sum [dim, kPanel] += row[d] * weights[i] for the queries i that attend.
-inline void AddToPanel(const float* row, int dim, const float* weights, uint32_t attends,
+// sum [dim, kPanel] += row[d] * weight(i) for the queries i that attend.
+template <class Weight>
+inline void AddToPanel(const float* row, int dim, const Weight& weight, uint32_t attends,
                        float* sum) {
   for (int i = 0; i < kPanel; ++i) {
     if (!(attends >> i & 1)) continue;
-    for (int d = 0; d < dim; ++d) sum[d * kPanel + i] += row[d] * weights[i];
+    for (int d = 0; d < dim; ++d) sum[d * kPanel + i] += row[d] * weight(i);
   }
 }
 

@@ -13,12 +13,14 @@
 //   dv  += p^T do      rows = keys   k = queries      panel = head_dim_v
 //   dk  += ds^T q      rows = keys   k = queries      panel = head_dim
 //
+// k counts words of one or two terms (terms.h); accumulators are float32 always.
+//
 // Registers: 2 kRows accumulators + 2 of b + 1 broadcast: 15 of 16 with AVX2 (kRows 6), 27 of 32 with
 // AVX-512 (kRows 12). FMA has a latency of 4 at 2 a cycle, so 8 accumulators are the least.
 #ifndef SPARSE_ATTENTION_CPU_MATMUL_H_
 #define SPARSE_ATTENTION_CPU_MATMUL_H_
 
-#include "simd.h"
+#include "terms.h"
 
 namespace spattn {
 namespace SPATTN_ISA {
@@ -72,12 +74,14 @@ SPATTN_INLINE void StoreTile(const RegisterTile<kRows>& acc, float* to) {
 
 template <int kRows>
 SPATTN_INLINE void AddTile(const RegisterTile<kRows>& from, RegisterTile<kRows>& to) {
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int n = 0; n < kPanelVecs; ++n) to.v[r][n] += from.v[r][n];
   }
 }
 
-template <ALayout kLayout, int kRows>
+template <class Terms, ALayout kLayout, int kRows>
 SPATTN_INLINE void MultiplyAdd(RegisterTile<kRows>& acc, const float* a, int64_t lda,
                                const float* b, int64_t ldb, int k_size) {
 #pragma GCC unroll 1
@@ -85,32 +89,29 @@ SPATTN_INLINE void MultiplyAdd(RegisterTile<kRows>& acc, const float* a, int64_t
     const Vec b0 = Load(b), b1 = Load(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec a_r = Broadcast(kLayout == kRowMajor ? a[r * lda] : a[r]);
-      acc.v[r][0] += a_r * b0;
-      acc.v[r][1] += a_r * b1;
+      const Vec a_r = Terms::BroadcastWord(kLayout == kRowMajor ? a + r * lda : a + r);
+      acc.v[r][0] = Terms::MultiplyAdd(a_r, b0, acc.v[r][0]);
+      acc.v[r][1] = Terms::MultiplyAdd(a_r, b1, acc.v[r][1]);
     }
     a += kLayout == kRowMajor ? 1 : lda;
     b += ldb;
   }
 }
 
-// Terms that are summed one after another; longer sums are sums of such sums, which halves the rounding
+// Words that are summed one after another; longer sums are sums of such sums, which halves the rounding
 // error at head_dim 256 for about 3 % of the time.
-constexpr int kTermsASum = 64;
+constexpr int kWordsASum = 64;
 
 // The products of rows a [kRows, k_size] with a panel b [k_size, kPanel].
-template <int kRows>
+template <class Terms, int kRows>
 SPATTN_INLINE RegisterTile<kRows> RowProducts(const float* a, int64_t lda, const float* b,
                                               int k_size) {
   auto acc = ZeroTile<kRows>();
-  for (int k = 0; k < k_size; k += kTermsASum) {
-    const int terms = k_size - k < kTermsASum ? k_size - k : kTermsASum;
-    if (k == 0) {
-      MultiplyAdd<kRowMajor>(acc, a, lda, b, kPanel, terms);
-      continue;
-    }
+  MultiplyAdd<Terms, kRowMajor>(acc, a, lda, b, kPanel, k_size < kWordsASum ? k_size : kWordsASum);
+  for (int k = kWordsASum; k < k_size; k += kWordsASum) {
+    const int words = k_size - k < kWordsASum ? k_size - k : kWordsASum;
     auto part = ZeroTile<kRows>();
-    MultiplyAdd<kRowMajor>(part, a + k, lda, b + k * kPanel, kPanel, terms);
+    MultiplyAdd<Terms, kRowMajor>(part, a + k, lda, b + k * kPanel, kPanel, words);
     AddTile(part, acc);
   }
   return acc;

@@ -9,11 +9,18 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(SPATTN_AVX512_BF16) && __GNUC__ >= 10 && !defined(__clang__)
+#pragma GCC target("avx512bf16")  // no flag: an older compiler would refuse it
+#define SPATTN_HAS_DPBF16
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define SPATTN_INLINE inline __attribute__((always_inline))
+// For the stages that hold a product: inlined into one large function, GCC 12 keeps accumulators in
+// memory (backward of `all`: 372 ms instead of 300).
+#define SPATTN_STAGE inline __attribute__((noinline))
 
 namespace spattn {
 namespace SPATTN_ISA {
@@ -32,6 +39,9 @@ typedef int32_t IntVec __attribute__((vector_size(kVecBytes)));
 typedef uint32_t BitVec __attribute__((vector_size(kVecBytes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kVecBytes / 2)));  // kLanes 16-bit elements
 typedef float Vec4 __attribute__((vector_size(16)));
+constexpr int kRowLanes = kLanes < 8 ? kLanes : 8;  // divides every head dim
+typedef float RowVec __attribute__((vector_size(4 * kRowLanes)));
+typedef uint16_t HalfVec8 __attribute__((vector_size(16)));
 typedef int32_t IntVec4 __attribute__((vector_size(16)));
 
 constexpr float kInf = __builtin_inff();
@@ -101,11 +111,15 @@ SPATTN_INLINE Vec FromBfloat16(HalfVec h) {
 
 // Rounds to nearest, ties to even; a NaN keeps its sign and stays a NaN.
 SPATTN_INLINE HalfVec ToBfloat16(Vec x) {
+#if defined(SPATTN_HAS_DPBF16)
+  return (HalfVec)_mm512_cvtneps_pbh(x);
+#else
   const BitVec bits = (BitVec)x;
   const BitVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const BitVec quiet = bits | 0x400000u;
   const BitVec kept = (x == x) ? rounded : quiet;
   return __builtin_convertvector(kept >> 16, HalfVec);
+#endif
 }
 
 SPATTN_INLINE Vec FromFloat16(HalfVec h) {
@@ -145,12 +159,15 @@ SPATTN_INLINE HalfVec ToFloat16(Vec x) {
 #endif
 }
 
-// ---- 4 x 4 transposition ----
+// ---- shuffles ----
 
+// Elements of a followed by b, by their number.
 #if defined(__clang__)
-#define SPATTN_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define SPATTN_SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SPATTN_SHUFFLE8(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SPATTN_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (IntVec4{i, j, k, l}))
+#define SPATTN_SHUFFLE4(a, b, ...) __builtin_shuffle(a, b, (IntVec4{__VA_ARGS__}))
+#define SPATTN_SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, (HalfVec8{__VA_ARGS__}))
 #endif
 
 // to[j][i] = from[i][j] for i, j < 4; leading dimensions in elements.
