@@ -305,9 +305,9 @@ template <class Terms>
 SPATTN_STAGE void AddKvGrad(const KeyTile& keys, int panels, const float* weights,
                             const float* columns, int64_t ld, int64_t begin, float* sums) {
   constexpr int kWords = kRowWords<Terms>;
-  ForRowTiles(keys.count, [&](int j, auto height) {
-    constexpr int kRows = decltype(height)::kRows;
-    for (int64_t d = 0; d < ld; d += kPanel) {
+  for (int64_t d = 0; d < ld; d += kPanel) {  // outside: a slice of the columns stays in the L1 cache
+    ForRowTiles(keys.count, [&](int j, auto height) {
+      constexpr int kRows = decltype(height)::kRows;
       auto acc = ZeroTile<kRows>();
       for (int panel = 0; panel < panels; ++panel) {
         const KeyRange read = keys.read[panel];
@@ -323,8 +323,8 @@ SPATTN_STAGE void AddKvGrad(const KeyTile& keys, int panels, const float* weight
           Store(sum + n * kLanes, Load(sum + n * kLanes) + acc.v[r][n]);
         }
       }
-    }
-  });
+    });
+  }
 }
 
 // sums[key] += weights[i][key] * row for the keys that query i attends to
