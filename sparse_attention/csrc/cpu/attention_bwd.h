@@ -305,7 +305,8 @@ template <class Terms>
 SPATTN_STAGE void AddKvGrad(const KeyTile& keys, int panels, const float* weights,
                             const float* columns, int64_t ld, int64_t begin, float* sums) {
   constexpr int kWords = kRowWords<Terms>;
-  for (int64_t d = 0; d < ld; d += kPanel) {  // outside: a slice of the columns stays in the L1 cache
+  for (int64_t d = 0; d < ld;
+       d += kPanel) {  // outside: a slice of the columns stays in the L1 cache
     ForRowTiles(keys.count, [&](int j, auto height) {
       constexpr int kRows = decltype(height)::kRows;
       auto acc = ZeroTile<kRows>();
@@ -491,19 +492,28 @@ inline void StoreKvGrad(const SpattnBwdParams& params, const Heads& kv_heads, co
                          int64_t position, int64_t to) {
     const int64_t ld = RoundUp(dim, kPanel);
     for (int h = 0; h < kv_heads.count; ++h) {
-      float row[kMaxHeadDim] = {};
+      float row[kMaxHeadDim];
+      Zero(row, dim);
       for (const KvSums* sum = sums + h * splits; sum < sums + (h + 1) * splits; ++sum) {
         if (position < sum->begin || position >= sum->end) continue;
         const float* from = sum->*part + (position - sum->begin) * ld;
-        for (int d = 0; d < dim; ++d) row[d] += from[d];
+        for (int d = 0; d < dim; d += kRowLanes) {
+          StoreAs(row + d, LoadAs<RowVec>(row + d) + LoadAs<RowVec>(from + d));
+        }
       }
-      for (int d = 0; d < dim; ++d) row[d] *= scale;
+      for (int d = 0; d < dim; d += kRowLanes) StoreAs(row + d, LoadAs<RowVec>(row + d) * scale);
       const char* address = RowAddress(t, problem.dtype, kv_heads.b, kv_heads[h], to);
       StoreRow(row, problem.dtype, dim, const_cast<char*>(address));
     }
   };
+  const int ahead = RowsAhead(problem, kv_heads, problem.head_dim);
   RowWalk walk(problem.kv_len, problem.row_stride, begin);
-  for (int64_t position = begin; position < end; ++position, walk.Next()) {
+  RowWalk fetched(problem.kv_len, problem.row_stride, begin + ahead);
+  for (int64_t position = begin; position < end; ++position, walk.Next(), fetched.Next()) {
+    if (position + ahead < end) {
+      PrefetchRow<true>(params.dk, problem, kv_heads, fetched.row(), problem.head_dim);
+      PrefetchRow<true>(params.dv, problem, kv_heads, fetched.row(), problem.head_dim_v);
+    }
     const int64_t row = walk.row();
     if (row < 0) continue;
     store(params.dk, &KvSums::dk, problem.head_dim, problem.softmax_scale, position, row);

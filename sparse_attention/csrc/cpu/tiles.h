@@ -198,7 +198,7 @@ inline void StoreQPanels(const float* panels, const Factor& factor, const Spattn
         if (tile.rows[i + r] < 0) continue;
         float* row = rows + r * dim;
         const float times = factor(h, i + r);
-        for (int d = 0; d < dim; ++d) row[d] *= times;
+        for (int d = 0; d < dim; d += kRowLanes) StoreAs(row + d, LoadAs<RowVec>(row + d) * times);
         const char* to = RowAddress(t, problem.dtype, heads.b, heads[h], tile.rows[i + r]);
         StoreRow(row, problem.dtype, dim, const_cast<char*>(to));
       }
