@@ -339,6 +339,7 @@ def save(report, args):
     """Writes the report so far: hours are not lost to an interruption."""
     about = report["machine"]
     words = re.findall(r"[a-z0-9]+", "{cpu} {date} {commit}".format(**about).lower())
+    words += sorted({str(min(args.lengths)), str(max(args.lengths))}, key=int)
     os.makedirs(args.results, exist_ok=True)
     path = os.path.join(args.results, "_".join(["cpu", *words]) + ".json")
     with open(path, "w") as file:

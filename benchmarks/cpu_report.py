@@ -1,8 +1,9 @@
-"""Turns a report of `cpu.py` into text and a picture.
+"""Turns reports of `cpu.py` into text and a picture.
 
-    python benchmarks/cpu_report.py benchmarks/results/cpu_....json docs/cpu.png
+    python benchmarks/cpu_report.py benchmarks/results/cpu_*.json docs/cpu.png
 
-draws again what was measured before.
+draws again what was measured before, in one run or in several that each took some of the
+lengths.
 """
 
 import itertools
@@ -168,6 +169,15 @@ def _caption(report):
     ).format(**about)
 
 
+def main(paths, picture):
+    reports = []
+    for path in paths:
+        with open(path) as file:
+            reports.append(json.load(file))
+    rows = [row for report in reports for row in report["speed"]]
+    rows.sort(key=lambda row: row["q_len"])
+    draw(dict(reports[0], speed=rows), picture)
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        draw(json.load(file), sys.argv[2])
+    main(sys.argv[1:-1], sys.argv[-1])

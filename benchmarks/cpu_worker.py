@@ -129,7 +129,7 @@ class _Server:
 
         Ask a fresh process: memory that was used before does not count again.
         """
-        small = dict(case, q_len=8 * case["local_attn_ctx"])
+        small = dict(case, mode="local", q_len=8 * case["local_attn_ctx"])
         self._build(name, small, is_training)[0]()  # loads and starts what it needs
         run, _ = self._build(name, case, is_training)
         before = _reset_peak()
