@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
     "BlocksparseTransformer": "transformer",
+    "SparseSelfAttention": "keras_layer",
     "attention_impl": "attention",
     "block_sparse_attention": "attention",
     "blocksparse_attention_impl": "attention",

@@ -4,6 +4,8 @@ A block is EMPTY (not computed), PARTIAL (computed, then masked by bits) or FULL
 no mask). All of this is decided here, once, on the host.
 """
 
+import base64
+import io
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -297,6 +299,51 @@ class BlockMask:
             self.heads, self._q.exists.size, self._kv.exists.size
         )
         return dense[:, self._q.positions[:, None], self._kv.positions]
+
+    # ---- saving ----
+
+    def get_config(self):
+        """What `from_config` makes this plan of again, as JSON holds it.
+
+        A mask is a function, which no file can hold: its answers are saved.
+
+        Returns:
+          dict of ints and a string, "arrays": a compressed .npz file in base 64.
+        """
+        file = io.BytesIO()
+        np.savez_compressed(
+            file,
+            block_kinds=self.block_kinds,
+            mask_ids=self._mask_ids,
+            mask_bits=self._mask_bits,
+        )
+        names = ("block_size", "q_len", "kv_len", "row_stride")
+        config = {name: int(getattr(self, name)) for name in names}
+        return {**config, "arrays": base64.b64encode(file.getvalue()).decode()}
+
+    @classmethod
+    def from_config(cls, config):
+        """The plan that `get_config` tells of.
+
+        >>> plan = BlockMask(all_layout(64, 16), causal_mask(), block_size=16)
+        >>> np.array_equal(BlockMask.from_config(plan.get_config()).to_dense(),
+        ...                plan.to_dense())
+        True
+
+        Returns:
+          `BlockMask`; its `mask` is None, its `layout` True where a block is not EMPTY.
+        """
+        sizes = dict(config)
+        file = io.BytesIO(base64.b64decode(sizes.pop("arrays")))
+        with np.load(file) as arrays:
+            block_kinds = arrays["block_kinds"]
+            plan = cls(np.zeros(block_kinds.shape, bool), **sizes)
+            plan._mask_ids, plan._mask_bits = arrays["mask_ids"], arrays["mask_bits"]
+        plan.mask = None
+        plan.layout, plan.block_kinds = block_kinds != EMPTY, block_kinds
+        plan._partial = np.flatnonzero(block_kinds == PARTIAL)
+        _freeze(plan.layout, plan.block_kinds)
+        return plan
 
     # ---- showing ----
 

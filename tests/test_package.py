@@ -25,6 +25,7 @@ for name in sa.__all__:
 """
 
 TENSORFLOW_NAMES = [
+    "SparseSelfAttention",
     "attention_impl",
     "block_sparse_attention",
     "blocksparse_attention_impl",
@@ -47,7 +48,7 @@ def test_every_name_is_there():
     assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
 
 
-@pytest.mark.parametrize("name", ["attention", "recompute"])
+@pytest.mark.parametrize("name", ["attention", "keras_layer", "recompute"])
 def test_documentation_examples(name):
     module = importlib.import_module("sparse_attention." + name)
     assert doctest.testmod(module).failed == 0

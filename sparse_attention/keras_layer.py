@@ -1,0 +1,240 @@
+"""Keras layer: multi-head self-attention over the blocks that a pattern needs.
+
+Runs on Keras 3 with the TensorFlow backend and on TensorFlow's own Keras 2.
+"""
+
+import tensorflow as tf
+
+from .attention import MAX_HEAD_DIM, block_sparse_attention
+from .block_mask import BlockMask, pattern_block_mask
+from .masks import check_positive
+
+try:
+    from tensorflow import keras
+
+    backend = keras.backend.backend()
+except ImportError as error:
+    raise ImportError(
+        "sparse_attention's layers and models need Keras, which does not import "
+        f"({error.__context__ or error}); `pip install keras`, and leave the "
+        "environment variable KERAS_BACKEND unset or 'tensorflow'"
+    ) from error
+if backend != "tensorflow":
+    raise ImportError(
+        "sparse_attention's layers and models need Keras on TensorFlow, got "
+        f"{backend!r}; set the environment variable KERAS_BACKEND=tensorflow"
+    )
+
+
+def serializable(cls):
+    """Lets Keras, where it keeps such a list, find the class of a saved layer."""
+    register = getattr(keras.utils, "register_keras_serializable", None)
+    return register(package="sparse_attention")(cls) if register else cls
+
+
+@serializable
+class SparseSelfAttention(keras.layers.Layer):
+    """Every position of a sequence attends to those that the pattern allows.
+
+        q, k, v = query(x), key(x), value(x)
+        output_dense(block_sparse_attention(q, k, v, block_mask, heads, kv_heads))
+
+    >>> layer = SparseSelfAttention(heads=4, attn_mode="local", local_attn_ctx=32)
+    >>> layer(tf.ones([2, 128, 64])).shape.as_list()
+    [2, 128, 64]
+
+    The plan is made once, for the time dimension that the layer is built with.
+
+    Args:
+      heads: Number of query heads.
+      head_dim: Width of a head, a multiple of 8, at most 256; None: width / heads.
+      attn_mode, local_attn_ctx, block_size, num_verts, vertsize: The pattern, as for
+        `pattern_block_mask`.
+      block_mask: `BlockMask` to use instead, with one head or `heads`.
+      kv_heads: Number of key heads, which divides `heads`; None: `heads`.
+      use_bias: Whether the projections add a bias.
+      kernel_initializer: Of the query, key and value projections.
+      output_initializer: Of the output projection.
+      **kwargs: What every layer takes: `name`, `dtype` (or a policy), `trainable`.
+
+    Call arguments:
+      x: float [batch, time, width]; only the batch may be unknown.
+      mask: bool [batch, time], as Keras hands it on: True = a token, all of them before
+        the padding, whose keys then do not exist. None: no padding.
+
+    Returns:
+      Like x.
+
+    Raises:
+      TypeError: If `block_mask` is no `BlockMask`.
+      ValueError: If an argument is not positive or does not fit the others, or x.
+      InvalidArgumentError: If a mask has a token after padding.
+
+    Numerics: As `block_sparse_attention`, in the policy's compute dtype. Keras does not
+      compile a model with this layer by XLA, which has no such op.
+    """
+
+    def __init__(
+        self,
+        heads,
+        head_dim=None,
+        attn_mode="all",
+        local_attn_ctx=None,
+        block_size=32,
+        num_verts=4,
+        vertsize=1,
+        block_mask=None,
+        kv_heads=None,
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        output_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.heads = heads
+        self.head_dim = head_dim
+        self.attn_mode = attn_mode if block_mask is None else None
+        self.local_attn_ctx = local_attn_ctx
+        self.block_size = block_size
+        self.num_verts = num_verts
+        self.vertsize = vertsize
+        self.block_mask = block_mask
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.output_initializer = keras.initializers.get(output_initializer)
+        self.supports_masking = True
+        self.supports_jit = False
+        check_positive(heads=heads, kv_heads=self.kv_heads)
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
+        if not isinstance(block_mask, (BlockMask, type(None))):
+            raise TypeError(
+                f"block_mask must be a BlockMask, got {type(block_mask).__name__}"
+            )
+        if block_mask is not None and attn_mode not in ("all", None):
+            raise ValueError(
+                f"attn_mode must be left out beside a block_mask, got {attn_mode!r}"
+            )
+
+    def build(self, input_shape):
+        _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
+        if time is None or width is None:
+            raise ValueError(
+                "x must have a time and a width that are known when the layer is "
+                f"built, got shape {input_shape}"
+            )
+        if self.head_dim is None:
+            self.head_dim, rest = divmod(width, self.heads)
+            if rest:
+                raise ValueError(
+                    f"heads must divide the width {width} where no head_dim is given, "
+                    f"got {self.heads}"
+                )
+        check_positive(head_dim=self.head_dim)
+        if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, "
+                f"got {self.head_dim}"
+            )
+        if self.attn_mode is not None or self.block_mask is None:
+            self.block_mask = pattern_block_mask(
+                self.attn_mode,
+                time,
+                self.heads,
+                self.block_size,
+                self.local_attn_ctx,
+                self.num_verts,
+                self.vertsize,
+            )
+        plan = self.block_mask
+        lengths_fit = plan.q_len == plan.kv_len == time
+        if not lengths_fit or plan.heads not in (1, self.heads):
+            raise ValueError(
+                f"block_mask must have q_len = kv_len = time = {time} and 1 head or "
+                f"heads = {self.heads}, got q_len = {plan.q_len}, "
+                f"kv_len = {plan.kv_len}, {plan.heads} heads"
+            )
+        inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        initializer = self.kernel_initializer
+        self.query = self._projection("query", width, inner, initializer)
+        self.key = self._projection("key", width, kv_inner, initializer)
+        self.value = self._projection("value", width, kv_inner, initializer)
+        self.output_dense = self._projection(
+            "output_dense", inner, width, self.output_initializer
+        )
+        self.built = True
+
+    def _projection(self, name, input_width, width, initializer):
+        dense = keras.layers.Dense(
+            width,
+            use_bias=self.use_bias,
+            # A copy of it: Keras 3 draws the same values for all that share one.
+            kernel_initializer=keras.initializers.serialize(initializer),
+            # The policy; Keras 2 has it under the second name.
+            dtype=getattr(self, "dtype_policy", None) or self._dtype_policy,
+            name=name,
+        )
+        with tf.name_scope(name):
+            dense.build([None, None, input_width])
+        return dense
+
+    def call(self, x, mask=None):
+        o = block_sparse_attention(
+            self.query(x),
+            self.key(x),
+            self.value(x),
+            self.block_mask,
+            self.heads,
+            self.kv_heads,
+            kv_lengths=None if mask is None else _lengths(mask),
+        )
+        return self.output_dense(o)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        names = (
+            "heads",
+            "head_dim",
+            "attn_mode",
+            "local_attn_ctx",
+            "block_size",
+            "num_verts",
+            "vertsize",
+            "kv_heads",
+            "use_bias",
+        )
+        is_pattern = self.attn_mode is not None
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in names},
+            "block_mask": None if is_pattern else self.block_mask.get_config(),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "output_initializer": keras.initializers.serialize(self.output_initializer),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        plan = config["block_mask"]
+        plan = plan and BlockMask.from_config(plan)
+        return super().from_config({**config, "block_mask": plan})
+
+
+def _lengths(mask):
+    """int32 [batch], the tokens before the padding; an error if others come after it."""
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool or mask.shape.rank != 2:
+        raise ValueError(
+            f"mask must be bool [batch, time], got {mask.dtype.name} {mask.shape}"
+        )
+    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
+    is_padded_right = tf.reduce_all(
+        tf.equal(mask, tf.sequence_mask(lengths, tf.shape(mask)[1]))
+    )
+    message = "mask must have every True before every False (padding on the right), got"
+    with tf.control_dependencies(
+        [tf.debugging.Assert(is_padded_right, [message, mask])]
+    ):
+        return tf.identity(lengths)
