@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 _TENSORFLOW_NAMES = {
     "BlocksparseTransformer": "transformer",
     "SparseSelfAttention": "keras_layer",
+    "SparseTransformer": "models",
     "attention_impl": "attention",
     "block_sparse_attention": "attention",
     "blocksparse_attention_impl": "attention",

@@ -26,6 +26,7 @@ for name in sa.__all__:
 
 TENSORFLOW_NAMES = [
     "SparseSelfAttention",
+    "SparseTransformer",
     "attention_impl",
     "block_sparse_attention",
     "blocksparse_attention_impl",

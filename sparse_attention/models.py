@@ -1,0 +1,274 @@
+"""The Sparse Transformer as a Keras model: a language model over long sequences."""
+
+import itertools
+
+import tensorflow as tf
+
+from .keras_layer import SparseSelfAttention, keras, serializable
+from .masks import check_positive
+from .recompute import recomputable
+
+INIT_SCALE = 0.125  # the paper's: of every weight, standard deviation * sqrt(fan in)
+
+
+class SparseTransformerBlock(keras.layers.Layer):
+    """Attention and a feed-forward network, each added to what it reads.
+
+        x = x + dropout(attention(norm_attention(x)))
+        x = x + dropout(contract(gelu(expand(norm_feed_forward(x)))))
+
+    Args:
+      attention: `SparseSelfAttention`.
+      width: Of x.
+      residual_scale: Multiplies the initial weights of `contract`.
+      dropout: The fraction of what is added that is dropped.
+      recompute: Whether the backward pass computes the block again from its input,
+        instead of keeping what it computes on the way.
+
+    Call arguments:
+      x: float [batch, time, width].
+      seeds: int32 [2, 2], for the two dropouts; None: nothing is dropped.
+
+    Returns:
+      Like x.
+    """
+
+    def __init__(
+        self,
+        attention,
+        width,
+        residual_scale=1.0,
+        dropout=0.0,
+        recompute=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        policy = self.dtype_policy
+        self.width = width
+        self.dropout = dropout
+        self.recompute = recompute
+        self.norm_attention = _layer_norm("norm_attention", policy)
+        self.attention = attention
+        self.norm_feed_forward = _layer_norm("norm_feed_forward", policy)
+        self.expand = _dense("expand", 4 * width, 1.0, policy)
+        self.contract = _dense("contract", width, residual_scale, policy)
+
+    def build(self, input_shape):
+        for layer in (
+            self.norm_attention,
+            self.attention,
+            self.norm_feed_forward,
+            self.expand,
+        ):
+            layer.build(input_shape)
+        self.contract.build([*input_shape[:-1], 4 * self.width])
+
+    def call(self, x, seeds=None):
+        return self._residuals(x, seeds, recompute=self.recompute)
+
+    @recomputable("block")
+    def _residuals(self, x, seeds):
+        x = self._add(x, self.attention(self.norm_attention(x)), seeds, 0)
+        h = self.expand(self.norm_feed_forward(x))
+        return self._add(x, self.contract(h * tf.sigmoid(1.702 * h)), seeds, 1)
+
+    def _add(self, x, h, seeds, i):
+        if seeds is not None:
+            h = tf.nn.experimental.stateless_dropout(h, self.dropout, seeds[i])
+        return x + h
+
+
+@serializable
+class SparseTransformer(keras.Model):
+    """A language model: which token comes next, at every position of a long sequence.
+
+    >>> model = SparseTransformer(256, time=128, layers=2, width=64, heads=4,
+    ...                           attention="local,strided", local_attn_ctx=32)
+    >>> model(tf.zeros([1, 128], tf.int32)).shape.as_list()
+    [1, 128, 256]
+
+    Pre-activation residual blocks over the sum of learned token and position
+    embeddings; the token embedding also gives the logits. Weights start normal with
+    0.125 / sqrt(fan in), those that a block adds with 1 / sqrt(2 * layers) of it.
+
+    Args:
+      vocab_size: Number of different tokens.
+      time: Sequence length in positions.
+      layers: Number of blocks.
+      width: Width of what flows between them; a multiple of 8 * heads.
+      heads: Attention heads.
+      attention: The patterns of the layers in turn, by comma: "all" (or "dense"),
+        "local", "strided", "fixed". The paper's strided attention is "local,strided".
+      local_attn_ctx, block_size, num_verts, vertsize: As for `pattern_block_mask`.
+      dropout: The fraction dropped of what a block adds.
+      recompute: Whether to keep of each block only what it reads for the backward pass.
+      **kwargs: What every model takes: `name`, `dtype` (or a policy), `trainable`.
+
+    Call arguments:
+      tokens: int [batch, time]. The caller shifts them: targets are one position ahead.
+
+    Returns:
+      logits: float32 [batch, time, vocab_size].
+
+    Raises:
+      ImportError: If Keras is older than 3.
+      ValueError: If an argument is out of range or does not fit the others; those of a
+        pattern when the model is built.
+
+    Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
+      the embeddings; the last norm and the products for the logits in float32. With
+      `recompute` bitwise the same, dropout included.
+
+    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
+      arXiv:1904.10509, section 5.
+    """
+
+    def __init__(
+        self,
+        vocab_size,
+        time,
+        layers,
+        width,
+        heads,
+        attention="fixed",
+        local_attn_ctx=128,
+        block_size=32,
+        num_verts=4,
+        vertsize=1,
+        dropout=0.0,
+        recompute=False,
+        **kwargs,
+    ):
+        if not keras.__version__.startswith("3."):
+            raise ImportError(
+                "SparseTransformer needs Keras 3, as TensorFlow 2.16 and newer have, "
+                f"got Keras {keras.__version__}"
+            )
+        super().__init__(**kwargs)
+        check_positive(
+            vocab_size=vocab_size, time=time, layers=layers, width=width, heads=heads
+        )
+        if width % (8 * heads):
+            raise ValueError(
+                f"width must be a multiple of 8 * heads = {8 * heads}, got {width}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self._config = {
+            "vocab_size": vocab_size,
+            "time": time,
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "attention": attention,
+            "local_attn_ctx": local_attn_ctx,
+            "block_size": block_size,
+            "num_verts": num_verts,
+            "vertsize": vertsize,
+            "dropout": dropout,
+            "recompute": recompute,
+        }
+        self.vocab_size = vocab_size
+        self.time = time
+        self.dropout = dropout
+        policy = self.dtype_policy
+        residual_scale = (2 * layers) ** -0.5
+        self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
+        self.position_embedding = _embedding("position_embedding", time, width, policy)
+        attn_modes = [name.strip() for name in attention.split(",")]
+        self.blocks = [
+            SparseTransformerBlock(
+                SparseSelfAttention(
+                    heads,
+                    attn_mode="all" if attn_mode == "dense" else attn_mode,
+                    local_attn_ctx=local_attn_ctx,
+                    block_size=block_size,
+                    num_verts=num_verts,
+                    vertsize=vertsize,
+                    kernel_initializer=_normal(1.0),
+                    output_initializer=_normal(residual_scale),
+                    dtype=policy,
+                    name="attention",
+                ),
+                width,
+                residual_scale,
+                dropout,
+                recompute,
+                dtype=policy,
+                name=f"block_{i}",
+            )
+            for i, attn_mode in zip(range(layers), itertools.cycle(attn_modes))
+        ]
+        self.final_norm = _layer_norm("final_norm", "float32")
+
+    def build(self, input_shape):
+        self.token_embedding.build(input_shape)
+        self.position_embedding.build([self.time])
+        between = [*input_shape, self.token_embedding.output_dim]
+        for block in self.blocks:
+            block.build(between)
+        self.final_norm.build(between)
+        # How many calls have dropped something: a weight, so that checkpoints hold it.
+        self.dropout_calls = self.add_weight(
+            name="dropout_calls",
+            shape=(),
+            dtype="int32",
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+
+    def call(self, tokens, training=False):
+        if tokens.shape[1:] != (self.time,):
+            raise ValueError(
+                f"tokens must be [batch, time = {self.time}], got shape {tokens.shape}"
+            )
+        seeds = self._draw_seeds() if training and self.dropout else None
+        x = self.token_embedding(tokens) + self.position_embedding(tf.range(self.time))
+        for i, block in enumerate(self.blocks):
+            x = block(x, seeds if seeds is None else seeds[i])
+        embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
+        return tf.einsum("btw,vw->btv", self.final_norm(x), embeddings)
+
+    def _draw_seeds(self):
+        """int32 [layers, 2, 2]: no two calls share one, nor do two devices."""
+        self.dropout_calls.assign_add(1)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.stack([self.dropout_calls.value, replica])
+        seeds = tf.random.split(seed, 2 * len(self.blocks))
+        return tf.reshape(seeds, [-1, 2, 2])
+
+    def compute_output_spec(self, tokens, training=False):
+        return keras.KerasTensor((*tokens.shape, self.vocab_size), "float32")
+
+    def get_config(self):
+        return {**super().get_config(), **self._config}
+
+
+def _embedding(name, count, width, policy):
+    return keras.layers.Embedding(
+        count,
+        width,
+        embeddings_initializer=keras.initializers.RandomNormal(
+            stddev=INIT_SCALE * width**-0.5
+        ),
+        dtype=policy,
+        name=name,
+    )
+
+
+def _layer_norm(name, policy):
+    return keras.layers.LayerNormalization(epsilon=1e-5, dtype=policy, name=name)
+
+
+def _dense(name, width, scale, policy):
+    return keras.layers.Dense(
+        width, kernel_initializer=_normal(scale), dtype=policy, name=name
+    )
+
+
+def _normal(scale):
+    """Normal, with a standard deviation of scale * INIT_SCALE / sqrt(fan in)."""
+    return keras.initializers.VarianceScaling(
+        (scale * INIT_SCALE) ** 2, "fan_in", "untruncated_normal"
+    )
