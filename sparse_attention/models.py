@@ -224,7 +224,9 @@ class SparseTransformer(keras.Model):
                 f"tokens must be [batch, time = {self.time}], got shape {tokens.shape}"
             )
         seeds = self._draw_seeds() if training and self.dropout else None
-        x = self.token_embedding(tokens) + self.position_embedding(tf.range(self.time))
+        # The position embedding is added as it is: of a look-up with several replicas the
+        # gradient lists each row once for each, which Adam of Keras 3.15 does not add up.
+        x = self.token_embedding(tokens) + self.position_embedding.embeddings
         for i, block in enumerate(self.blocks):
             x = block(x, seeds if seeds is None else seeds[i])
         embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
