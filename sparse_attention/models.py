@@ -240,11 +240,30 @@ class SparseTransformer(keras.Model):
         seeds = tf.random.split(seed, 2 * len(self.blocks))
         return tf.reshape(seeds, [-1, 2, 2])
 
+    # What Keras 3.15 lacks to fit a model under MultiWorkerMirroredStrategy.
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        if _spans_workers(self.distribute_strategy):  # Keras would average a batch
+            tokens = keras.KerasTensor((1, self.time), "int32")
+            iterator, data_batch = None, (tokens, tokens)
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        metrics = super().compute_metrics(x, y, y_pred, sample_weight)
+        if _spans_workers(self.distribute_strategy):  # it averages over the first axis
+            return {name: tf.reshape(value, [1]) for name, value in metrics.items()}
+        return metrics
+
     def compute_output_spec(self, tokens, training=False):
         return keras.KerasTensor((*tokens.shape, self.vocab_size), "float32")
 
     def get_config(self):
         return {**super().get_config(), **self._config}
+
+
+def _spans_workers(strategy):
+    is_multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return is_multi_worker and strategy.extended._in_multi_worker_mode()
 
 
 def _embedding(name, count, width, policy):
