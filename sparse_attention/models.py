@@ -4,6 +4,7 @@ import itertools
 
 import tensorflow as tf
 
+from .block_mask import pattern_block_mask
 from .keras_layer import SparseSelfAttention, keras, serializable
 from .masks import check_positive
 from .recompute import recomputable
@@ -112,8 +113,7 @@ class SparseTransformer(keras.Model):
 
     Raises:
       ImportError: If Keras is older than 3.
-      ValueError: If an argument is out of range or does not fit the others; those of a
-        pattern when the model is built.
+      ValueError: If an argument is out of range or does not fit the others.
 
     Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
       the embeddings; the last norm and the products for the logits in float32. With
@@ -175,12 +175,19 @@ class SparseTransformer(keras.Model):
         residual_scale = (2 * layers) ** -0.5
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
         self.position_embedding = _embedding("position_embedding", time, width, policy)
-        attn_modes = [name.strip() for name in attention.split(",")]
+        attn_modes = [
+            "all" if name.strip() == "dense" else name.strip()
+            for name in attention.split(",")
+        ]
+        for attn_mode in attn_modes:  # errors now; the blocks find the plans made
+            pattern_block_mask(
+                attn_mode, time, heads, block_size, local_attn_ctx, num_verts, vertsize
+            )
         self.blocks = [
             SparseTransformerBlock(
                 SparseSelfAttention(
                     heads,
-                    attn_mode="all" if attn_mode == "dense" else attn_mode,
+                    attn_mode=attn_mode,
                     local_attn_ctx=local_attn_ctx,
                     block_size=block_size,
                     num_verts=num_verts,
