@@ -13,7 +13,7 @@ try:
     from tensorflow import keras
 
     backend = keras.backend.backend()
-except ImportError as error:
+except (ImportError, RecursionError) as error:  # TensorFlow raises the second again
     raise ImportError(
         "sparse_attention's layers and models need Keras, which does not import "
         f"({error.__context__ or error}); `pip install keras`, and leave the "

@@ -1,6 +1,7 @@
 """Plans against layout and mask, element by element, in every form that a plan has."""
 
 import doctest
+import json
 import subprocess
 import sys
 
@@ -388,3 +389,24 @@ def test_plan_for_65536_positions_takes_2_seconds_and_500_mb_at_most(mode, ctx):
     print(f"{mode}: {seconds:.2f} s, {peak_mb:.0f} MB")
     assert seconds < 2
     assert peak_mb < 500
+
+
+# ---- saving ----
+
+
+@given(cases())
+def test_config_makes_the_same_plan_again(case):
+    plan = BlockMask(*case)
+    again = BlockMask.from_config(json.loads(json.dumps(plan.get_config())))
+    assert repr(again) == repr(plan) and again.density == plan.density
+    np.testing.assert_array_equal(again.to_dense(), plan.to_dense())
+    for block_q in {plan.block_size, 128}:
+        for a, b in zip(again.tiles(block_q), plan.tiles(block_q)):
+            np.testing.assert_array_equal(a, b)
+    assert again.get_config() == plan.get_config()
+
+
+def test_config_is_small():
+    """All that a plan for 16,384 positions in eight heads needs, in 100 kB."""
+    plan = pattern_block_mask("fixed", 16384, 8, 32, 128)
+    assert len(json.dumps(plan.get_config())) < 100e3

@@ -1,0 +1,221 @@
+"""SparseSelfAttention, on Keras 3 and on TensorFlow 1's Keras 2."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import assert_close
+from keras_helpers import functional, layer_by_hand, normal
+from tensorflow import keras
+from tf_helpers import assert_same_bits, run_script
+
+import sparse_attention as sa
+
+TIME, WIDTH = 40, 32
+PATTERNS = {
+    "all": {},
+    "local": {"local_attn_ctx": 16},
+    "strided": {"local_attn_ctx": 5},
+    "fixed": {"local_attn_ctx": 16, "num_verts": 2},
+}
+
+
+def attention(attn_mode="local", heads=4, **options):
+    options = {"block_size": 8, **PATTERNS[attn_mode], **options}
+    return sa.SparseSelfAttention(heads, attn_mode=attn_mode, **options)
+
+
+def everyone(heads=1):
+    """A plan in which padding matters: every query attends to every key."""
+    return sa.BlockMask(sa.dense_layout(TIME, 8, heads=heads), None, 8, TIME, TIME)
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("attn_mode", PATTERNS)
+def test_a_step_of_fit_equals_the_oracle(attn_mode, kv_heads):
+    layer = attention(attn_mode, kv_heads=kv_heads)
+    model = functional(layer, TIME, WIDTH)
+    x, target = normal(3, TIME, WIDTH, seed=8), normal(3, TIME, WIDTH, seed=9)
+    oracle = layer_by_hand(layer, x, target, "float64")
+    plain = layer_by_hand(layer, x, target, "float32")
+    before = layer.get_weights()
+    assert_close(model.predict(x), oracle[0], plain[0], 2)
+    rate = 2.0**16  # so high that the weights before a step hide nothing of it
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    model.fit(x, target, batch_size=3, verbose=0)
+    steps = [(a - b) / np.float32(rate) for a, b in zip(before, layer.get_weights())]
+    for i, (want, by_hand) in enumerate(zip(oracle[1:], plain[1:])):
+        got = np.concatenate([steps[2 * i], steps[2 * i + 1][None]])
+        assert_close(got, want, by_hand, 3)
+
+
+def test_projections_start_with_values_of_their_own():
+    layer = attention(kernel_initializer=keras.initializers.RandomNormal())
+    layer.build([None, TIME, WIDTH])
+    query, _, key, _, value, _, _, _ = layer.get_weights()
+    assert not (query == key).any() and not (query == value).any()
+
+
+# ---- padding ----
+
+
+@pytest.mark.parametrize("plan", ["local", "everyone"])
+def test_padding_equals_the_oracle_and_is_never_read(plan):
+    options = {"block_mask": everyone()} if plan == "everyone" else {"attn_mode": plan}
+    layer = sa.SparseSelfAttention(
+        4, block_size=8, **{**options, **PATTERNS.get(plan, {})}
+    )
+    functional(layer, TIME, WIDTH)
+    lengths = np.array([TIME, 17, 0], np.int32)
+    x, is_token = normal(3, TIME, WIDTH), np.arange(TIME) < lengths[:, None]
+    inputs = keras.Input([TIME, WIDTH]), keras.Input([TIME], dtype="bool")
+    model = keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
+    got = model.predict([x, is_token])
+    oracle, plain = (
+        layer_by_hand(layer, x, np.zeros_like(x), dtype, lengths)[0]
+        for dtype in ("float64", "float32")
+    )
+    assert_close(got, oracle, plain, 2)
+    poisoned = np.where(is_token[..., None], x, np.float32(1e6))
+    again = model.predict([poisoned, is_token])
+    assert_same_bits(got[is_token], again[is_token])
+
+
+def padded_model():
+    """Tokens, 0 = padding -> attention to every token -> the mean over the tokens."""
+    tokens = keras.Input([TIME])
+    x = keras.layers.Embedding(8, WIDTH, mask_zero=True)(tokens)
+    x = sa.SparseSelfAttention(4, block_mask=everyone())(x)
+    return keras.Model(tokens, keras.layers.GlobalAveragePooling1D()(x))
+
+
+def test_keras_hands_the_mask_in_and_on():
+    model = padded_model()
+    tokens = np.random.RandomState(0).randint(1, 8, [2, TIME])
+    tokens[1, 10:] = 0
+    embedding, attention_layer = model.layers[1:3]
+    x = embedding.get_weights()[0][tokens]
+    y = layer_by_hand(attention_layer, x, x, "float32", [TIME, 10])[0]
+    means = np.stack([y[0].mean(axis=0), y[1, :10].mean(axis=0)])
+    y64 = layer_by_hand(attention_layer, x, x, "float64", [TIME, 10])[0]
+    means64 = np.stack([y64[0].mean(axis=0), y64[1, :10].mean(axis=0)])
+    assert_close(model.predict(tokens), means64, means, 2)
+
+
+def test_a_token_after_padding_is_an_error():
+    model = padded_model()
+    tokens = np.ones([2, TIME], np.int32)
+    tokens[1, 5] = 0
+    message = "every True before every False"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.predict(tokens)
+    model.compile("sgd", "mse")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.fit(tokens, normal(2, WIDTH), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [([2, TIME, TIME], "bool"), ([2, TIME], "int32")]
+)
+def test_a_mask_of_another_kind_is_an_error(shape, dtype):
+    layer = attention()
+    with pytest.raises(ValueError, match=r"mask must be bool \[batch, time\], got"):
+        layer(tf.zeros([2, TIME, WIDTH]), mask=tf.zeros(shape, dtype))
+
+
+# ---- configuration ----
+
+
+def test_config_makes_the_same_layer_again():
+    layer = attention("fixed", head_dim=16, kv_heads=2, use_bias=False, name="a")
+    model = functional(layer, TIME, WIDTH)
+    config = json.loads(json.dumps(layer.get_config()))
+    again = sa.SparseSelfAttention.from_config(config)
+    assert again.get_config() == layer.get_config()
+    other = functional(again, TIME, WIDTH)
+    x = normal(1, TIME, WIDTH)
+    assert_same_bits(model.predict(x), other.predict(x))
+
+
+def test_config_holds_a_block_mask_of_the_user():
+    mask = sa.BlockMask(
+        np.random.RandomState(0).random_sample([4, 6, 6]) < 0.5,
+        lambda head, q_idx, kv_idx: (3 * q_idx + kv_idx + head) % 5 > 1,
+        block_size=8,
+        q_len=TIME,
+        kv_len=TIME,
+        row_stride=12,
+    )
+    layer = sa.SparseSelfAttention(4, block_mask=mask)
+    model = functional(layer, TIME, WIDTH)
+    config = json.loads(json.dumps(layer.get_config()))
+    other = functional(sa.SparseSelfAttention.from_config(config), TIME, WIDTH)
+    x = normal(1, TIME, WIDTH)
+    assert_same_bits(model.predict(x), other.predict(x))
+
+
+LOAD = """
+import sys
+import numpy as np
+from tensorflow import keras
+import sparse_attention as sa
+classes = {"SparseSelfAttention": sa.SparseSelfAttention}
+model = keras.models.load_model(sys.argv[1], custom_objects=classes)
+np.save(sys.argv[3], model.predict(np.load(sys.argv[2])))
+"""
+
+
+def test_saved_model_gives_the_same_bits_in_a_new_process(tmp_path):
+    model = functional(sa.SparseSelfAttention(4, block_mask=everyone()), TIME, WIDTH)
+    x = normal(2, TIME, WIDTH)
+    paths = [str(tmp_path / name) for name in ("model.h5", "x.npy", "y.npy")]
+    model.save(paths[0])
+    np.save(paths[1], x)
+    run_script(LOAD, *paths)
+    assert_same_bits(np.load(paths[2]), model.predict(x))
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"heads": 0}, "heads must be a positive integer, got 0"),
+        ({"kv_heads": 3}, "kv_heads must divide heads=4, got 3"),
+        ({"heads": 5}, "heads must divide the width 32 .* got 5"),
+        ({"head_dim": 12}, "head_dim must be a multiple of 8 and at most 256, got 12"),
+        ({"head_dim": 264}, "head_dim must be a multiple of 8 .* got 264"),
+        ({"attn_mode": "global"}, "attn_mode must be 'all', .* got 'global'"),
+        ({"attn_mode": None}, "attn_mode must be 'all', .* got None"),
+        ({"attn_mode": "local"}, "local_attn_ctx must be a positive integer, got None"),
+        ({"block_size": 7}, "got 7"),
+        ({"block_mask": everyone(2)}, "1 head or heads = 4, got .* 2 heads"),
+        (
+            {"block_mask": sa.BlockMask(np.eye(2), None, 8)},
+            "q_len = kv_len = time = 40 .* got q_len = 16, kv_len = 16",
+        ),
+        (
+            {"block_mask": everyone(), "attn_mode": "local"},
+            "attn_mode must be left out beside a block_mask, got 'local'",
+        ),
+    ],
+)
+def test_wrong_arguments_are_errors_before_anything_runs(options, message):
+    with pytest.raises(ValueError, match=message):
+        layer = sa.SparseSelfAttention(**{"heads": 4, **options})
+        layer(keras.Input([TIME, WIDTH]))
+
+
+def test_a_block_mask_that_is_none_is_an_error():
+    with pytest.raises(TypeError, match="block_mask must be a BlockMask, got ndarray"):
+        sa.SparseSelfAttention(4, block_mask=np.eye(2))
+
+
+def test_an_unknown_time_is_an_error():
+    with pytest.raises(ValueError, match="x must have a time and a width"):
+        attention()(keras.Input([None, WIDTH]))
