@@ -64,7 +64,7 @@ PRESETS = {
         "batch": 4,
         "steps": 300,
         "steps_per_epoch": 30,
-        "eval_batches": 8,
+        "eval_batches": 4,
         "learning_rate": 3e-3,
     },
     "gpu": {

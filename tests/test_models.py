@@ -1,0 +1,202 @@
+"""SparseTransformer: the paper's architecture, through fit, files and recomputation."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import assert_close, plain_attention_fwd
+from tf_helpers import assert_same_bits
+
+import sparse_attention as sa
+from sparse_attention.reference import attention_fwd
+
+TIME, WIDTH, LAYERS, VOCAB = 64, 32, 2, 50
+
+
+def transformer(**options):
+    defaults = {
+        "attention": "local,strided",
+        "local_attn_ctx": 16,
+        "block_size": 8,
+    }
+    keras.utils.set_random_seed(0)
+    model = sa.SparseTransformer(
+        VOCAB, TIME, LAYERS, WIDTH, 4, **{**defaults, **options}
+    )
+    model.build([None, TIME])
+    return model
+
+
+def tokens(batch=2, seed=0):
+    print("seed", seed)
+    return np.random.RandomState(seed).randint(0, VOCAB, [batch, TIME])
+
+
+def trained(**options):
+    model = transformer(**options)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    x = tokens(batch=6)
+    model.fit(x, np.roll(x, -1, axis=1), batch_size=2, shuffle=False, verbose=0)
+    return model
+
+
+# ---- numbers ----
+
+
+def by_hand(model, x, dtype, attention):
+    """The architecture of the paper's section 5, written out."""
+
+    def dense(layer, x):
+        w, b = (w.astype(dtype) for w in layer.get_weights())
+        return x @ w + b
+
+    def norm(layer, x):
+        gamma, beta = (w.astype(dtype) for w in layer.get_weights())
+        x = x - x.mean(axis=-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * gamma + beta
+
+    embedding = model.token_embedding.get_weights()[0].astype(dtype)
+    x = embedding[x] + model.position_embedding.get_weights()[0].astype(dtype)
+    for block in model.blocks:
+        h, layer = norm(block.norm_attention, x), block.attention
+        qkv = [
+            dense(projection, h).reshape(*x.shape[:2], layer.heads, layer.head_dim)
+            for projection in (layer.query, layer.key, layer.value)
+        ]
+        o = attention(*qkv, layer.block_mask.to_dense())[0].reshape(x.shape)
+        x = x + dense(layer.output_dense, o)
+        h = dense(block.expand, norm(block.norm_feed_forward, x))
+        x = x + dense(block.contract, h / (1 + np.exp(dtype(-1.702) * h)))
+    return norm(model.final_norm, x) @ embedding.T
+
+
+def test_logits_equal_the_paper_written_out():
+    model, x = trained(), tokens()
+    oracle = by_hand(model, x, np.float64, attention_fwd)
+    plain = by_hand(model, x, np.float32, plain_attention_fwd)
+    assert_close(model(x).numpy(), oracle, plain, 2)
+
+
+def test_no_token_sees_a_later_one():
+    model, x = transformer(attention="all,fixed", num_verts=2), tokens()
+    changed = x.copy()
+    changed[:, 40:] = tokens(seed=1)[:, 40:]
+    assert_same_bits(model(x)[:, :40].numpy(), model(changed)[:, :40].numpy())
+    assert (model(x)[:, 40:] != model(changed)[:, 40:]).numpy().any()
+
+
+def test_patterns_take_turns():
+    model = sa.SparseTransformer(
+        VOCAB, TIME, 3, WIDTH, 4, "fixed, dense", 16, 8, num_verts=2
+    )
+    model.build([None, TIME])
+    plans = [block.attention.block_mask for block in model.blocks]
+    fixed = sa.pattern_block_mask("fixed", TIME, 4, 8, 16, 2, 1)
+    assert plans[0] is plans[2] is fixed
+    assert plans[1] is sa.pattern_block_mask("all", TIME, 4, 8, 16, 2, 1)
+
+
+def test_weights_start_as_documented():
+    layers, width = 8, 64
+    model = sa.SparseTransformer(256, TIME, layers, width, 4, "all")
+    model.build([None, TIME])
+    block = model.blocks[-1]
+    in_block = (2 * layers) ** -0.5
+    for weights, deviation in (
+        (model.token_embedding.embeddings, width**-0.5),
+        (block.attention.query.kernel, width**-0.5),
+        (block.expand.kernel, width**-0.5),
+        (block.attention.output_dense.kernel, in_block * width**-0.5),
+        (block.contract.kernel, in_block * (4 * width) ** -0.5),
+    ):
+        assert 0.95 < np.std(weights.numpy()) / deviation < 1.05
+    assert not np.any(block.contract.bias.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_policies_give_float32_logits(dtype):
+    model = transformer(dtype=dtype)
+    assert model(tokens()).dtype == tf.float32
+    assert model.blocks[0].attention.compute_dtype == dtype[6:]
+    assert {w.dtype for w in model.trainable_weights} == {"float32"}
+
+
+# ---- recomputation and dropout ----
+
+
+def test_recompute_trains_to_the_same_bits_with_dropout():
+    plain, again = (trained(recompute=r, dropout=0.25) for r in (False, True))
+    assert_same_bits(plain.get_weights(), again.get_weights())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_runs_each_attention_once_more(recompute):
+    model = transformer(recompute=recompute)
+
+    @tf.function
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True))
+        return tape.gradient(loss, model.trainable_weights)
+
+    graph = gradients.get_concrete_function(tf.constant(tokens())).graph
+    types = [op.type for op in graph.get_operations()]
+    assert types.count("BlockSparseAttention") == LAYERS * (1 + recompute)
+
+
+def test_dropout_differs_by_call_and_comes_back_with_the_weights():
+    model, x = transformer(dropout=0.5), tokens()
+    weights = model.get_weights()
+    first, second = (model(x, training=True).numpy() for _ in range(2))
+    assert (first != second).any() and (first != model(x).numpy()).any()
+    assert_same_bits(model(x).numpy(), model(x, training=False).numpy())
+    model.set_weights(weights)
+    assert_same_bits(model(x, training=True).numpy(), first)
+
+
+# ---- files ----
+
+
+def test_a_file_gives_the_same_bits(tmp_path):
+    model, x = trained(dropout=0.25, recompute=True, dtype="mixed_float16"), tokens()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_bits(loaded(x).numpy(), model(x).numpy())
+    states = [
+        [variable.numpy() for variable in m.optimizer.variables]
+        for m in (model, loaded)
+    ]
+    assert_same_bits(*states)
+    config = json.loads(json.dumps(model.get_config()))
+    assert sa.SparseTransformer.from_config(config).get_config() == model.get_config()
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"heads": 3}, r"width must be a multiple of 8 \* heads = 24, got 32"),
+        ({"layers": 0}, "layers must be a positive integer, got 0"),
+        ({"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"attention": "local,global"}, "attn_mode must be 'all', .* got 'global'"),
+        ({"attention": ""}, "attn_mode must be 'all', .* got ''"),
+        ({"local_attn_ctx": None}, "local_attn_ctx must be a positive integer"),
+        ({"block_size": 24}, "must be a multiple of block_size=24, got 128"),
+        ({"num_verts": 3}, "heads must be a multiple of num_verts=3, got 4"),
+    ],
+)
+def test_wrong_arguments_are_errors_at_once(options, message):
+    arguments = {"vocab_size": VOCAB, "time": TIME, "layers": 2, "width": WIDTH}
+    with pytest.raises(ValueError, match=message):
+        sa.SparseTransformer(**{**arguments, "heads": 4, **options})
+
+
+def test_another_length_is_an_error():
+    with pytest.raises(ValueError, match=r"time = 64\], got shape \(2, 63\)"):
+        transformer()(tokens()[:, 1:])

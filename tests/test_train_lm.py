@@ -1,0 +1,240 @@
+"""The example that trains: to the end, over interruptions, and on several devices."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples")
+SMALL = (
+    "--time 64 --layers 1 --width 32 --heads 4 --local-attn-ctx 32 --block-size 8 "
+    "--batch 4 --steps 40 --steps-per-epoch 4 --eval-batches 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def train_lm():
+    sys.path.insert(0, FOLDER)
+    yield importlib.import_module("train_lm")
+    sys.path.remove(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text"
+    with open(__file__, "rb") as file:
+        path.write_bytes(20 * file.read())
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_lm, data, tmp_path_factory):
+    """The folder of a run from beginning to end."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    arguments = [*SMALL, "--data", str(data), "--output", str(output)]
+    assert train_lm.main([*arguments, "--attention", "dense,fixed"]) == 0
+    return output
+
+
+def start(output, data, *arguments, **environment):
+    """The same run in a process of its own; Ctrl-C reaches it."""
+    command = [sys.executable, os.path.join(FOLDER, "train_lm.py"), *SMALL]
+    command += ["--data", str(data), "--output", str(output), *arguments]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def read_curve(output, name="fixed"):
+    path = output / name / "curve.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def wait_for_epochs(process, output, count):
+    """Returns once the run has `count` epochs behind it, and goes on."""
+    deadline = time.monotonic() + 120
+    while len(read_curve(output)) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+def read_weights(path):
+    """All arrays of a checkpoint, optimizer included, by name."""
+    import h5py
+
+    arrays = {}
+    with h5py.File(path, "r") as file:
+        file.visititems(
+            lambda name, item: (
+                arrays.update({name: item[()]})
+                if isinstance(item, h5py.Dataset)
+                else None
+            )
+        )
+    return arrays
+
+
+def assert_same_curve(got, want):
+    """Equal but for rounding in float32, which a few steps let grow."""
+    assert [row["step"] for row in got] == [row["step"] for row in want]
+    for key in ("train", "valid"):
+        got_bits, want_bits = (np.array([r[key] for r in rows]) for rows in (got, want))
+        assert np.abs(got_bits - want_bits).max() < 100 * 2.0**-23 * want_bits.max()
+
+
+# ---- one device ----
+
+
+def test_it_learns_and_leaves_curves(uninterrupted):
+    for name in ("dense", "fixed"):
+        curve = read_curve(uninterrupted, name)
+        assert [row["step"] for row in curve] == list(range(4, 44, 4))
+        assert curve[-1]["valid"] < curve[0]["valid"] - 1
+        assert (np.diff([row["seconds"] for row in curve]) > 0).all()
+    picture = (uninterrupted / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10000
+
+
+def test_ctrl_c_and_a_kill_change_nothing(uninterrupted, data, tmp_path):
+    process = start(tmp_path, data)
+    wait_for_epochs(process, tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in printed
+    behind = len(read_curve(tmp_path))
+    process = start(tmp_path, data)
+    wait_for_epochs(process, tmp_path, behind + 1)
+    process.kill()
+    process.communicate()
+    assert len(read_curve(tmp_path)) < 10
+    assert "step 0 of" not in finish(start(tmp_path, data))
+    name = "fixed/checkpoint.weights.h5"
+    got, want = (read_weights(folder / name) for folder in (tmp_path, uninterrupted))
+    assert len(want) > 40 and set(got) == set(want)
+    for key in want:
+        np.testing.assert_array_equal(got[key], want[key])
+
+
+def test_default_data_are_the_sources_of_python(train_lm):
+    data = train_lm.read_data(None)
+    assert len(data) > 5e6 and b"class Popen" in data
+    assert data == train_lm.read_data(None)
+
+
+def test_batches_depend_on_seed_and_step_alone(train_lm):
+    data = bytes(range(256)) * 4
+    training = {"seed": 3, "batch": 2, "steps": 6}
+    whole = list(train_lm.batches(data, 16, training, 0).as_numpy_iterator())
+    rest = list(train_lm.batches(data, 16, training, 4).as_numpy_iterator())
+    assert len(whole) == 6 and len(rest) == 2
+    np.testing.assert_array_equal(whole[4:], rest)
+    other = train_lm.batches(data, 16, {**training, "seed": 4}, 0)
+    assert (next(other.as_numpy_iterator())[0] != whole[0][0]).any()
+    for inputs, targets in whole:
+        np.testing.assert_array_equal((inputs + 1) % 256, targets)
+
+
+# ---- several devices ----
+
+
+def test_mirrored_devices_train_as_one(uninterrupted, data, tmp_path):
+    finish(start(tmp_path, data, "--strategy", "mirrored"))
+    assert_same_curve(read_curve(tmp_path), read_curve(uninterrupted))
+
+
+def start_workers(output, data):
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    workers = [f"127.0.0.1:{port}" for port in ports]
+    return [
+        start(
+            output,
+            data,
+            "--strategy",
+            "multiworker",
+            TF_CONFIG=json.dumps(
+                {
+                    "cluster": {"worker": workers},
+                    "task": {"type": "worker", "index": index},
+                }
+            ),
+        )
+        for index in range(2)
+    ]
+
+
+def test_two_workers_train_as_one_after_one_was_killed(uninterrupted, data, tmp_path):
+    chief, other = start_workers(tmp_path, data)
+    wait_for_epochs(chief, tmp_path, 2)
+    other.kill()
+    other.communicate()
+    chief.communicate(timeout=120)  # cannot go on alone
+    assert chief.returncode != 0
+    assert 2 <= len(read_curve(tmp_path)) < 10
+    for process in start_workers(tmp_path, data):
+        assert "step 0 of" not in finish(process)
+    assert_same_curve(read_curve(tmp_path), read_curve(uninterrupted))
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--heads", "5"], "width must be a multiple of 8 * heads = 40, got 32"),
+        (["--time", "-8"], "time must be a positive integer, got -8"),
+        (["--local-attn-ctx", "20"], "must be a multiple of block_size=8, got 20"),
+        (["--num-verts", "3"], "heads must be a multiple of num_verts=3, got 4"),
+        (["--attention", "dense,global"], "attention must be of ['dense', "),
+        (["--data", "nowhere"], "No such file or directory: 'nowhere'"),
+        (["--data", os.devnull], "at least 1300 bytes for time=64, got 0"),
+        (["--time", "100000"], "bytes for time=100000, got"),
+        (["--batch", "0"], "batch must be a multiple of the 1 devices, got 0"),
+        (["--steps", "41"], "steps must be a multiple of steps_per_epoch=4, got 41"),
+        (["--strategy", "multiworker"], "needs the environment's TF_CONFIG"),
+        (["--dtype", "float17"], "float17"),
+    ],
+)
+def test_wrong_arguments_end_it_before_it_trains(
+    arguments, message, train_lm, data, tmp_path, capsys
+):
+    output = tmp_path / "output"
+    defaults = [*SMALL, "--data", str(data), "--output", str(output)]
+    with pytest.raises(SystemExit) as ended:
+        train_lm.main([*defaults, *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_another_configuration_is_an_error(
+    uninterrupted, train_lm, data, capsys
+):
+    arguments = [*SMALL, "--data", str(data), "--output", str(uninterrupted)]
+    with pytest.raises(SystemExit):
+        train_lm.main([*arguments, "--width", "64", "--seed", "1"])
+    error = capsys.readouterr().err
+    assert "holds a run of another configuration" in error
+    assert "width = 32 there, 64 here; seed = 0 there, 1 here" in error
