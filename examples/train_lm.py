@@ -121,6 +121,12 @@ def main(argv=None):
             f"\nstopped; the same command goes on from the checkpoint in {args.output}"
         )
         return 130
+    except tf.errors.OpError as error:
+        if args.strategy != "multiworker":
+            raise
+        print(f"start all workers again to go on from the checkpoint: {error.message}")
+        sys.stdout.flush()
+        os._exit(1)  # or TensorFlow waits, at exit, for the worker that is gone
     return 0
 
 
@@ -304,7 +310,7 @@ class Keeper(keras.callbacks.Callback):
         if not self.checkpoint.exists():
             return 0
         model.load_weights(self.checkpoint)
-        step = int(model.optimizer.iterations)
+        step = int(model.optimizer.iterations.numpy())
         curve = json.loads((self.folder / "curve.json").read_text())
         self.curve = [row for row in curve if row["step"] <= step]
         return step
@@ -323,7 +329,7 @@ class Keeper(keras.callbacks.Callback):
         before = self.curve[-1]["seconds"] if self.curve else 0
         self.curve.append(
             {
-                "step": int(self.model.optimizer.iterations),
+                "step": int(self.model.optimizer.iterations.numpy()),
                 "seconds": before + self.seconds,
                 "train": logs["bits_per_byte"],
                 "valid": logs["val_bits_per_byte"],

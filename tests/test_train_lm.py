@@ -135,8 +135,8 @@ def test_ctrl_c_and_a_kill_change_nothing(uninterrupted, data, tmp_path):
 
 def test_default_data_are_the_sources_of_python(train_lm):
     data = train_lm.read_data(None)
-    assert len(data) > 5e6 and b"class Popen" in data
-    assert data == train_lm.read_data(None)
+    assert len(data) > 5e6
+    assert data.index(b"class Popen") < data.index(b"class ZipFile")  # in order
 
 
 def test_batches_depend_on_seed_and_step_alone(train_lm):
