@@ -300,6 +300,41 @@ class BlockMask:
         )
         return dense[:, self._q.positions[:, None], self._kv.positions]
 
+    def keys_of(self, row):
+        """The keys that one query attends to, found without a look at other queries.
+
+        >>> from sparse_attention.masks import local_mask
+        >>> BlockMask(np.ones([2, 2]), local_mask(3), block_size=8).keys_of(9)
+        array([[7, 8, 9]], dtype=int32)
+
+        Args:
+          row: The query's row.
+
+        Returns:
+          int32 [heads, keys], rows of keys as kernels visit them: in increasing order
+          where `row_stride` is 1. -1 fills up the heads that attend to fewer keys.
+
+        Raises:
+          ValueError: If there is no such row.
+        """
+        if not 0 <= row < self.q_len:
+            raise ValueError(f"row must be from 0 to {self.q_len - 1}, got {row!r}")
+        tiles = self.tiles(self.block_size)
+        q_block, q = divmod(int(self._q.positions[row]), self.block_size)
+        lists = np.arange(self.heads) * self.q_blocks + q_block
+        starts, ends = tiles.kv_indptr[lists], tiles.kv_indptr[lists + 1]
+        entries = np.concatenate([np.arange(*span) for span in zip(starts, ends)])
+        kv_block, mask_ids = tiles.kv_indices[entries], tiles.mask_ids[entries]
+        allowed = self._kv.exists[kv_block]
+        bits = tiles.mask_bits[mask_ids[mask_ids >= 0], :, q // 8] >> q % 8 & 1
+        allowed[mask_ids >= 0] = bits
+        head = np.repeat(np.arange(self.heads), ends - starts)
+        counts = np.bincount(head, allowed.sum(axis=1), self.heads)
+        is_key = np.arange(counts.max()) < counts[:, None]
+        keys = np.full(is_key.shape, -1, np.int32)
+        keys[is_key] = self._kv.rows[kv_block][allowed]
+        return keys
+
     # ---- saving ----
 
     def get_config(self):

@@ -4,6 +4,7 @@ import doctest
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +67,21 @@ def in_blocks(elements, q_size, kv_size):
 @given(cases())
 def test_to_dense_is_layout_and_mask(case):
     np.testing.assert_array_equal(BlockMask(*case).to_dense(), in_rows(case))
+
+
+@given(cases())
+@example(NO_ROWS_IN_A_BLOCK)
+def test_keys_of_a_row_are_those_of_the_dense_mask(case):
+    dense, (_, kv_rows) = in_rows(case), visited_rows(case)
+    block_mask = BlockMask(*case)
+    for row in range(case.q_len):
+        keys = block_mask.keys_of(row)
+        assert keys.dtype == np.int32
+        assert keys.shape == (len(dense), dense[:, row].sum(axis=1).max())
+        for head, attends in enumerate(dense[:, row]):
+            in_order = [j for j in kv_rows if j >= 0 and attends[j]]
+            filling = [-1] * (keys.shape[1] - len(in_order))
+            assert keys[head].tolist() == in_order + filling
 
 
 @given(cases())
@@ -330,6 +346,13 @@ def test_block_mask_wants_a_function():
         BlockMask(np.ones([2, 2]), "causal", 8)
 
 
+@pytest.mark.parametrize("row", [-1, 13])
+def test_keys_of_names_a_row_that_is_none(row):
+    block_mask = BlockMask(np.ones([2, 2]), block_size=8, q_len=13)
+    with pytest.raises(ValueError, match=f"row must be from 0 to 12, got {row}"):
+        block_mask.keys_of(row)
+
+
 @pytest.mark.parametrize("block_q", [8, 24, 48, 256, "32"])
 def test_tiles_name_a_size_that_does_not_fit(block_q):
     block_mask = BlockMask(np.ones([2, 2]), block_size=16)
@@ -363,6 +386,20 @@ def test_block_mask_docstrings_run():
 
 
 # ---- cost ----
+
+
+def test_keys_of_a_row_take_no_longer_in_a_longer_sequence():
+    def milliseconds(q_len):
+        block_mask = pattern_block_mask("local", q_len, 1, 32, 128)
+        times = []
+        for row in range(q_len - 100, q_len):
+            start = time.perf_counter()
+            block_mask.keys_of(row)
+            times.append(time.perf_counter() - start)
+        return 1000 * min(times[1:])  # the first one makes the plan
+
+    assert milliseconds(65536) < 2 * milliseconds(1024)
+
 
 # The peak of this process alone: getrusage would count the parent's, too.
 MEASURE = """
