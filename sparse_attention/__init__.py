@@ -40,11 +40,13 @@ __version__ = "0.1.0"
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
     "BlocksparseTransformer": "transformer",
+    "Decoder": "generation",
     "SparseSelfAttention": "keras_layer",
     "SparseTransformer": "models",
     "attention_impl": "attention",
     "block_sparse_attention": "attention",
     "blocksparse_attention_impl": "attention",
+    "generate": "generation",
     "get_attn_mask": "attention",
     "get_blocksparse_obj": "transformer",
     "get_callback": "attention",

@@ -68,8 +68,11 @@ class SparseTransformerBlock(keras.layers.Layer):
     @recomputable("block")
     def _residuals(self, x, seeds):
         x = self._add(x, self.attention(self.norm_attention(x)), seeds, 0)
-        h = self.expand(self.norm_feed_forward(x))
-        return self._add(x, self.contract(h * tf.sigmoid(1.702 * h)), seeds, 1)
+        return self._add(x, self.feed_forward(self.norm_feed_forward(x)), seeds, 1)
+
+    def feed_forward(self, x):
+        h = self.expand(x)
+        return self.contract(h * tf.sigmoid(1.702 * h))
 
     def _add(self, x, h, seeds, i):
         if seeds is not None:
@@ -235,8 +238,12 @@ class SparseTransformer(keras.Model):
         x = self.token_embedding(tokens) + self.position_embedding.embeddings
         for i, block in enumerate(self.blocks):
             x = block(x, seeds if seeds is None else seeds[i])
+        return self.logits(x)
+
+    def logits(self, x):
+        """float32 [..., vocab_size], of what the last block gives."""
         embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
-        return tf.einsum("btw,vw->btv", self.final_norm(x), embeddings)
+        return tf.einsum("...w,vw->...v", self.final_norm(x), embeddings)
 
     def _draw_seeds(self):
         """int32 [layers, 2, 2]: no two calls share one, nor do two devices."""

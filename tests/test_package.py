@@ -25,11 +25,13 @@ for name in sa.__all__:
 """
 
 TENSORFLOW_NAMES = [
+    "Decoder",
     "SparseSelfAttention",
     "SparseTransformer",
     "attention_impl",
     "block_sparse_attention",
     "blocksparse_attention_impl",
+    "generate",
     "get_attn_mask",
     "get_callback",
     "load_ops",
