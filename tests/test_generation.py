@@ -2,6 +2,8 @@
 
 import doctest
 import functools
+import importlib
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import sparse_attention as sa
 from sparse_attention import generation
 from sparse_attention.reference import attention_fwd
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATTERNS = ("all", "local", "strided", "fixed")
 MODELS = (*PATTERNS, "local,strided", "any")
 VOCAB, TIME, PROMPT = 40, 72, 21
@@ -177,6 +180,17 @@ def test_steps_are_traced_once():
     for position in range(0, TIME, 8):
         decoder.step([3], position)
     assert decoder._graph.experimental_get_tracing_count() == 1
+
+
+def test_benchmark_prints_what_a_token_costs(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "benchmarks"))
+    benchmark = importlib.import_module("generation")
+    benchmark.main("--time 256 --layers 2 --width 64 --heads 4 --length 4".split())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    read = {attention: float(megabytes) for attention, _, megabytes in lines}
+    key_bytes = 2 * 2 * 64 * 4  # of two layers: k and v, width, float32
+    for attention, keys in ("all", 253.5), ("local", 128):
+        assert read[attention] == round(keys * key_bytes / 1e6, 2)
 
 
 # ---- sampling ----
