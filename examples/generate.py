@@ -55,10 +55,14 @@ def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of one pattern, in train_lm's output")
+    parser.add_argument(
+        "folder", type=Path, help="of one pattern, in train_lm's output"
+    )
     parser.add_argument("--prompt", default="import ", help="the text to continue")
     parser.add_argument("--length", type=int, default=500, help="in bytes")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0: the likeliest"
+    )
     parser.add_argument("--top-k", type=int, help="draw from so many bytes only")
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     return parser
@@ -68,7 +72,9 @@ def load_model(folder):
     config_file, weights = folder / "config.json", folder / "checkpoint.weights.h5"
     for file in config_file, weights:
         if not file.exists():
-            raise ValueError(f"{folder} must hold a run of train_lm.py, has no {file.name}")
+            raise ValueError(
+                f"{folder} must hold a run of train_lm.py, has no {file.name}"
+            )
     config = json.loads(config_file.read_text())["model"]
     model = sa.SparseTransformer(**config)
     model.build([None, model.time])

@@ -3,7 +3,12 @@
 import doctest
 import functools
 import importlib
+import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -267,3 +272,64 @@ def test_generate_names_what_does_not_fit(options, message):
 def test_generate_wants_integers():
     with pytest.raises(TypeError, match="prompt must hold integers, got float64"):
         sa.generate(model_of(), [[1.0]], 4)
+
+
+# ---- the example ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of train_lm.py, small."""
+    output = tmp_path_factory.mktemp("train_lm")
+    options = "--time 128 --layers 1 --width 32 --steps 2 --steps-per-epoch 2 --batch 1"
+    run_example(
+        "train_lm.py", "--output", output, "--eval-batches", 1, *options.split()
+    )
+    return output / "fixed"
+
+
+def run_example(name, *arguments):
+    """What it prints."""
+    command = [sys.executable, os.path.join(ROOT, "examples", name)]
+    ran = subprocess.run(
+        command + list(map(str, arguments)),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": ROOT, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+    return ran.stdout.decode()
+
+
+def test_example_continues_a_prompt(trained):
+    arguments = "--prompt été --length 20 --top-k 200 --seed 1".split()
+    printed = run_example("generate.py", trained, *arguments)
+    assert printed.startswith("été")
+    text, cost = printed.rsplit("\n\n", 1)
+    assert len(text.encode()) > len("été".encode())
+    assert re.match(r"\d+\.\d\d ms a byte of text; read 0.\d+ MB .* dense", cost)
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "examples"))
+    main = importlib.import_module("generate").main
+
+    def refusal(*arguments):
+        with pytest.raises(SystemExit):
+            main(list(map(str, arguments)))
+        return capsys.readouterr().err
+
+    return refusal
+
+
+def test_example_names_what_does_not_fit(trained, example, tmp_path):
+    assert "must hold a run of train_lm.py, has no config.json" in example(tmp_path)
+    assert "at most time=128 together, got 7 + 122" in example(trained, "--length", 122)
+    assert "prompt must be" in example(trained, "--prompt", "")
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "has no checkpoint.weights.h5" in example(tmp_path)
+    config["model"]["width"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(trained / "checkpoint.weights.h5", tmp_path)
+    assert "holds a model of another configuration" in example(tmp_path)
