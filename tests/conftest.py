@@ -8,7 +8,9 @@ import sys
 import pytest
 
 # They need Keras 3, which Python 3.7 and its TensorFlow 1.15 are too old for.
-KERAS_3_TESTS = ["test_keras_3.py", "test_models.py", "test_train_lm.py"]
+KERAS_3_TESTS = [
+    f"test_{name}.py" for name in "generation keras_3 models train_lm".split()
+]
 collect_ignore = KERAS_3_TESTS if sys.version_info < (3, 8) else []
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

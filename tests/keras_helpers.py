@@ -1,4 +1,4 @@
-"""What the tests of the Keras layer share: its oracle, and a model around it."""
+"""What the tests of layer and model share: oracles, and a model around the layer."""
 
 import numpy as np
 from helpers import plain_attention_bwd, plain_attention_fwd, to_dtype
@@ -67,3 +67,36 @@ def layer_by_hand(layer, x, target, dtype, kv_lengths=None):
         read = np.concatenate([read, np.ones_like(read[:, :1])], axis=1)
         gradients.append(read.T @ rounded(d).reshape(batch * time, -1))
     return [narrow(y), *map(narrow, gradients)]
+
+
+def model_by_hand(model, x, dtype, attention):
+    """Logits of a `SparseTransformer`: the paper's section 5, written out.
+
+    Args:
+      x: int [batch, time], the tokens.
+      dtype: np.float64: the oracle. np.float32: plain code.
+      attention: `attention_fwd` or `plain_attention_fwd`.
+    """
+
+    def dense(layer, x):
+        w, b = (w.astype(dtype) for w in layer.get_weights())
+        return x @ w + b
+
+    def norm(layer, x):
+        gamma, beta = (w.astype(dtype) for w in layer.get_weights())
+        x = x - x.mean(axis=-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * gamma + beta
+
+    embedding = model.token_embedding.get_weights()[0].astype(dtype)
+    x = embedding[x] + model.position_embedding.get_weights()[0].astype(dtype)
+    for block in model.blocks:
+        h, layer = norm(block.norm_attention, x), block.attention
+        qkv = [
+            dense(projection, h).reshape(*x.shape[:2], -1, layer.head_dim)
+            for projection in (layer.query, layer.key, layer.value)
+        ]
+        o = attention(*qkv, layer.block_mask.to_dense())[0].reshape(x.shape)
+        x = x + dense(layer.output_dense, o)
+        h = dense(block.expand, norm(block.norm_feed_forward, x))
+        x = x + dense(block.contract, h / (1 + np.exp(dtype(-1.702) * h)))
+    return norm(model.final_norm, x) @ embedding.T

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import assert_close, plain_attention_fwd
+from keras_helpers import model_by_hand
 from tf_helpers import assert_same_bits
 
 import sparse_attention as sa
@@ -46,37 +47,10 @@ def trained(**options):
 # ---- numbers ----
 
 
-def by_hand(model, x, dtype, attention):
-    """The architecture of the paper's section 5, written out."""
-
-    def dense(layer, x):
-        w, b = (w.astype(dtype) for w in layer.get_weights())
-        return x @ w + b
-
-    def norm(layer, x):
-        gamma, beta = (w.astype(dtype) for w in layer.get_weights())
-        x = x - x.mean(axis=-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * gamma + beta
-
-    embedding = model.token_embedding.get_weights()[0].astype(dtype)
-    x = embedding[x] + model.position_embedding.get_weights()[0].astype(dtype)
-    for block in model.blocks:
-        h, layer = norm(block.norm_attention, x), block.attention
-        qkv = [
-            dense(projection, h).reshape(*x.shape[:2], layer.heads, layer.head_dim)
-            for projection in (layer.query, layer.key, layer.value)
-        ]
-        o = attention(*qkv, layer.block_mask.to_dense())[0].reshape(x.shape)
-        x = x + dense(layer.output_dense, o)
-        h = dense(block.expand, norm(block.norm_feed_forward, x))
-        x = x + dense(block.contract, h / (1 + np.exp(dtype(-1.702) * h)))
-    return norm(model.final_norm, x) @ embedding.T
-
-
 def test_logits_equal_the_paper_written_out():
     model, x = trained(), tokens()
-    oracle = by_hand(model, x, np.float64, attention_fwd)
-    plain = by_hand(model, x, np.float32, plain_attention_fwd)
+    oracle = model_by_hand(model, x, np.float64, attention_fwd)
+    plain = model_by_hand(model, x, np.float32, plain_attention_fwd)
     assert_close(model(x).numpy(), oracle, plain, 2)
 
 
