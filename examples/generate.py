@@ -25,13 +25,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     prompt = np.frombuffer(args.prompt.encode(), np.uint8)[None]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    waiting = [args.prompt]  # for the first byte: the arguments may not fit
 
     def show(tokens):
-        print(decoder.decode(tokens.astype(np.uint8).tobytes()), end="", flush=True)
+        text = decoder.decode(tokens.astype(np.uint8).tobytes())
+        print(*waiting, text, sep="", end="", flush=True)
+        waiting.clear()
 
     try:
         model = load_model(args.folder)
-        print(args.prompt, end="", flush=True)
         _, statistics = sa.generate(
             model,
             prompt,

@@ -289,7 +289,9 @@ def example(monkeypatch, capsys):
     def refusal(*arguments):
         with pytest.raises(SystemExit):
             main(list(map(str, arguments)))
-        return capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert not printed.out
+        return printed.err
 
     return refusal
 
