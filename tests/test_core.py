@@ -376,6 +376,9 @@ BAD_PLANS = {
     r"kv_blocks must be 6 for kv_len=96, got 5": attribute("kv_blocks", 5),
     r"the plan's heads must be 1 or heads=2, got 3": attribute("heads", 3),
     r"entries and mask_blocks must be in": attribute("mask_blocks", -1),
+    r"arrays must begin at multiples of 4 bytes": lambda plan, arrays: setattr(
+        plan, "mask_ids", plan.mask_ids + 1
+    ),
 }
 
 

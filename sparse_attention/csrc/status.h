@@ -13,8 +13,9 @@ using LongLong = long long;  // what %lld prints, whatever int64_t is
 
 inline SpattnStatus Ok() { return {SPATTN_OK, ""}; }
 
-__attribute__((format(printf, 1, 2))) inline SpattnStatus Invalid(const char* format, ...) {
-  SpattnStatus status = {SPATTN_INVALID_ARGUMENT, ""};
+__attribute__((format(printf, 2, 3))) inline SpattnStatus Failed(SpattnCode code,
+                                                                 const char* format, ...) {
+  SpattnStatus status = {code, ""};
   va_list args;
   va_start(args, format);
   vsnprintf(status.message, sizeof(status.message), format, args);
@@ -24,9 +25,9 @@ __attribute__((format(printf, 1, 2))) inline SpattnStatus Invalid(const char* fo
 
 }  // namespace spattn
 
-#define SPATTN_RETURN_IF(condition, ...)        \
-  do {                                          \
-    if (condition) return Invalid(__VA_ARGS__); \
+#define SPATTN_RETURN_IF(condition, ...)                                          \
+  do {                                                                            \
+    if (condition) return ::spattn::Failed(SPATTN_INVALID_ARGUMENT, __VA_ARGS__); \
   } while (false)
 
 #define SPATTN_RETURN_IF_ERROR(expression)         \
