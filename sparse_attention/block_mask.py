@@ -44,6 +44,22 @@ class Tiles(NamedTuple):
     mask_bits: np.ndarray  # uint8 [mask_blocks, block_kv, block_q / 8]
 
 
+class KvTiles(NamedTuple):
+    """Which queries each kv tile reads: the arrays of `SpattnKvPlan` in csrc/core.h.
+
+    Bit k % 8 of `mask_bits[i, q, k // 8]` is set where query q of the block attends to
+    key k of the tile.
+    """
+
+    tile_kv: int  # positions in a kv tile
+    block_size: int  # positions in a q block and in a kv block
+    tile_blocks: np.ndarray  # int32 [shares, kv_tiles, tile_kv / block_size], -1: none
+    q_indptr: np.ndarray  # int32 [heads * kv_tiles + 1], offsets into q_indices
+    q_indices: np.ndarray  # int32 [entries], q blocks, increasing within a kv tile
+    mask_ids: np.ndarray  # int32 [entries], index into mask_bits; -1: FULL
+    mask_bits: np.ndarray  # uint8 [mask_blocks, block_size, tile_kv / 8]
+
+
 class BlockMask:
     """A layout and a mask, compiled.
 
@@ -267,6 +283,67 @@ class BlockMask:
         indptr, indices = _lists(is_read)
         return Tiles(block_q, self.block_size, indptr, indices, mask_ids, mask_bits)
 
+    def kv_tiles(self, tile_kv, group=1):
+        """The plan for kv tiles of `tile_kv` positions: what the GPU's backward reads.
+
+        A tile collects kv blocks that nearly the same queries read, neighbours or not: a
+        summary column of `fixed` is read by all later queries, the blocks beside it by
+        few, and a tile that mixed them would compute all of its rows for all of those.
+
+        Args:
+          tile_kv: `block_size` times a power of two, from 32 to 128.
+          group: Query heads that share a kv head: they get the same tiles.
+
+        Returns:
+          `KvTiles`, the same object each time; tiles with the longest lists first. Heads
+          that share tiles (all, if the layout has one head; else those of a group) have
+          one share of `tile_blocks`, in which every kv block is in one tile.
+
+        Raises:
+          ValueError: If `tile_kv` is none of these, or `group` does not divide the heads.
+        """
+        sizes = [size for size in EFFICIENCY if size >= max(self.block_size, 32)]
+        if tile_kv not in sizes:
+            raise ValueError(f"tile_kv must be one of {sizes}, got {tile_kv!r}")
+        check_positive(group=group)
+        if self.heads > 1 and self.heads % group:
+            raise ValueError(f"group must divide heads={self.heads}, got {group}")
+        key = "kv", tile_kv, self.heads > 1 and group
+        if key not in self._cache:
+            self._cache[key] = self._transpose(tile_kv, group)
+        return self._cache[key]
+
+    def _transpose(self, tile_kv, group):
+        count = tile_kv // self.block_size
+        shares = 1 if self.heads == 1 else self.heads // group
+        is_read = self.block_kinds.reshape(shares, -1, self.kv_blocks) != EMPTY
+        collected = [_collect(share, count) for share in is_read]
+        tiles = max(map(len, collected))
+        tile_blocks = np.full((shares, tiles, count), -1, np.int32)
+        for blocks, share in zip(tile_blocks, collected):
+            blocks[: len(share)] = share
+        reads, mask_ids, seen = [], [], {}
+        for head in range(self.heads):
+            blocks = tile_blocks[head * shares // self.heads]
+            codes = self._codes(head, *np.indices(self.layout.shape[1:], sparse=True))
+            codes = np.pad(codes, [(0, 0), (0, 1)], mode="constant")  # EMPTY at -1
+            codes = codes[:, blocks].swapaxes(0, 1)  # [tiles, q_blocks, count]
+            reads.append(codes.any(axis=2))
+            is_mixed = reads[-1] & (codes != 1).any(axis=2)
+            mask_ids.append(np.full(np.count_nonzero(reads[-1]), -1, np.int32))
+            mask_ids[-1][is_mixed[reads[-1]]] = _number(codes[is_mixed], seen)
+        codes = np.frombuffer(b"".join(seen), codes.dtype).reshape(-1, count)
+        elements = np.unpackbits(self._code_bits(), axis=2, bitorder="little")
+        elements = elements[codes].transpose(0, 3, 1, 2)  # [mask_blocks, q, block, kv]
+        elements = elements.reshape(-1, self.block_size, tile_kv)
+        mask_bits = np.packbits(elements, axis=2, bitorder="little")
+        ids = np.concatenate(mask_ids)
+        _freeze(tile_blocks, ids, mask_bits)
+        indptr, indices = _lists(np.stack(reads))
+        return KvTiles(
+            tile_kv, self.block_size, tile_blocks, indptr, indices, ids, mask_bits
+        )
+
     def _codes(self, head, q_block, kv_block):
         """int32, broadcast: where in `_code_bits` a block's elements are."""
         block = np.ravel_multi_index((head, q_block, kv_block), self.layout.shape)
@@ -435,6 +512,39 @@ def _lists(is_read):
     indices = np.nonzero(is_read)[-1].astype(np.int32)
     _freeze(indptr, indices)
     return indptr, indices
+
+
+def _collect(is_read, count, ahead=64):
+    """Puts kv blocks into tiles of up to `count`; longest lists first.
+
+    Greedy: a tile starts with the first block that has none and takes, of the next
+    `ahead`, the one that shares most q blocks with it, if those are half of its own.
+
+    Args:
+      is_read: bool [q_blocks, kv_blocks].
+
+    Returns:
+      int32 [tiles, count], -1: none.
+    """
+    left = list(range(is_read.shape[1]))
+    lists = np.ascontiguousarray(is_read.T)
+    tiles, costs = [], []
+    while left:
+        tile = [left.pop(0)]
+        union = lists[tile[0]].copy()
+        while len(tile) < count and left:
+            candidates = left[:ahead]
+            lengths = lists[candidates].sum(axis=1)
+            shared = (lists[candidates] & union).sum(axis=1)
+            fits = lengths - shared <= lengths / 2  # q blocks that the tile reads anew
+            if not fits.any():
+                break
+            best = int(np.argmax(np.where(fits, shared, -1)))
+            union |= lists[candidates[best]]
+            tile.append(left.pop(best))
+        tiles.append(sorted(tile) + [-1] * (count - len(tile)))
+        costs.append(union.sum())
+    return np.array(tiles, np.int32)[np.argsort(-np.array(costs), kind="stable")]
 
 
 def _number(arrays, seen):

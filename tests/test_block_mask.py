@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import Case, cases
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sparse_attention import block_mask as block_mask_module
 from sparse_attention import layouts, masks
@@ -127,6 +128,54 @@ def test_tiles_of_every_size_hold_the_exact_pattern(case):
         assert set(tiles.mask_ids) - {-1} == set(range(len(tiles.mask_bits)))
 
 
+@settings(max_examples=60)
+@given(cases(), st.booleans())
+@example(NO_ROWS_IN_A_BLOCK, False)
+def test_kv_tiles_of_every_size_hold_the_exact_pattern(case, is_grouped):
+    allowed, exists = in_positions(case)
+    size, heads = case.block_size, len(allowed)
+    group = heads if is_grouped else 1
+    shares = 1 if heads == 1 else heads // group
+    for tile_kv in [n for n in (32, 64, 128) if n >= size]:
+        tiles = BlockMask(*case).kv_tiles(tile_kv, group)
+        assert (tiles.tile_kv, tiles.block_size) == (tile_kv, size)
+        assert tiles.tile_blocks.shape[::2] == (shares, tile_kv // size)
+        for blocks in tiles.tile_blocks:  # every kv block is in one tile
+            owned = np.sort(blocks[blocks >= 0])
+            np.testing.assert_array_equal(owned, np.arange(allowed.shape[2] // size))
+        bits = np.unpackbits(tiles.mask_bits, axis=2, bitorder="little").astype(bool)
+        got = np.zeros(allowed.shape, bool)
+        ends = tiles.q_indptr.tolist()
+        assert (ends[0], ends[-1]) == (0, len(tiles.mask_ids))
+        of_heads = np.repeat(tiles.tile_blocks, heads // shares, axis=0)
+        lists = [(head, blocks) for head in range(heads) for blocks in of_heads[head]]
+        assert len(lists) == len(ends) - 1
+        for (head, blocks), start, end in zip(lists, ends, ends[1:]):
+            assert (np.diff(tiles.q_indices[start:end]) > 0).all()
+            for q_block, mask_id in zip(
+                tiles.q_indices[start:end], tiles.mask_ids[start:end]
+            ):
+                entry = np.ones((size, tile_kv), bool) if mask_id < 0 else bits[mask_id]
+                assert entry.any()
+                rows = slice(q_block * size, (q_block + 1) * size)
+                for i, block in enumerate(blocks):
+                    part = entry[:, i * size : (i + 1) * size]
+                    if block < 0:
+                        assert mask_id >= 0 and not part.any()
+                    else:
+                        got[head, rows, block * size : (block + 1) * size] = part
+        np.testing.assert_array_equal(got & exists, allowed)
+        assert len(set(map(bytes, tiles.mask_bits))) == len(tiles.mask_bits)
+
+
+def test_kv_tiles_gather_what_the_same_queries_read():
+    """The summary blocks of `fixed`, each the last of 4 in a window, lie together."""
+    block_mask = pattern_block_mask("fixed", 2048, 2, 16, 64, num_verts=1)
+    longest = block_mask.kv_tiles(64).tile_blocks[0, 1]
+    assert len(set(longest // 4)) == 4
+    assert (longest % 4 == 3).all()
+
+
 @given(cases())
 def test_lists_by_query_and_by_key_hold_the_same_blocks(case):
     block_mask = BlockMask(*case)
@@ -227,12 +276,14 @@ def test_plans_are_made_once_and_are_read_only():
     assert block_mask.layout.all()
     assert block_mask.tiles() is block_mask.tiles()
     assert block_mask.tiles(16) is block_mask.tiles(16)
+    assert block_mask.kv_tiles(32) is block_mask.kv_tiles(32)
     assert block_mask.q_indices is block_mask.q_indices
     arrays = [block_mask.layout, block_mask.block_kinds, block_mask.q_indptr]
     arrays += [
         block_mask.q_indices,
         *block_mask.tiles(16)[2:],
         *block_mask.tiles(8)[2:],
+        *block_mask.kv_tiles(32)[2:],
     ]
     for array in arrays:
         with pytest.raises(ValueError, match="read-only"):
@@ -358,6 +409,15 @@ def test_tiles_name_a_size_that_does_not_fit(block_q):
     block_mask = BlockMask(np.ones([2, 2]), block_size=16)
     with pytest.raises(ValueError, match=r"one of \[16, 32, 64, 128\], got"):
         block_mask.tiles(block_q)
+
+
+def test_kv_tiles_name_what_does_not_fit():
+    block_mask = BlockMask(np.ones([4, 2, 2]), block_size=16)
+    for tile_kv in 16, 48, 256:
+        with pytest.raises(ValueError, match=r"one of \[32, 64, 128\], got"):
+            block_mask.kv_tiles(tile_kv)
+    with pytest.raises(ValueError, match="group must divide heads=4, got 3"):
+        block_mask.kv_tiles(32, group=3)
 
 
 # ---- showing ----
