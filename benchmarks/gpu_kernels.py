@@ -1,6 +1,6 @@
 """The CUDA kernels on one GPU, beside what PyTorch users have.
 
-    python benchmarks/gpu_kernels.py [--peers] [--tune] [--out FOLDER]
+    python benchmarks/gpu_kernels.py [--peers] [--out FOLDER]
 
 Milliseconds are medians of CUDA-event times over 0.2 s, after 50 ms of warm-up, with L2
 flushed before each (triton.testing.do_bench). TFLOP/s count unmasked pairs only. Every
@@ -18,7 +18,8 @@ Floors on an H100 (3.0 TB/s copied, 750 TFLOP/s bf16 multiplied), batch 4, T 16,
 
 Bytes: q, k, v, o once; backward q, k, v, o, do read and dq, dk, dv written once. Our
 three backward kernels move 0.6 ms' worth: delta reads o, do; dq reads q, k, v, do; dkv
-reads them again. What was tried is in results/gpu_kernels_h100.txt.
+reads them again. What was tried is in results/gpu_kernels_h100.txt; csrc/cuda/configs.cc
+chooses the tiles.
 """
 
 import argparse
@@ -27,39 +28,14 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
-from configs import ShapeClass  # noqa: E402
-
+from sparse_attention import _cuda  # noqa: E402
 from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
 
 # batch, T, heads, head_dim, local_attn_ctx
 SHAPES = [(4, 16384, 16, 64, 128), (4, 16384, 8, 128, 128), (1, 65536, 8, 64, 256)]
 MODES = {"all": 64, "local": 32, "strided": 32, "fixed": 32}  # mode: block_size
-FWD, DQ, DKV = "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv"
-# What --tune times beside the configuration's choice: (kernel, block_q, block_kv,
-# macros), for head_dim 64 and 128.
-TUNE = {
-    64: [
-        (FWD, 128, None, {"BLOCK_KV": 64, "STAGES": 2}),
-        (FWD, 128, None, {"BLOCK_KV": 64, "STAGES": 3}),
-        (FWD, 128, None, {"Q_IN_REGISTERS": 0}),
-        (FWD, 64, None, {"MIN_CTAS": 3}),
-        (FWD, 128, None, {"WGMMA": 0, "WARPS": 4, "BLOCK_KV": 64, "STAGES": 2}),
-        (DQ, 128, None, {"BLOCK_KV": 64, "STAGES": 3}),
-        (DQ, 64, None, {"MIN_CTAS": 3}),
-        (DKV, None, 128, {}),
-        (DKV, None, 64, {}),
-        (DKV, None, 64, {"BLOCK_Q": 128, "STAGES": 2}),
-        (DKV, None, 128, {"BLOCK_Q": 64, "STAGES": 3}),
-    ],
-    128: [
-        (FWD, 128, None, {"BLOCK_KV": 64, "STAGES": 3}),
-        (FWD, 64, None, {"MIN_CTAS": 2}),
-        (DQ, 64, None, {"MIN_CTAS": 2, "STAGES": 2}),
-        (DKV, None, 128, {"STAGES": 2}),
-    ],
-}
 
 
 def block_mask_of(mode, length, heads, context, block_size=None):
@@ -73,33 +49,6 @@ def block_mask_of(mode, length, heads, context, block_size=None):
         if mode == "fixed"
         else None,  # the peers' summary: the last 32 of every window
     )
-
-
-def shape_classes():
-    """(ShapeClass, tuning) of everything that may be timed, to compile it ahead."""
-    for _, _, _, dim, _ in SHAPES:
-        for mode, block_size in MODES.items():
-            for kernel, block_q, block_kv, macros in [
-                (FWD, None, None, {}),
-                (DKV, None, 64, {}),
-                *(TUNE[dim] if mode in TUNE_MODES else []),
-            ]:
-                yield (
-                    ShapeClass(
-                        90,
-                        "bfloat16",
-                        dim,
-                        dim,
-                        block_size,
-                        mode == "strided",
-                        block_q=block_q,
-                        block_kv=block_kv,
-                    ),
-                    {kernel: macros},
-                )
-
-
-TUNE_MODES = ("all", "local", "strided")
 
 
 def pairs(mode, length, context):
@@ -119,11 +68,11 @@ def pairs(mode, length, context):
 class Benchmark:
     """One shape's tensors, and the table's rows."""
 
-    def __init__(self, device, batch, length, heads, dim, context):
+    def __init__(self, core, batch, length, heads, dim, context):
         import torch
         from triton.testing import do_bench
 
-        self.torch, self.device = torch, device
+        self.torch, self.core = torch, core
         self.batch, self.length, self.heads, self.dim = batch, length, heads, dim
         self.context = context
         torch.manual_seed(0)
@@ -148,50 +97,43 @@ class Benchmark:
         self.rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
-    def attention(self, mode, **options):
-        import launcher
-
-        block_mask = block_mask_of(mode, self.length, self.heads, self.context)
-        return launcher.Attention(
-            self.device,
-            block_mask,
-            self.heads,
-            self.torch.bfloat16,
-            self.dim,
-            **options,
-        )
-
     def ours(self, mode):
         """Forward, each backward kernel, and all of them; checked first."""
+        import launcher
+
         torch = self.torch
-        attention = self.attention(mode)
+        block_mask = block_mask_of(mode, self.length, self.heads, self.context)
+        major, minor = torch.cuda.get_device_capability()
+        plans = _cuda.plans(
+            *(self.core.library, [major * 10 + minor], "bfloat16", [self.dim] * 2),
+            *(block_mask, 1),
+        )
+        attention = launcher.Attention(self.core, block_mask, *plans, self.heads)
         q, k, v, do = self.q, self.k, self.v, self.do
         out = attention.forward(q, k, v)
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        grads += [torch.empty_like(out[1]) for _ in range(2)]
-        attention.backward(q, k, v, *out, do, out=grads)
-        errors = {}
-        if self.length <= 16384:
-            errors = self.errors(mode, out[0], *grads[:3])
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
         def fwd():
             attention.forward(q, k, v, out=out)
 
-        def both():
-            fwd()
+        def bwd(*grads):
             attention.backward(q, k, v, *out, do, out=grads)
 
-        parts = {}
-        for name in ("delta", "dq", "dkv"):
-            kernel = "attention_bwd_" + name
-            parts[name + "_ms"] = round(
-                self.median(
-                    lambda kernel=kernel: attention.backward(
-                        q, k, v, *out, do, out=grads, only=kernel
-                    )
-                ),
-                3,
-            )
+        def both():
+            fwd()
+            bwd(dq, dk, dv)
+
+        both()
+        errors = {}
+        if self.length <= 16384:
+            errors = self.errors(mode, out[0], dq, dk, dv)
+        delta = self.median(lambda: bwd(None, None, None))
+        parts = {
+            "delta_ms": delta,
+            "dq_ms": self.median(lambda: bwd(dq, None, None)) - delta,
+            "dkv_ms": self.median(lambda: bwd(None, dk, dv)) - delta,
+        }
+        parts = {name: round(ms, 3) for name, ms in parts.items()}
         self.row("ours", mode, self.median(fwd), self.median(both), **parts, **errors)
 
     def errors(self, mode, *results):
@@ -224,28 +166,6 @@ class Benchmark:
             if not error < 1e-2:
                 raise AssertionError(f"{mode} {name}: relative error {error}")
         return found
-
-    def tune(self, mode):
-        q, k, v, do = self.q, self.k, self.v, self.do
-        for kernel, block_q, block_kv, macros in TUNE[self.dim]:
-            attention = self.attention(
-                mode, block_q=block_q, block_kv=block_kv, tuning={kernel: macros}
-            )
-            out = attention.forward(q, k, v)
-            grads = [self.torch.empty_like(x) for x in (q, k, v)]
-            grads += [self.torch.empty_like(out[1]) for _ in range(2)]
-            attention.backward(q, k, v, *out, do, out=grads)
-
-            def run(attention=attention, kernel=kernel, out=out, grads=grads):
-                if kernel == FWD:
-                    attention.forward(q, k, v, out=out)
-                else:
-                    attention.backward(q, k, v, *out, do, out=grads, only=kernel)
-
-            row = {"peer": "tune", "mode": mode, "kernel": kernel, "block_q": block_q}
-            row.update(block_kv=block_kv, **macros, ms=round(self.median(run), 3))
-            self.rows.append(row)
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
     def dense_peers(self):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -320,15 +240,9 @@ def main():
         "--peers", action="store_true", help="time FlexAttention, SDPA too"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="time other tile shapes too"
-    )
-    parser.add_argument(
         "--shapes", type=int, default=len(SHAPES), help="how many of them"
     )
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
-    parser.add_argument(
-        "--cache", default=".gpu_cache", help="folder of compiled kernels"
-    )
     parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
     options = parser.parse_args()
 
@@ -347,14 +261,12 @@ def main():
         ceilings(torch, lambda f: do_bench(f, warmup=50, rep=200, return_mode="median"))
     )
     print(head, flush=True)
-    device = launcher.Device(options.cache, "sm_90a")
+    core = launcher.load_core()
     rows = []
     for shape in SHAPES[: options.shapes]:
-        benchmark = Benchmark(device, *shape)
+        benchmark = Benchmark(core, *shape)
         for mode in options.modes:
             benchmark.ours(mode)
-            if options.tune and mode in TUNE_MODES and shape[1] <= 16384:
-                benchmark.tune(mode)
         if options.peers:
             benchmark.dense_peers()
             for mode in options.modes:

@@ -41,10 +41,11 @@ CSRC = os.path.join(PACKAGE, "csrc")
 
 # The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
 ATTENTION = ("core.cc", "cpu/attention_kernels.cc")
+CUDA = ("cuda/configs.cc", "cuda/driver.cc", "cuda/launch.cc")
 BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc")
 LIBRARIES = {
-    "spattn_core": ("isa.cc", *ATTENTION, *BLOCKSPARSE),
-    "attention_ops": ("isa.cc", *ATTENTION, "tf/attention_op.cc"),
+    "spattn_core": ("isa.cc", *ATTENTION, *CUDA, *BLOCKSPARSE),
+    "attention_ops": ("isa.cc", *ATTENTION, *CUDA, "tf/attention_op.cc"),
     "blocksparse_ops": ("isa.cc", *BLOCKSPARSE, "tf/blocksparse_ops.cc"),
 }
 
@@ -81,7 +82,7 @@ def library(name, extra_flags=(), broken=None):
     path, why = find(name, extra_flags, broken)
     if path is None and why_no_compiling() is None:
         path, why = _build(_recipe(name, extra_flags), broken), "compiled"
-    _say(f"{name}: {why}, {path}")
+    say(f"{name}: {why}, {path}")
     return path
 
 
@@ -97,7 +98,7 @@ def find(name, extra_flags=(), broken=None):
         pattern = _cached(_recipe(name, extra_flags), glob.escape(folder))
         candidates += [(path, "cached") for path in glob.glob(pattern)]
     for path, why in candidates:
-        if path != broken and _is_intact(path):
+        if path != broken and is_intact(path):
             return Found(path, why)
     return Found(None, why_no_compiling() or "not compiled yet: the first call does it")
 
@@ -122,11 +123,15 @@ def compiler():
 
 def why_no_compiling():
     """What keeps a library from being compiled here: str, or None if nothing does."""
-    if os.environ.get("SPARSE_ATTENTION_NO_JIT", "0") not in ("", "0"):
+    if is_set("SPARSE_ATTENTION_NO_JIT"):
         return "SPARSE_ATTENTION_NO_JIT is set"
     if os.name != "posix" or compiler() is None:
         return f"no compiler: {os.environ.get('CXX') or 'g++'} does not run"
     return None
+
+
+def is_set(variable):
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
 def cache_folders():
@@ -166,7 +171,7 @@ def _recipe(name, extra_flags=()):
                 objects.append((source, flags + isa_flags))
         else:
             objects.append((source, [*flags, "-std=c++17"]))
-    return Recipe(name, version, objects, flags + link_flags)
+    return Recipe(name, version, objects, [*flags, *link_flags, "-ldl"])
 
 
 def _tensorflow():
@@ -192,10 +197,11 @@ def _fingerprint(recipe, tf_version):
         if source in compiled or not source.endswith(".cc"):  # else another library's
             with open(path, "rb") as file:
                 parts += [source, hashlib.sha256(file.read()).hexdigest()]
-    return _hash(parts)[:16]
+    return hash_of(parts)[:16]
 
 
-def _hash(parts):
+def hash_of(parts):
+    """str: the SHA-256 of strings."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -206,11 +212,12 @@ def _cached(recipe, folder):
     """With no compiler this is a pattern: whichever one built it will do."""
     key = _fingerprint(recipe, recipe.tf_version)
     by = compiler()
-    by = by and _hash([by.version, *by.command[1:]])[:8]
+    by = by and hash_of([by.version, *by.command[1:]])[:8]
     return os.path.join(folder, f"{key}-{by or '*'}", recipe.name + ".so")
 
 
-def _is_intact(path):
+def is_intact(path):
+    """Whether a file of the cache is whole, as its record beside it tells."""
     try:
         with open(path, "rb") as file, open(path + ".json") as record:
             return json.load(record) == _record(file.read())
@@ -241,9 +248,23 @@ def _private_temp_folder():
 
 
 def _build(recipe, broken):
+    path = _cached(recipe, cache_folders()[-1])
+    return make_once(path, lambda *args: _compile(recipe, *args), broken)
+
+
+def make_once(path, make, broken=None):
+    """Makes a file of the cache, by one process while others wait.
+
+    Args:
+      path: Where it goes, in a folder of its own.
+      make: `make(work, built)` writes the file `built` in the empty folder `work`.
+      broken: `path` where the file there is to be replaced.
+
+    Returns:
+      `path`.
+    """
     import fcntl  # not everywhere, but where compilers are
 
-    path = _cached(recipe, cache_folders()[-1])
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "w") as lock:
@@ -251,11 +272,11 @@ def _build(recipe, broken):
             fcntl.flock(lock, fcntl.LOCK_EX)
             for abandoned in glob.glob(os.path.join(glob.escape(folder), "building-*")):
                 shutil.rmtree(abandoned, ignore_errors=True)
-        if path != broken and _is_intact(path):
+        if path != broken and is_intact(path):
             return path  # another process was first
         with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as work:
             built = os.path.join(work, "built")
-            _compile(recipe, work, built)
+            make(work, built)
             with open(built, "rb") as file, open(built + ".json", "w") as record:
                 json.dump(_record(file.read()), record)
             os.replace(built, path)
@@ -271,19 +292,12 @@ def _compile(recipe, work, built):
         source = os.path.join(CSRC, *source.split("/"))
         compiles.append([*command, *flags, "-c", source, "-o", objects[-1]])
     link = [*command, "-shared", "-o", built, *objects, *recipe.link_flags]
-    _say("\n".join(" ".join(line) for line in [*compiles, link]))
+    say("\n".join(" ".join(line) for line in [*compiles, link]))
     target = f" for TensorFlow {recipe.tf_version}" if recipe.tf_version else ""
-    what = f"{recipe.name}{target} with {version}"
-    sys.stderr.write(f"sparse_attention: compiling {what}, once ... ")
-    sys.stderr.flush()
-    start, outcome = time.time(), "failed"
-    try:
+    with progress(f"{recipe.name}{target} with {version}"):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda line: _run(line, work), compiles))
         _run(link, work)
-        outcome = f"{time.time() - start:.1f} s"
-    finally:
-        sys.stderr.write(outcome + "\n")
 
 
 def _run(command, work):
@@ -299,6 +313,20 @@ def _run(command, work):
         )
 
 
-def _say(text):
-    if os.environ.get("SPARSE_ATTENTION_VERBOSE", "0") not in ("", "0"):
+@contextlib.contextmanager
+def progress(what):
+    """One line on stderr: what is compiled, and how long it took."""
+    sys.stderr.write(f"sparse_attention: compiling {what}, once ... ")
+    sys.stderr.flush()
+    start, outcome = time.time(), "failed"
+    try:
+        yield
+        outcome = f"{time.time() - start:.1f} s"
+    finally:
+        sys.stderr.write(outcome + "\n")
+
+
+def say(text):
+    """Tells those who asked for it with SPARSE_ATTENTION_VERBOSE."""
+    if is_set("SPARSE_ATTENTION_VERBOSE"):
         sys.stderr.write(f"sparse_attention: {text}\n")

@@ -6,6 +6,7 @@ Exit status 0 when attention gives the right numbers here, compiled or not; othe
 """
 
 import ctypes
+import glob
 import os
 import platform
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 
 import sparse_attention
 
-from . import _build, reference
+from . import _build, _cuda, reference
 from .block_mask import pattern_block_mask
 
 
@@ -34,6 +35,8 @@ def main():
     for name in _build.LIBRARIES:
         if _build.is_for_tensorflow(name):
             _tell(name, _build.find(name).why)
+    for subject, text in _gpus():
+        _tell(subject, text)
     try:
         _tell("in use", _what_runs())
         largest = _largest_error()
@@ -47,6 +50,30 @@ def main():
 
 def _tell(subject, text):
     print(f"{subject:<18}{text}", flush=True)
+
+
+def _gpus():
+    """(subject, text) of the driver, the GPUs, NVRTC and the kernels."""
+    version = _cuda.driver_version()
+    yield (
+        "NVIDIA driver",
+        (f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"),
+    )
+    archs = []
+    for name, arch in _cuda.devices():
+        yield "GPU", f"{name}, {_cuda.name_of(arch)}"
+        archs.append(_cuda.name_of(arch))
+    for arch in dict.fromkeys(archs):
+        try:
+            nvrtc = _cuda.find_nvrtc(arch)
+            yield "NVRTC", f"{nvrtc.version} for {arch}, {nvrtc.path}"
+        except RuntimeError as error:
+            yield "NVRTC", str(error)
+    kernels = sum(
+        len(glob.glob(os.path.join(glob.escape(folder), "*-nvrtc*", "*.bin")))
+        for folder in _build.cache_folders()
+    )
+    yield "GPU kernels", f"{kernels} in the cache"
 
 
 def _what_runs():

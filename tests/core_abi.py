@@ -5,11 +5,7 @@ import threading
 
 import numpy as np
 
-DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
-
-
-class Status(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_int32), ("message", ctypes.c_char * 252)]
+from sparse_attention._cuda import DTYPES, Status
 
 
 class Problem(ctypes.Structure):
@@ -35,6 +31,16 @@ class Plan(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("entries", "mask_blocks")]
         + [(name, ctypes.c_void_p) for name in ("kv_indptr", "kv_indices")]
         + [(name, ctypes.c_void_p) for name in ("mask_ids", "mask_bits")]
+    )
+
+
+class KvPlan(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("heads", "block_size", "tile_kv")]
+        + [(name, ctypes.c_int64) for name in ("kv_tiles", "q_blocks")]
+        + [(name, ctypes.c_int64) for name in ("entries", "mask_blocks")]
+        + [(name, ctypes.c_void_p) for name in ("tile_blocks", "q_indptr")]
+        + [(name, ctypes.c_void_p) for name in ("q_indices", "mask_ids", "mask_bits")]
     )
 
 
@@ -90,28 +96,31 @@ def tensor_of(array):
     return Tensor(array.ctypes.data, *(s // size for s in array.strides[:3]))
 
 
-def plan_of(tiles, block_mask):
+def pointer_of(array):
+    if not array.flags.c_contiguous:
+        raise ValueError("a plan's arrays must be contiguous")
+    return array.ctypes.data
+
+
+def plan_of(tiles, block_mask, pointer=pointer_of):
     """The SpattnPlan of a `Tiles`; keep `tiles` alive while it is used."""
-    for name in ("kv_indptr", "kv_indices", "mask_ids", "mask_bits"):
-        if not getattr(tiles, name).flags.c_contiguous:
-            raise ValueError("%s must be contiguous" % name)
     lists = len(tiles.kv_indptr) - 1
-    positions = [
-        -(-length // block_mask.row_stride) * block_mask.row_stride
-        for length in (block_mask.q_len, block_mask.kv_len)
-    ]
     return Plan(
-        block_mask.heads,
-        tiles.block_q,
-        tiles.block_kv,
-        lists // block_mask.heads,
-        -(-positions[1] // tiles.block_kv),
-        len(tiles.kv_indices),
-        len(tiles.mask_bits),
-        tiles.kv_indptr.ctypes.data,
-        tiles.kv_indices.ctypes.data,
-        tiles.mask_ids.ctypes.data,
-        tiles.mask_bits.ctypes.data,
+        *(block_mask.heads, tiles.block_q, tiles.block_kv),
+        *(lists // block_mask.heads, block_mask.kv_blocks),
+        *(len(tiles.kv_indices), len(tiles.mask_bits)),
+        *map(pointer, tiles[2:]),
+    )
+
+
+def kv_plan_of(kv_tiles, block_mask, pointer=pointer_of):
+    """The SpattnKvPlan of a `KvTiles`; keep `kv_tiles` alive while it is used."""
+    lists = len(kv_tiles.q_indptr) - 1
+    return KvPlan(
+        *(block_mask.heads, kv_tiles.block_size, kv_tiles.tile_kv),
+        *(lists // block_mask.heads, block_mask.q_blocks),
+        *(len(kv_tiles.q_indices), len(kv_tiles.mask_bits)),
+        *map(pointer, kv_tiles[2:]),
     )
 
 
@@ -123,25 +132,26 @@ class Core:
     """
 
     def __init__(self, path):
-        self._library = ctypes.CDLL(str(path))
-        self._library.spattn_cpu_isa.restype = ctypes.c_char_p
-        for phase in ("fwd", "bwd"):
-            for suffix in ("", "_workspace"):
-                function = getattr(self._library, "spattn_%s_cpu%s" % (phase, suffix))
-                function.restype = Status
+        self.library = ctypes.CDLL(str(path))
+        self.library.spattn_cpu_isa.restype = ctypes.c_char_p
+        for name in (
+            *("fwd_cpu", "fwd_cpu_workspace", "bwd_cpu", "bwd_cpu_workspace"),
+            *("fwd_cuda", "bwd_cuda", "bwd_cuda_workspace"),
+        ):
+            getattr(self.library, "spattn_" + name).restype = Status
 
     def isa(self):
-        return self._library.spattn_cpu_isa().decode()
+        return self.library.spattn_cpu_isa().decode()
 
     def _call(self, phase, params, workers):
         run = ctypes.cast(_run_in_threads, ctypes.c_void_p)
         threads = Threads(workers, None, run)
         size = ctypes.c_int64(-1)
-        workspace_of = getattr(self._library, "spattn_%s_cpu_workspace" % phase)
+        workspace_of = getattr(self.library, "spattn_%s_cpu_workspace" % phase)
         check(workspace_of(ctypes.byref(params), workers, ctypes.byref(size)))
         workspace = np.full(size.value + 64, 0xFF, np.uint8)  # NaN where read too soon
         base = -(-workspace.ctypes.data // 64) * 64
-        call = getattr(self._library, "spattn_%s_cpu" % phase)
+        call = getattr(self.library, "spattn_%s_cpu" % phase)
         check(call(ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base)))
 
     def problem(self, q, k, v, block_mask, softmax_scale, kv_lengths):

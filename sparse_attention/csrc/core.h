@@ -118,6 +118,77 @@ SPATTN_API SpattnStatus spattn_fwd_cpu(const SpattnFwdParams* params, const Spat
 SPATTN_API SpattnStatus spattn_bwd_cpu(const SpattnBwdParams* params, const SpattnThreads* threads,
                                        void* workspace);
 
+// ---- fused attention on CUDA ----
+//
+// The same structs; every pointer, kv_lengths and a plan's arrays too, is in memory of the device
+// whose context is current. The calls check sizes, strides and alignment, and return once the
+// kernels are on the stream; of values in device memory, those out of range count as absent.
+//
+// Kernels are found, or compiled, when first needed, by SpattnCudaCode: what there is of CUDA on a
+// machine, where code is cached and who is told is the caller's affair. They stay loaded.
+
+// The transpose of a SpattnPlan, for kernels that own keys: which q blocks each kv tile reads. A
+// tile gathers kv blocks that nearly the same queries read, be they neighbours or not.
+typedef struct {
+  int32_t heads;       // heads of the problem, or 1: shared between them
+  int32_t block_size;  // positions in a kv block and in a q block
+  int32_t tile_kv;     // keys in a tile: 32, 64 or 128, at least block_size
+  int64_t kv_tiles, q_blocks;
+  int64_t entries;             // length of q_indices and mask_ids
+  int64_t mask_blocks;         // length of mask_bits' first dimension
+  const int32_t* tile_blocks;  // [kv_heads (1 if heads is), kv_tiles, tile_kv / block_size] kv
+                               // blocks of a tile, each in one tile of a head; -1: none
+  const int32_t* q_indptr;     // [heads * kv_tiles + 1] offsets into q_indices
+  const int32_t* q_indices;    // [entries] q block, increasing within a tile
+  const int32_t* mask_ids;     // [entries] -1: FULL; otherwise which block of mask_bits
+  const uint8_t* mask_bits;    // [mask_blocks, block_size, tile_kv / 8] bit k mod 8 of byte k / 8
+                               // is set where the query attends to key k of the tile
+} SpattnKvPlan;
+
+// What a kernel is specialised for.
+typedef struct {
+  int32_t arch;                         // compute capability: 80 is sm_80
+  int32_t dtype, head_dim, head_dim_v;  // SpattnProblem's
+  int32_t is_row_strided;               // row_stride > 1
+  int32_t is_scale_positive;            // softmax_scale > 0
+  int32_t block_size;                   // block_kv of the plan, block_size of the transpose
+  int32_t block_q, tile_kv;             // of the plan and of its transpose
+} SpattnCudaShape;
+
+typedef enum {
+  SPATTN_FWD = 0,
+  SPATTN_BWD_DELTA = 1,
+  SPATTN_BWD_DQ = 2,
+  SPATTN_BWD_DKV = 3,
+} SpattnPhase;
+
+typedef struct {
+  char name[32];          // of the kernel, and of its file cuda/<name>.cu
+  char macros[512];       // what it is compiled with: "-DSPATTN_DTYPE=1 -DSPATTN_..."
+  int32_t shared_memory;  // bytes of a CTA
+  int32_t threads;        // of a CTA
+  int32_t splits;         // CTAs that share a tile
+} SpattnCudaKernel;
+
+// Gives a kernel's code, as cuModuleLoadData takes it: it stays valid until the next call. Called
+// by one thread at a time, in the middle of spattn_fwd_cuda or spattn_bwd_cuda.
+typedef void (*SpattnCudaCode)(const SpattnCudaKernel* kernel, int32_t arch, const void** code,
+                               SpattnStatus* status);
+
+// Where kernels come from, before the first call. arch: what to compile for; 0: the device's own.
+SPATTN_API void spattn_cuda_set_code(SpattnCudaCode code, int32_t arch);
+
+// Sets block_q and tile_kv to the largest, up to 128, whose kernels fit the device's shared memory.
+SPATTN_API void spattn_cuda_tiles(SpattnCudaShape* shape);
+SPATTN_API void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase,
+                                   SpattnCudaKernel* kernel);
+
+// A null dq, or null dk and dv, is left out.
+SPATTN_API SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream);
+SPATTN_API SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes);
+SPATTN_API SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const SpattnKvPlan* by_kv,
+                                        void* stream, void* workspace);
+
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". The environment variable
 // SPARSE_ATTENTION_ISA lowers it.
 SPATTN_API const char* spattn_cpu_isa(void);

@@ -1,19 +1,25 @@
-"""The cases of test_cuda_attention.py, without PyTorch: kernels can be compiled ahead."""
+"""The cases of test_cuda_attention.py. To compile their kernels ahead, without a GPU:
 
+python tests/gpu/cases.py sm_90a compute_70 [-k PART_OF_A_NAME]
+"""
+
+import argparse
+import concurrent.futures
+import ctypes
+import functools
 from collections import namedtuple
 
 import numpy as np
-from configs import shape_class
 
+from sparse_attention import _build, _cuda
 from sparse_attention.block_mask import BlockMask, pattern_block_mask
 from sparse_attention.masks import causal_mask
 
 Case = namedtuple(
     "Case",
     "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths block_q "
-    "block_kv softmax_scale",
+    "tile_kv softmax_scale",
 )
-DTYPES = ("float32", "float16", "bfloat16")
 BATCH = 2
 
 
@@ -27,7 +33,7 @@ def case(
     head_dim_v=None,
     kv_lengths=None,
     block_q=None,
-    block_kv=None,
+    tile_kv=None,
     softmax_scale=None,
 ):
     """Fills in what is left open; `block_mask` is a function without arguments."""
@@ -41,7 +47,7 @@ def case(
         head_dim_v or head_dim,
         kv_lengths,
         block_q,
-        block_kv,
+        tile_kv,
         softmax_scale,
     )
 
@@ -63,7 +69,7 @@ def random_block_mask(
 
 
 def _patterns():
-    for dtype in DTYPES:
+    for dtype in _cuda.DTYPES:
         for size in (8, 16, 32, 64, 128):
             window = 2 * size
             length = 5 * size + size // 2 + 3
@@ -81,12 +87,10 @@ def _patterns():
 
 def _dims():
     dims = [(8, 8), (24, 24), (40, 40), (64, 64), (96, 96), (128, 128), (256, 256)]
-    for dtype in DTYPES:
+    for dtype in _cuda.DTYPES:
         for head_dim, head_dim_v in dims + [(64, 128), (128, 64), (72, 200)]:
-            if dtype == "float32" and head_dim == 256:
-                size = 32
-            else:
-                size = 64
+            is_wide = dtype == "float32" and max(head_dim, head_dim_v) > 96
+            size = 32 if is_wide else 64
 
             def block_mask(size=size):
                 return random_block_mask(1, size, 300, 260, 2)
@@ -101,7 +105,7 @@ def _dims():
 
 
 def _features():
-    for dtype in DTYPES:
+    for dtype in _cuda.DTYPES:
         for block_q in (8, 16, 32, 64, 128):
             yield case(
                 f"block_q-{block_q}",
@@ -109,7 +113,7 @@ def _features():
                 dtype,
                 head_dim=64,
                 block_q=block_q,
-                block_kv=max(block_q, 32),
+                tile_kv=max(block_q, 32),
             )
         yield case(
             "shared-heads",
@@ -144,33 +148,55 @@ def _features():
 
 
 CASES = [*_patterns(), *_dims(), *_features()]
+VOLTA_NAMES = (
+    *("fixed-32", "local-64", "dim-64-128", "block_q-32", "row-stride", "shared-heads"),
+)
 VOLTA_CASES = [
     c
     for c in CASES
-    if c.dtype != "bfloat16"
-    and c.name.rsplit("-", 1)[0]
-    in (
-        "fixed-32",
-        "local-64",
-        "dim-128-128",
-        "dim-64-128",
-        "block_q-32",
-        "row-stride",
-        "shared-heads",
-    )
+    if c.dtype != "bfloat16" and c.name.rsplit("-", 1)[0] in VOLTA_NAMES
+]
+# Of float32, 96 KiB of shared memory do not hold the tiles.
+VOLTA_CASES += [
+    c for c in CASES if c.name in ("dim-96-96-float16", "dim-128-128-float16")
 ]
 
 
-def case_shape_class(case, arch):
-    """The `ShapeClass` that a case runs as."""
-    return shape_class(
-        case.block_mask(),
-        arch,
-        case.dtype,
-        case.head_dim,
-        case.head_dim_v,
-        case.heads // case.kv_heads,
-        1 if case.softmax_scale is None else case.softmax_scale,
-        case.block_q,
-        case.block_kv,
-    )[0]
+def plans_of(library, case, arch):
+    """The `Tiles` and `KvTiles` that a case runs."""
+    block_mask, group = case.block_mask(), case.heads // case.kv_heads
+    if case.block_q:
+        return block_mask.tiles(case.block_q), block_mask.kv_tiles(case.tile_kv, group)
+    head_dims = case.head_dim, case.head_dim_v
+    return _cuda.plans(library, [arch], case.dtype, head_dims, block_mask, group)
+
+
+def kernels_of(library, case, arch):
+    """{(kernel, macros)} that a case runs."""
+    tiles, kv_tiles = plans_of(library, case, arch)
+    head_dims = case.head_dim, case.head_dim_v
+    shape = _cuda.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
+    shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
+    shape.block_q, shape.tile_kv = tiles.block_q, kv_tiles.tile_kv
+    kernels = [_cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES]
+    return {(kernel.name.decode(), kernel.macros.decode()) for kernel in kernels}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", nargs="+", choices=["sm_90a", "compute_70"])
+    parser.add_argument("-k", default="", help="part of the names of the cases")
+    options = parser.parse_args()
+    library = ctypes.CDLL(_build.build_core())
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        for arch in options.arch:
+            number, cases = (90, CASES) if arch == "sm_90a" else (70, VOLTA_CASES)
+            kernels = set().union(
+                *(kernels_of(library, c, number) for c in cases if options.k in c.name)
+            )
+            compiled = functools.partial(_cuda.compiled, arch=arch)
+            print(len(list(pool.map(compiled, *zip(*kernels)))), "kernels for", arch)
+
+
+if __name__ == "__main__":
+    main()

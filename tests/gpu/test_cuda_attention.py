@@ -4,12 +4,11 @@ SPARSE_ATTENTION_REQUIRE=gpu python -m pytest tests/gpu
 """
 
 import functools
-import os
 import zlib
 
 import numpy as np
 import pytest
-from cases import BATCH, CASES, VOLTA_CASES, random_block_mask
+from cases import BATCH, CASES, VOLTA_CASES, case, plans_of, random_block_mask
 from helpers import (
     assert_close,
     plain_attention_bwd,
@@ -26,17 +25,20 @@ torch = pytest.importorskip(
 launcher = pytest.importorskip("launcher")
 
 pytestmark = pytest.mark.gpu
-CACHE = os.environ.get("SPARSE_ATTENTION_CACHE_DIR", ".gpu_cache")
 
 
 @functools.lru_cache(maxsize=None)
-def device(arch):
-    return launcher.Device(CACHE, arch)
+def core(ptx_arch):
+    return launcher.load_core(ptx_arch)
 
 
-def native_arch():
+def attention_of(case, block_mask, ptx_arch=0):
     major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+    return launcher.Attention(
+        *(core(ptx_arch), block_mask),
+        *plans_of(core(ptx_arch).library, case, ptx_arch or major * 10 + minor),
+        *(case.heads, case.kv_heads, case.softmax_scale),
+    )
 
 
 def on_device(x, dtype=None):
@@ -52,7 +54,7 @@ def on_host(x, dtype):
 class Run:
     """One case's tensors and results, forward and backward."""
 
-    def __init__(self, case, arch, inputs=None):
+    def __init__(self, case, ptx_arch=0, inputs=None):
         self.case = case
         self.block_mask = case.block_mask()
         self.inputs = inputs or random_inputs(
@@ -66,18 +68,7 @@ class Run:
             case.head_dim_v,
             case.dtype,
         )
-        attention = launcher.Attention(
-            device(arch),
-            self.block_mask,
-            case.heads,
-            getattr(torch, case.dtype),
-            case.head_dim,
-            case.head_dim_v,
-            case.kv_heads,
-            case.softmax_scale,
-            case.block_q,
-            case.block_kv,
-        )
+        attention = attention_of(case, self.block_mask, ptx_arch)
         q, k, v, do = (on_device(x, case.dtype) for x in self.inputs[:4])
         lengths = case.kv_lengths
         if lengths is not None:
@@ -113,13 +104,13 @@ class Run:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_match_reference(case):
-    Run(case, native_arch()).check()
+    Run(case).check()
 
 
 @pytest.mark.parametrize("case", VOLTA_CASES, ids=lambda case: case.name)
 def test_volta_kernels_match_reference(case):
     """The sm_70 path as PTX, through the driver's own compiler."""
-    Run(case, "compute_70").check()
+    Run(case, ptx_arch=70).check()
 
 
 FEATURE_CASES = [
@@ -129,7 +120,7 @@ FEATURE_CASES = [
 
 @pytest.mark.parametrize("case", FEATURE_CASES, ids=lambda case: case.name)
 def test_two_runs_are_bitwise_equal(case):
-    first, second = (Run(case, native_arch()).results for _ in range(2))
+    first, second = (Run(case).results for _ in range(2))
     for name, x in first.items():
         assert x.tobytes() == second[name].tobytes(), name
 
@@ -138,13 +129,13 @@ def test_two_runs_are_bitwise_equal(case):
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
 def test_masked_keys_do_not_leak(case, value):
     """Queries that may not attend to a key never notice what it holds."""
-    plain = Run(case, native_arch())
+    plain = Run(case)
     allowed = plain.block_mask.to_dense()
     shortest = min(case.kv_lengths or [allowed.shape[2]])
     key = int(np.argmin(allowed[:, :, :shortest].mean(axis=(0, 1))))  # most skip it
     k, v = plain.inputs.k.copy(), plain.inputs.v.copy()
     k[:, key], v[:, key] = value, value
-    changed = Run(case, native_arch(), plain.inputs._replace(k=k, v=v))
+    changed = Run(case, inputs=plain.inputs._replace(k=k, v=v))
     skips = ~allowed[:, :, key]  # [heads, q_len]
     assert skips.any()
     for name in ("o", "dq"):
@@ -165,11 +156,11 @@ def test_masked_keys_do_not_leak(case, value):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_large_logits_give_no_nan(dtype):
     case = next(c for c in CASES if c.name == f"row-stride-{dtype}")
-    run = Run(case, native_arch())
+    run = Run(case)
     scaled = run.inputs._replace(
         q=run.inputs.q * to_dtype(240, dtype), k=run.inputs.k * to_dtype(240, dtype)
     )
-    results = Run(case, native_arch(), scaled).results
+    results = Run(case, inputs=scaled).results
     for name in ("o", "dq", "dk", "dv"):
         assert np.isfinite(results[name].astype(np.float32)).all(), name
 
@@ -179,14 +170,12 @@ def test_corrupt_plans_stay_in_bounds(seed):
     """Random plan values end without a fault; compute-sanitizer sees the rest."""
     random = np.random.RandomState(seed)
     block_mask = random_block_mask(seed, 16, 150, 200, 2, row_stride=seed % 2 * 3 + 1)
-    attention = launcher.Attention(
-        device(native_arch()), block_mask, 2, torch.float16, 32
-    )
-    for keep in (attention.keep_q, attention.keep_kv):
-        for array in keep[:-1]:
-            if array is None:
-                continue
+    corrupt = case("corrupt", lambda: block_mask, "float16")
+    attention = attention_of(corrupt, block_mask)
+    for plan in (attention.tiles, attention.kv_tiles):
+        for array in plan[2:-1]:
             bad = random.randint(-(2**31), 2**31 - 1, array.shape, np.int64)
+            bad = np.where(random.random_sample(array.shape) < 0.3, 2**31 - 1, bad)
             near = random.randint(-3, 3 + int(array.max()), array.shape, np.int64)
             which = random.random_sample(array.shape)
             values = array.cpu().numpy().astype(np.int64)

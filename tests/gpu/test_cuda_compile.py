@@ -5,14 +5,15 @@ Needs NVRTC 12.9 (`nvidia-cuda-nvrtc-cu12`), no GPU. To write the table anew:
     python tests/gpu/test_cuda_compile.py
 """
 
+import ctypes
 import json
 import pathlib
 import re
-import sys
 
 import pytest
-from configs import ShapeClass
-from nvrtc import Nvrtc
+
+from sparse_attention import _build, _cuda
+from sparse_attention.block_mask import BlockMask
 
 TABLE = pathlib.Path(__file__).with_name("registers.json")
 SHAPES = {  # what ships, by the first architecture that has it
@@ -21,42 +22,41 @@ SHAPES = {  # what ships, by the first architecture that has it
     ("float16", 128): 80,
     ("bfloat16", 64): 80,
 }
-ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
 
 
-def kernels(arch):
-    """(name in the table, kernel, macros) of what is compiled for an architecture."""
-    number = int("".join(filter(str.isdigit, arch)))
+def reports(arch):
+    """{name in the table: registers and spilled bytes} of an architecture's kernels."""
+    library, found = ctypes.CDLL(_build.build_core()), {}
+    block_mask, name = BlockMask([[True]], block_size=32), _cuda.name_of(arch)
+    nvrtc = _cuda.find_nvrtc(name)
     for (dtype, dim), first in SHAPES.items():
-        if number < first:
+        if arch < first:
             continue
-        shape = ShapeClass(number, dtype, dim, dim, 32)
-        for kernel, (macros, _) in shape.kernels().items():
-            name = f"{kernel} {arch} {dtype} {dim}"
-            yield name, kernel, {"SPATTN_" + k: v for k, v in macros.items()}
-
-
-def report(nvrtc, kernel, arch, macros):
-    """Registers and spilled bytes."""
-    _, log = nvrtc.compile(kernel, arch, macros)
-    registers = int(re.search(r"Used (\d+) registers", log).group(1))
-    spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
-    return {"registers": registers, "spilled": spilled}
+        shape = _cuda.shape_of(library, arch, dtype, [dim, dim], block_mask)
+        for phase in _cuda.PHASES:
+            kernel = _cuda.kernel_of(library, shape, phase)
+            _, log = nvrtc.compile(
+                *(_cuda.sources(kernel.name.decode()), kernel.name.decode()),
+                [*_cuda.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
+            )
+            registers = int(re.search(r"Used (\d+) registers", log).group(1))
+            spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
+            found[f"{kernel.name.decode()} {name} {dtype} {dim}"] = {
+                "registers": registers,
+                "spilled": spilled,
+            }
+    return found
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_compile_as_recorded(arch, tmp_path):
-    table = json.loads(TABLE.read_text())
-    nvrtc = Nvrtc(tmp_path)
-    for name, kernel, macros in kernels(arch):
-        assert report(nvrtc, kernel, arch, macros) == table[name], name
+def test_kernels_compile_as_recorded(arch):
+    table, name = json.loads(TABLE.read_text()), _cuda.name_of(arch)
+    assert reports(arch) == {k: table[k] for k in table if f" {name} " in k}
 
 
 if __name__ == "__main__":
-    compiler = Nvrtc(sys.argv[1] if len(sys.argv) > 1 else ".gpu_cache")
-    found = {
-        name: report(compiler, kernel, arch, macros)
-        for arch in ARCHS
-        for name, kernel, macros in kernels(arch)
-    }
+    found = {}
+    for arch in ARCHS:
+        found.update(reports(arch))
     TABLE.write_text(json.dumps(found, indent=1) + "\n")

@@ -342,7 +342,7 @@ struct BlockList {
   // The list of one tile of one plan head.
   DEVICE BlockList Make(const SpattnTilePlan& plan, int plan_head, int tile) {
     const int at = plan_head * plan.tiles + tile;
-    const int begin = Max(__ldg(plan.indptr + at), 0),
+    const int begin = Min(Max(__ldg(plan.indptr + at), 0), plan.entries),
               end = Min(__ldg(plan.indptr + at + 1), plan.entries);
     return {plan.indices, plan.mask_ids, plan.blocks, plan.mask_blocks, begin, Max(begin, end)};
   }

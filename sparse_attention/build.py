@@ -1,0 +1,99 @@
+"""Compiles ahead what the first calls would compile, into the cache.
+
+    python -m sparse_attention.build --arch sm_70,sm_80,sm_90a --dtype float16
+
+compiles the ops and, for GPUs of those architectures, the kernels that the patterns run.
+It needs NVRTC, but no GPU; wherever the cache is then copied, the kernels need neither
+NVRTC nor a compiler.
+"""
+
+import argparse
+import ctypes
+import itertools
+import sys
+
+from . import _build, _cuda
+from .block_mask import EFFICIENCY, BlockMask
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_attention.build", description=__doc__.split("\n")[0]
+    )
+    every = ["all", "local", "strided", "fixed"]
+    for name, parse, default in (
+        ("arch", _arch, []),
+        ("dtype", _one_of(_cuda.DTYPES), ["float32", "float16", "bfloat16"]),
+        ("head-dim", int, [64]),
+        ("block-size", _one_of(EFFICIENCY, int), [32]),
+        ("pattern", _one_of(every), every),
+    ):
+        said = ",".join(map(str, default)) or "no kernels"
+        parser.add_argument(
+            f"--{name}", type=_list_of(parse), default=default, help=f"default: {said}"
+        )
+    options = parser.parse_args(arguments)
+    try:
+        library = _library()
+        for arch in options.arch:
+            for kernel, macros in _kernels(library, arch, options):
+                _cuda.compiled(kernel, macros, _cuda.name_of(arch))
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def _list_of(parse):
+    return lambda text: [parse(word) for word in text.split(",")]
+
+
+def _one_of(names, parse=str):
+    def one(word):
+        if parse(word) not in names:
+            known = ", ".join(map(str, names))
+            raise argparse.ArgumentTypeError(f"must be of {known}, got {word}")
+        return parse(word)
+
+    return one
+
+
+def _arch(word):
+    """90 of "sm_90a"."""
+    digits = word[len("sm_") :].rstrip("a")
+    if not word.startswith("sm_") or not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"must be like sm_80, got {word}")
+    return int(digits)
+
+
+def _library():
+    """The core, in the op library if there is TensorFlow; all libraries are compiled."""
+    try:
+        from . import _ops
+    except ImportError:
+        return ctypes.CDLL(_build.build_core())
+    if _ops.attention_ops() is None or _ops.blocksparse_ops() is None:
+        raise RuntimeError(f"nothing can be compiled here: {_build.why_no_compiling()}")
+    return _ops.attention_ops().core
+
+
+def _kernels(library, arch, options):
+    """{(kernel, macros)} of all that the options name."""
+    found = set()
+    strides = {1 + (pattern == "strided") for pattern in options.pattern}
+    for dtype, head_dim, block_size, row_stride in itertools.product(
+        options.dtype, options.head_dim, options.block_size, strides
+    ):
+        if dtype == "bfloat16" and arch < 80:
+            continue
+        block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
+        shape = _cuda.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
+        for tile_kv, phase in itertools.product(_cuda.tiles_kv(shape), _cuda.PHASES):
+            shape.tile_kv = tile_kv
+            kernel = _cuda.kernel_of(library, shape, phase)
+            found.add((kernel.name.decode(), kernel.macros.decode()))
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

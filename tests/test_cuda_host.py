@@ -1,0 +1,679 @@
+"""The host's side of the CUDA kernels, on a fake driver and a fake NVRTC.
+
+The fakes are compiled here and found as the real ones are. "Device memory" is memory of
+the host, launches are written down, and a kernel's code is the options it was compiled
+with. What a test does on them is one of the functions above it, run in a new process.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from core_abi import (
+    BwdParams,
+    FwdParams,
+    InvalidArgument,
+    Problem,
+    Tensor,
+    check,
+    kv_plan_of,
+    plan_of,
+    tensor_of,
+)
+
+from sparse_attention import _build, _cuda, build, doctor
+from sparse_attention.block_mask import pattern_block_mask
+
+DRIVER = r"""
+#include <string.h>
+typedef void* H;
+typedef struct { char name[32], code[1024]; int shared_memory; } Function;
+typedef struct {
+  char name[32], code[1024];
+  unsigned grid[3], threads, shared_memory;
+  H stream, context;
+  char params[600];
+} Launch;
+int version = 12040, capability = 90, failing_load, failing_launch, loads, launches;
+int param_bytes;
+H context = (H)1;
+Function functions[64];
+Launch launch[64];
+
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int* v) { *v = version; return 0; }
+int cuDeviceGetCount(int* n) { *n = 1; return 0; }
+int cuDeviceGet(int* device, int i) { *device = i; return 0; }
+int cuDeviceGetName(char* name, int size, int device) { strcpy(name, "Fake GPU"); return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? capability / 10 : capability % 10;
+  return 0;
+}
+int cuCtxGetCurrent(H* c) { *c = context; return 0; }
+int cuCtxGetDevice(int* device) { *device = 0; return 0; }
+int cuGetErrorString(int code, const char** text) { *text = "the fake fails"; return 0; }
+int cuModuleLoadData(H* module, const void* code) {
+  if (failing_load) return 209;
+  strcpy(functions[loads].code, code);
+  *module = &functions[loads++];
+  return 0;
+}
+int cuModuleGetFunction(H* function, H module, const char* name) {
+  strcpy(((Function*)module)->name, name);
+  *function = module;
+  return 0;
+}
+int cuFuncSetAttribute(H function, int attribute, int value) {
+  if (attribute == 8) ((Function*)function)->shared_memory = value;
+  return 0;
+}
+#ifndef OLD
+int cuLaunchKernel(H function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by,
+                   unsigned bz, unsigned shared_memory, H stream, void** params, void** extra) {
+  Function* f = function;
+  Launch* to = &launch[launches];
+  if (failing_launch || f->shared_memory != shared_memory || by * bz != 1) return 700;
+  strcpy(to->name, f->name);
+  strcpy(to->code, f->code);
+  to->grid[0] = x, to->grid[1] = y, to->grid[2] = z;
+  to->threads = threads, to->shared_memory = shared_memory;
+  to->stream = stream, to->context = context;
+  memcpy(to->params, params[0], param_bytes);
+  launches++;
+  return 0;
+}
+#endif
+"""
+
+NVRTC = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static char code[1024], log_[] = "attention_fwd.cu(7): error: the fake fails\n";
+int nvrtcVersion(int* major, int* minor) { *major = MAJOR; *minor = 9; return 0; }
+int nvrtcGetNumSupportedArchs(int* n) { *n = 2; return 0; }
+int nvrtcGetSupportedArchs(int* archs) { archs[0] = 80; archs[1] = 90; return 0; }
+const char* nvrtcGetErrorString(int code) { return "an error"; }
+int nvrtcCreateProgram(void** program, const char* source, const char* name, int headers,
+                       const char** texts, const char** names) {
+  *program = code;
+  strcpy(code, name);
+  return 0;
+}
+int nvrtcCompileProgram(void* program, int n, const char** options) {
+  FILE* runs = fopen(getenv("FAKE_RUNS"), "a");
+  fputs("run\n", runs);
+  fclose(runs);
+  usleep(100000);
+  for (int i = 0; i < n; ++i) strcat(strcat(code, " "), options[i]);
+  return getenv("FAKE_FAILS") ? 6 : 0;
+}
+int nvrtcGetProgramLogSize(void* program, size_t* size) { *size = sizeof(log_); return 0; }
+int nvrtcGetProgramLog(void* program, char* to) { strcpy(to, log_); return 0; }
+int nvrtcGetCUBINSize(void* program, size_t* size) { *size = strlen(code) + 1; return 0; }
+int nvrtcGetCUBIN(void* program, char* to) { strcpy(to, code); return 0; }
+int nvrtcGetPTXSize(void* program, size_t* size) { *size = strlen(code) + 5; return 0; }
+int nvrtcGetPTX(void* program, char* to) { strcat(strcpy(to, "PTX "), code); return 0; }
+int nvrtcDestroyProgram(void** program) { return 0; }
+"""
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory):
+    """A folder of folders with a library each: driver, old_driver, nvrtc, new_nvrtc."""
+    folder = tmp_path_factory.mktemp("fakes")
+    for name, source, library, macro in (
+        ("driver", DRIVER, "libcuda.so.1", "NEW"),
+        ("old_driver", DRIVER, "libcuda.so.1", "OLD"),
+        ("nvrtc", NVRTC, "libnvrtc.so.12", "MAJOR=12"),
+        ("new_nvrtc", NVRTC, "libnvrtc.so.13", "MAJOR=13"),
+    ):
+        (folder / name).mkdir()
+        (folder / name / "source.c").write_text(source)
+        subprocess.check_call(
+            ["gcc", "-shared", "-fPIC", "-w", f"-D{macro}", f"-Wl,-soname,{library}"]
+            + [str(folder / name / "source.c"), "-o", str(folder / name / library)]
+        )
+    return folder
+
+
+class Machine:
+    """Runs a function of this file in a new process, on some of the fakes."""
+
+    def __init__(self, fakes, folder):
+        self.fakes, self.folder = fakes, folder
+        self.runs_file = folder / "runs"
+        self.cache = folder / "cache"
+        self.core = _build.build_core()
+        self.said = ""
+
+    def run(self, function, *arguments, libraries=("driver", "nvrtc"), **environment):
+        """What `function(core, *arguments)` returns; `said` is what goes to stderr."""
+        code = (
+            "import json, sys, core_abi, test_cuda_host as tests\n"
+            "tests._cuda.FOLDERS = ()\n"  # no real NVRTC
+            "core = core_abi.Core(sys.argv[1])\n"
+            "result = getattr(tests, sys.argv[2])(core, *json.loads(sys.argv[3]))\n"
+            "print(json.dumps(result))"
+        )
+        here = os.path.dirname(os.path.abspath(__file__))
+        ran = subprocess.run(
+            [sys.executable, "-c", code, self.core, function.__name__]
+            + [json.dumps(arguments)],
+            capture_output=True,
+            text=True,
+            env=dict(
+                os.environ,
+                PYTHONPATH=os.pathsep.join([here, os.path.dirname(here)]),
+                LD_LIBRARY_PATH=os.pathsep.join(
+                    str(self.fakes / name) for name in libraries
+                ),
+                SPARSE_ATTENTION_CACHE_DIR=str(self.cache),
+                FAKE_RUNS=str(self.runs_file),
+                **environment,
+            ),
+        )
+        assert ran.returncode == 0, ran.stderr
+        self.said = ran.stderr
+        return json.loads(ran.stdout)
+
+    def runs(self):
+        """How often the fake NVRTC has compiled."""
+        return len(self.runs_file.read_text().split()) if self.runs_file.exists() else 0
+
+
+@pytest.fixture
+def machine(fakes, tmp_path):
+    return Machine(fakes, tmp_path)
+
+
+# ---- in the new process ----
+
+
+class TilePlan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("heads", "tiles", "blocks", "entries", "mask_blocks")
+    ] + [
+        (name, ctypes.c_void_p)
+        for name in ("tile_blocks", "indptr", "indices", "mask_ids", "mask_bits")
+    ]
+
+
+class CudaFwdParams(ctypes.Structure):
+    _fields_ = (
+        [("problem", Problem), ("by_q", TilePlan)]
+        + [(name, Tensor) for name in "qkvo"]
+        + [("lse", ctypes.c_void_p)]
+    )
+
+
+class CudaBwdParams(ctypes.Structure):
+    _fields_ = (
+        [("problem", Problem), ("by_q", TilePlan), ("by_kv", TilePlan)]
+        + [(name, Tensor) for name in ("q", "k", "v", "o", "dout", "dq", "dk", "dv")]
+        + [(name, ctypes.c_void_p) for name in ("lse", "dlse", "lse_exp", "delta")]
+    )
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 32),
+        ("code", ctypes.c_char * 1024),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32),
+        ("shared_memory", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("params", ctypes.c_char * 600),
+    ]
+
+
+def aligned(*shape):
+    """float16 zeros, at a multiple of 64 bytes."""
+    size = int(np.prod(shape))
+    memory = np.zeros(size + 64, np.float16)
+    start = -memory.ctypes.data % 64 // 2
+    return memory[start : start + size].reshape(shape)
+
+
+class Call:
+    """Arguments of a forward and a backward call: `fixed`, 6 heads on 2."""
+
+    STREAM, WORKSPACE = 0x5151, 0x10000
+
+    def __init__(self, core, batch=3, arch=90, ptx_arch=0):
+        self.core = core
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        set_int(self.driver, "capability", arch)
+        _cuda.attach(core.library, ptx_arch)
+        self.block_mask = pattern_block_mask("fixed", 400, 6, 32, 128, num_verts=1)
+        self.tiles, self.kv_tiles = _cuda.plans(
+            core.library, [arch], "float16", [64, 64], self.block_mask, 3
+        )
+        q, o, do, dq = (aligned(batch, 400, 6, 64) for _ in range(4))
+        k, v, dk, dv = (aligned(batch, 400, 2, 64) for _ in range(4))
+        self.lse = np.zeros([batch, 6, 400], np.float32)
+        self.arrays = q, k, v, o, do, dq, dk, dv
+        self.problem = core.problem(q, k, v, self.block_mask, None, None)
+        self.plan = plan_of(self.tiles, self.block_mask, self.copy)
+        self.kv_plan = kv_plan_of(self.kv_tiles, self.block_mask, self.copy)
+        q, k, v, o, do, dq, dk, dv = map(tensor_of, self.arrays)
+        lse = self.lse.ctypes.data
+        self.fwd_params = FwdParams(self.problem, self.plan, q, k, v, o, lse)
+        self.bwd_params = BwdParams(
+            *(self.problem, self.plan, q, k, v, o, do, lse, None, dq, dk, dv)
+        )
+
+    def copy(self, array):
+        """The address of a copy at a multiple of 64 bytes."""
+        memory = aligned(array.nbytes // 2 + 1)
+        ctypes.memmove(memory.ctypes.data, array.ctypes.data, array.nbytes)
+        self.copies = [*getattr(self, "copies", []), memory]
+        return memory.ctypes.data
+
+    def fwd(self):
+        set_int(self.driver, "param_bytes", ctypes.sizeof(CudaFwdParams))
+        check(
+            self.core.library.spattn_fwd_cuda(
+                ctypes.byref(self.fwd_params), self.STREAM
+            )
+        )
+
+    def bwd(self):
+        set_int(self.driver, "param_bytes", ctypes.sizeof(CudaBwdParams))
+        check(
+            self.core.library.spattn_bwd_cuda(
+                *map(ctypes.byref, (self.bwd_params, self.kv_plan)),
+                *(self.STREAM, self.WORKSPACE),
+            )
+        )
+
+    def launches(self):
+        launches = (Launch * 64).in_dll(self.driver, "launch")
+        return launches[: ctypes.c_int.in_dll(self.driver, "launches").value]
+
+
+def set_int(library, name, value):
+    ctypes.c_int.in_dll(library, name).value = value
+
+
+def error_of(function):
+    try:
+        function()
+    except InvalidArgument as error:
+        return str(error)
+    return None
+
+
+# ---- launches ----
+
+
+def launch_all(core):
+    call = Call(core)
+    call.fwd()
+    call.bwd()
+    fwd, *bwd = call.launches()
+    blocks = call.kv_tiles.tile_blocks.shape[1]
+    assert [launch.name.decode() for launch in bwd] == [
+        *("attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv")
+    ]
+    rows = 3 * 400 * 6
+    grids = [list(launch.grid) for launch in (fwd, *bwd)]
+    assert grids == [[4, 6, 3], [-(-rows * 8 // 256), 1, 1], [4, 6, 3], [blocks, 2, 3]]
+    for launch in (fwd, *bwd):
+        assert (launch.stream, launch.context) == (Call.STREAM, 1)
+        assert launch.code.decode().startswith(launch.name.decode() + ".cu -DSPATTN_")
+        assert "--gpu-architecture=sm_90a" in launch.code.decode()
+        shared = int((launch.code.decode() + " ").split("SHARED_MEMORY=")[-1].split()[0]
+                     if b"SHARED" in launch.code else 0)  # fmt: skip
+        assert launch.shared_memory == shared
+    params = CudaFwdParams.from_buffer_copy(bytes(fwd)[Launch.params.offset :])
+    assert_same(params.problem, call.problem)
+    assert_same_plan(params.by_q, call.plan, call.plan.kv_indptr, call.plan.kv_indices)
+    assert (params.by_q.tiles, params.by_q.blocks) == (4, 13)
+    assert not params.by_q.tile_blocks
+    for name in "qkvo":
+        assert_same(getattr(params, name), getattr(call.fwd_params, name))
+    assert params.lse == call.lse.ctypes.data
+    for launch in bwd:
+        params = CudaBwdParams.from_buffer_copy(bytes(launch)[Launch.params.offset :])
+        kv_plan = call.kv_plan
+        assert_same_plan(params.by_kv, kv_plan, kv_plan.q_indptr, kv_plan.q_indices)
+        assert (params.by_kv.tiles, params.by_kv.blocks) == (blocks, 13)
+        assert params.by_kv.tile_blocks == kv_plan.tile_blocks
+        for name in ("q", "k", "v", "o", "dout", "dq", "dk", "dv"):
+            assert_same(getattr(params, name), getattr(call.bwd_params, name))
+        assert (params.lse, params.dlse) == (call.lse.ctypes.data, None)
+        assert params.lse_exp == Call.WORKSPACE
+        assert params.delta == Call.WORKSPACE + 4 * call.lse.size
+    size = ctypes.c_int64()
+    workspace_of = core.library.spattn_bwd_cuda_workspace
+    check(workspace_of(ctypes.byref(call.bwd_params), ctypes.byref(size)))
+    assert size.value == 2 * 4 * call.lse.size
+
+
+def assert_same(a, b):
+    assert bytes(a) == bytes(b)
+
+
+def assert_same_plan(got, plan, indptr, indices):
+    assert (got.heads, got.entries, got.mask_blocks) == (
+        *(plan.heads, plan.entries, plan.mask_blocks),
+    )
+    assert (got.indptr, got.indices) == (indptr, indices)
+    assert (got.mask_ids, got.mask_bits) == (plan.mask_ids, plan.mask_bits)
+
+
+def test_launches_carry_the_call(machine):
+    machine.run(launch_all)
+    lines = [line for line in machine.said.split("\n") if line]
+    assert len(lines) == machine.runs() == 4
+    for line in lines:
+        assert line.startswith("sparse_attention: compiling attention_")
+        assert " for sm_90a with NVRTC 12.9, once ... 0." in line
+
+
+def leave_out(core):
+    call = Call(core)
+    call.bwd_params.dq = Tensor()
+    call.bwd()
+    call.bwd_params.dk = call.bwd_params.dv = Tensor()
+    call.bwd()
+    return [launch.name.decode() for launch in call.launches()]
+
+
+def test_null_gradients_are_left_out(machine):
+    assert machine.run(leave_out) == [
+        *("attention_bwd_delta", "attention_bwd_dkv", "attention_bwd_delta")
+    ]
+
+
+def empty_batch(core):
+    call = Call(core, batch=0)
+    call.fwd()
+    call.bwd()
+    return len(call.launches())
+
+
+def test_empty_batch_launches_nothing(machine):
+    assert machine.run(empty_batch) == machine.runs() == 0
+
+
+# ---- compiling and loading ----
+
+
+def forward(core):
+    call = Call(core)
+    call.fwd()
+    call.fwd()
+    return ctypes.c_int.in_dll(call.driver, "loads").value
+
+
+def test_kernels_are_compiled_once_and_found_without_nvrtc(machine):
+    assert machine.run(forward) == 1
+    assert machine.run(forward) == 1
+    assert machine.runs() == 1 and machine.said == ""
+    assert machine.run(forward, libraries=["driver"], SPARSE_ATTENTION_NO_JIT="1") == 1
+    assert machine.run(forward, libraries=["driver", "new_nvrtc"]) == 1  # too new
+    assert machine.runs() == 1
+
+
+def test_damaged_code_is_compiled_again(machine):
+    machine.run(forward)
+    (code,) = machine.cache.glob("*/attention_fwd.bin")
+    whole = code.read_bytes()
+    code.write_bytes(whole[:-9])
+    machine.run(forward)
+    assert machine.runs() == 2 and code.read_bytes() == whole
+
+
+def two_contexts(core):
+    call = Call(core)
+    for context in (1, 2, 1):
+        ctypes.c_void_p.in_dll(call.driver, "context").value = context
+        call.fwd()
+    assert [launch.context for launch in call.launches()] == [1, 2, 1]
+    return ctypes.c_int.in_dll(call.driver, "loads").value
+
+
+def test_each_context_loads_its_own(machine):
+    assert machine.run(two_contexts) == 2
+    assert machine.runs() == 1
+
+
+def eight_threads(core):
+    call = Call(core)
+    threads = [threading.Thread(target=call.fwd) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ctypes.c_int.in_dll(call.driver, "loads").value
+
+
+def test_threads_load_a_kernel_once(machine):
+    assert machine.run(eight_threads) == 1
+    assert machine.runs() == 1
+
+
+def forward_ptx(core):
+    call = Call(core, ptx_arch=80)
+    call.fwd()
+    return call.launches()[0].code.decode()
+
+
+def test_ptx_is_compiled_for_another_architecture(machine):
+    code = machine.run(forward_ptx)
+    assert code.startswith("PTX attention_fwd.cu") and "compute_80" in code
+    assert "-DSPATTN_WGMMA=0" in code
+
+
+def build_ahead(core):
+    build._library = lambda: core.library
+    return build.main(
+        "--arch sm_80,sm_90a --dtype float16 --block-size 32 --pattern fixed".split()
+    )
+
+
+def test_build_compiles_ahead_without_a_gpu(machine):
+    assert machine.run(build_ahead, libraries=["nvrtc"]) == 0
+    assert machine.runs() == 2 * 5  # tiles of 64 and 128 keys
+    machine.run(launch_all_again, libraries=["driver"])
+    assert machine.runs() == 10
+
+
+def launch_all_again(core):
+    call = Call(core)
+    call.fwd()
+    call.bwd()
+
+
+def test_build_names_what_it_does_not_know(capsys):
+    for words, message in (
+        (["--arch", "80"], "must be like sm_80, got 80"),
+        (["--dtype", "float64"], "must be of float32, float16, bfloat16, got float64"),
+        (["--block-size", "24"], "must be of 8, 16, 32, 64, 128, got 24"),
+    ):
+        with pytest.raises(SystemExit):
+            build.main(words)
+        assert message in capsys.readouterr().err
+
+
+def doctors_lines(core):
+    return [list(line) for line in doctor._gpus()]
+
+
+def test_doctor_tells_what_there_is(machine):
+    machine.run(forward)
+    lines = machine.run(doctors_lines)
+    assert lines == [
+        ["NVIDIA driver", "CUDA 12.4"],
+        ["GPU", "Fake GPU, sm_90a"],
+        ["NVRTC", "12.9 for sm_90a, libnvrtc.so.12"],
+        ["GPU kernels", "1 in the cache"],
+    ]
+    lines = machine.run(doctors_lines, libraries=["driver"])
+    assert lines[2][1] == (
+        "no NVRTC is installed (`pip install nvidia-cuda-nvrtc-cu12` brings 12.9)"
+    )
+    assert machine.run(doctors_lines, libraries=[]) == [
+        *(["NVIDIA driver", "none"], ["GPU kernels", "1 in the cache"])
+    ]
+
+
+# ---- errors ----
+
+
+def forward_error(core, arch=90, **ints):
+    call = Call(core, arch=arch)
+    for name, value in ints.items():
+        set_int(call.driver, name, value)
+    return error_of(call.fwd)
+
+
+def forward_without_driver(core):
+    params = FwdParams(problem=Problem(1, 64, 64, 1, 1, 64, 64, 1, 1, 1))
+    params.plan.heads, params.plan.block_q, params.plan.block_kv = 1, 64, 64
+    params.plan.q_tiles = params.plan.kv_blocks = 1
+    return error_of(
+        lambda: check(core.library.spattn_fwd_cuda(ctypes.byref(params), 0))
+    )
+
+
+@pytest.mark.parametrize(
+    "libraries, function, message",
+    [
+        (["nvrtc"], forward_without_driver, "no NVIDIA driver: libcuda.so.1: cannot open"),
+        (["old_driver"], forward_without_driver, "too old: it has no cuLaunchKernel"),
+        (["driver", "new_nvrtc"], forward_error, "NVRTC 13.9 is too new for the driver, "
+         "which has CUDA 12.4"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(machine, libraries, function, message):
+    got = machine.run(function, libraries=libraries)
+    assert message in got, got
+
+
+def test_why_a_kernel_cannot_be_had_is_named(machine):
+    got = machine.run(forward_error, libraries=["driver"], SPARSE_ATTENTION_NO_JIT="1")
+    assert got == (
+        "attention_fwd is not compiled for sm_90a and cannot be: SPARSE_ATTENTION_NO_JIT "
+        "is set; where it can, `python -m sparse_attention.build --arch sm_90a` compiles "
+        "ahead"
+    )
+    assert "NVRTC 12.9 does not know sm_75" in machine.run(forward_error, 75)
+
+
+def test_compile_errors_are_told(machine):
+    got = machine.run(forward_error, FAKE_FAILS="1")
+    assert got == (
+        "attention_fwd.cu does not compile: attention_fwd.cu(7): error: the fake fails"
+    )
+    assert "once ... attention_fwd.cu(7): error" in machine.said
+
+
+def failing_driver(core):
+    call = Call(core)
+    set_int(call.driver, "failing_load", 1)
+    errors = [error_of(call.fwd)]
+    set_int(call.driver, "failing_load", 0)
+    set_int(call.driver, "failing_launch", 1)
+    errors.append(error_of(call.fwd))
+    set_int(call.driver, "failing_launch", 0)
+    errors.append(error_of(call.fwd))
+    ctypes.c_void_p.in_dll(call.driver, "context").value = None
+    return [*errors, error_of(call.fwd)]
+
+
+def test_driver_errors_are_told_and_pass(machine):
+    assert machine.run(failing_driver) == [
+        "cuModuleLoadData: the fake fails (209)",
+        "attention_fwd: the fake fails (700)",
+        None,
+        "no CUDA context is current",
+    ]
+
+
+def bad_calls(core):
+    """What each change of a good call is answered with."""
+
+    def change(path, value):
+        call = Call(core)
+        *owners, name = path.split(".")
+        for params in (call.fwd_params, call.bwd_params, call.kv_plan):
+            target = params
+            for owner in owners:
+                target = getattr(target, owner, None)
+            if hasattr(target, name):
+                setattr(target, name, value(getattr(target, name)))
+        return [error_of(call.fwd), error_of(call.bwd)]
+
+    return {
+        "q": change("q.data", lambda data: data + 8),
+        "strides": change("k.head_stride", lambda stride: stride + 4),
+        "row": change("v.row_stride", lambda stride: 2**30),
+        "batch": change("problem.batch", lambda batch: 65536),
+        "positions": change("problem.kv_len", lambda kv_len: 2**31 - 9),
+        "tiles": change("plan.q_tiles", lambda tiles: tiles + 1),
+        "entries": change("plan.entries", lambda entries: 2**29),
+        "mask_blocks": change("plan.mask_blocks", lambda blocks: 2**30),
+        "mask_bits": change("plan.mask_bits", lambda data: data + 8),
+        "mask_ids": change("plan.mask_ids", lambda data: data + 2),
+        "head_dim": change("problem.head_dim", lambda head_dim: 12),
+        "q_blocks": change("q_blocks", lambda blocks: blocks + 1),
+        "tile_kv": change("tile_kv", lambda tile_kv: 16),
+        "q_indices": change("q_indices", lambda data: data + 2),
+    }
+
+
+def test_bad_calls_are_refused_before_a_launch(machine):
+    got = machine.run(bad_calls)
+    expected = {
+        "q": "q must begin at a multiple of 16 bytes, got 0x",
+        "strides": "k must have strides in multiples of 8, got 68",
+        "row": r"v must have a row stride in [0, 2^31) bytes, got 1073741824 elements",
+        "batch": "batch must be at most 65535 on a GPU, got 65536",
+        "positions": "kv_len=2147483639 with row_stride=1 must have at most",
+        "tiles": "q_tiles must be 4 for q_len=400, got 5",
+        "entries": "entries of a plan must be at most 2^28 on a GPU, got 536870912",
+        "mask_blocks": "mask_blocks of a plan must be at most 67108856 on a GPU, got",
+        "mask_bits": "mask_bits must begin at a multiple of 16 bytes, got 0x",
+        "mask_ids": "a plan's arrays must begin at multiples of 4 bytes, got 0x",
+        "head_dim": "head_dim must be a multiple of 8 in [8, 256], got 12",
+    }
+    of_keys = {
+        "q_blocks": "q_blocks must be 13 for q_len=400, got 14",
+        "tile_kv": "tile_kv must be 32, 64 or 128, at least block_size=32, got 16",
+        "q_indices": "a plan's arrays must begin at multiples of 4 bytes, got 0x",
+    }
+    for name, message in expected.items():
+        assert all(error and message in error for error in got[name]), (name, got[name])
+    for name, message in of_keys.items():
+        assert got[name][0] is None and message in got[name][1], (name, got[name])
+    assert (
+        machine.runs() == 1
+    )  # of the forward calls that a bad plan by keys lets through
+
+
+def wide_and_bfloat16(core):
+    call = Call(core, arch=75)
+    call.fwd_params.problem.dtype = 2
+    errors = [error_of(call.fwd)]
+    call.fwd_params.problem.dtype, call.fwd_params.problem.head_dim = 0, 256
+    return [*errors, error_of(call.fwd)]
+
+
+def test_what_a_gpu_cannot_do_is_told(machine):
+    bfloat16, wide = machine.run(wide_and_bfloat16)
+    assert bfloat16 == "bfloat16 needs a GPU of compute capability 8.0, this has 7.5"
+    assert wide == (
+        "attention_fwd with head dims 256 and 64, blocks of 32 and tiles of 64 needs "
+        "151040 bytes of shared memory, this GPU (sm_75) has 65536"
+    )
