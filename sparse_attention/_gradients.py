@@ -19,6 +19,7 @@ def _attention_gradient(op, do, dlse):
         "row_stride",
         "block_q",
         "block_kv",
+        "tile_kv",
     )
     grads = _ops.attention_ops().block_sparse_attention_grad(
         q, k, v, o, lse, do, dlse, *plan, **{a: op.get_attr(a) for a in attributes}

@@ -1,9 +1,10 @@
 """Loads the compiled TensorFlow ops, on first use and once per process."""
 
+import ctypes
 import sys
 import threading
 
-from . import _build
+from . import _build, _cuda
 
 _loaded = {}
 _lock = threading.Lock()
@@ -41,4 +42,7 @@ def _open(name):
         ops = path and tf.load_op_library(path)
     if ops:
         ops.path = path
+    if ops and name == "attention_ops":
+        ops.core = ctypes.CDLL(path)  # the same library, for what is no op
+        _cuda.attach(ops.core)
     return ops

@@ -7,11 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from . import (
+    _cuda,
     _fallback,
     _gradients,  # noqa: F401 - registers them
     _ops,
 )
-from .block_mask import BlockMask, pattern_block_mask
+from .block_mask import BlockMask, KvTiles, pattern_block_mask
 from .blocksparse_ops import load_blocksparse_ops
 from .masks import check_positive, fixed_mask
 from .recompute import recomputable
@@ -86,9 +87,9 @@ def block_sparse_attention(
     """
     q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
     kv_heads = heads if kv_heads is None else kv_heads
-    head_dim = _check_tensors(q, k, v, block_mask, heads, kv_heads)
+    head_dims = _check_tensors(q, k, v, block_mask, heads, kv_heads)
     if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
+        softmax_scale = head_dims[0] ** -0.5
     if not isinstance(softmax_scale, numbers.Real):
         raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
     kv_lengths = _as_lengths(kv_lengths, q)
@@ -99,18 +100,22 @@ def block_sparse_attention(
         )
     else:
         no_lengths = np.zeros([0], np.int32)
+        block_q, tile_kv, plan = _plan_tensors(
+            ops, block_mask, q, head_dims, heads // kv_heads
+        )
         o, lse = ops.block_sparse_attention(
             q,
             k,
             v,
             no_lengths if kv_lengths is None else kv_lengths,
-            *_plan_tensors(block_mask, q),
+            *plan,
             heads=heads,
             kv_heads=kv_heads,
             softmax_scale=softmax_scale,
             row_stride=block_mask.row_stride,
-            block_q=block_mask.tiles().block_q,
+            block_q=block_q,
             block_kv=block_mask.block_size,
+            tile_kv=tile_kv,
             name=name,
         )
     return (o, lse) if return_lse else o
@@ -134,7 +139,7 @@ def load_ops():
 
 
 def _check_tensors(q, k, v, block_mask, heads, kv_heads):
-    """Raises unless shapes and dtypes fit; returns head_dim."""
+    """Raises unless shapes and dtypes fit; returns head_dim and head_dim_v."""
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask must be a BlockMask, got {type(block_mask).__name__}"
@@ -178,7 +183,7 @@ def _check_tensors(q, k, v, block_mask, heads, kv_heads):
         raise ValueError(f"q, k and v must have the same batch, got {batches}")
     if dims[0] != dims[1]:
         raise ValueError(f"k must have q's head dim {dims[0]}, got {dims[1]}")
-    return dims[0]
+    return dims[0], dims[2]
 
 
 def _static_time(name, tensor):
@@ -218,24 +223,48 @@ def _as_lengths(kv_lengths, q):
 _eager_plans = weakref.WeakKeyDictionary()
 
 
-def _plan_tensors(block_mask, q):
-    """kv_indptr, kv_indices, mask_ids, mask_bits: made once for a device or a graph.
+def _plan_tensors(ops, block_mask, q, head_dims, group):
+    """block_q, tile_kv, and the op's nine plan inputs: made once for a device or a graph.
 
-    In a graph they are constants, so that a saved one holds them.
+    In a graph they are constants, so that a saved one holds them. Tiles are as suits the
+    GPUs that TensorFlow sees; where there are none the plan by keys is empty.
     """
     if tf.executing_eagerly():
-        plans, key = _eager_plans.setdefault(block_mask, {}), q.device
+        plans, owner, device = _eager_plans.setdefault(block_mask, {}), None, q.device
     else:
         graph = tf.compat.v1.get_default_graph()
         if not hasattr(graph, "_sparse_attention_plans"):
             graph._sparse_attention_plans = {}
-        plans, key = graph._sparse_attention_plans, block_mask
+        plans, owner, device = graph._sparse_attention_plans, block_mask, ""
+    key = owner, device, q.dtype, head_dims, group
     if key not in plans:
-        _, _, *arrays = block_mask.tiles()
+        archs = {arch for _, arch in _cuda.devices()}
+        if archs and tf.config.experimental.get_visible_devices("GPU"):
+            tiles, kv_tiles = _cuda.plans(
+                ops.core, archs, q.dtype.name, head_dims, block_mask, group
+            )
+        else:
+            tiles, kv_tiles = block_mask.tiles(), _NO_KV_TILES
         # Outside of loops and branches: another call may be somewhere else.
         with tf.control_dependencies(None), tf.name_scope("block_mask"):
-            plans[key] = [tf.constant(array) for array in arrays]
+            with tf.device(device):
+                tensors = [
+                    tf.constant(_as_bytes(array))
+                    for array in (*tiles[2:], *kv_tiles[2:])
+                ]
+        plans[key] = tiles.block_q, kv_tiles.tile_kv, tensors
     return plans[key]
+
+
+_NONE = np.zeros(0, np.int32)
+_NO_KV_TILES = KvTiles(0, 0, _NONE, _NONE, _NONE, _NONE, np.zeros(0, np.uint8))
+
+
+def _as_bytes(array):
+    """uint8 [..., 4] of int32, as TensorFlow would keep that in host memory."""
+    if array.dtype == np.uint8:
+        return array
+    return array.view(np.uint8).reshape(*array.shape, 4)
 
 
 # ---- the seed's functions ----

@@ -2,7 +2,11 @@
 //
 // This file checks ranks, shapes and attributes and fills the structs of core.h; the core checks
 // every value in them. It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
+//
+// A plan's integers come as their bytes, uint8 [..., 4]: TensorFlow keeps int32 constants of a GPU
+// in host memory and would copy a plan to the device at each run.
 #include "binding.h"
+#include "cuda_stream.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
@@ -66,28 +70,42 @@ REGISTER_OP("BlockSparseAttention")
     .Attr("row_stride: int")
     .Attr("block_q: int")
     .Attr("block_kv: int")
+    .Attr("tile_kv: int")
     .Input("q: T")
     .Input("k: T")
     .Input("v: T")
     .Input("kv_lengths: int32")
-    .Input("kv_indptr: int32")
-    .Input("kv_indices: int32")
-    .Input("mask_ids: int32")
+    .Input("kv_indptr: uint8")
+    .Input("kv_indices: uint8")
+    .Input("mask_ids: uint8")
     .Input("mask_bits: uint8")
+    .Input("tile_blocks: uint8")
+    .Input("q_indptr: uint8")
+    .Input("q_indices: uint8")
+    .Input("kv_mask_ids: uint8")
+    .Input("kv_mask_bits: uint8")
     .Output("o: T")
     .Output("lse: float")
     .SetShapeFn(AttentionShape)
     .Doc(R"doc(
 Attention over the keys that a plan lists for each tile of queries.
 
+The plan comes in both directions, by queries and by keys: the GPU's gradient reads both, all else
+the first alone, and the second may then be empty. Integers are int32 as 4 bytes.
+
 q: [batch, q_len, heads * head_dim].
 k: [batch, kv_len, kv_heads * head_dim].
 v: [batch, kv_len, kv_heads * head_dim_v].
 kv_lengths: [batch], or [0] for none: keys at or past it do not exist.
-kv_indptr: [plan_heads * q_tiles + 1], plan_heads being heads or 1.
-kv_indices: [entries] key blocks of each q tile.
-mask_ids: [entries] which block of mask_bits, or -1 for none.
+kv_indptr: [plan_heads * q_tiles + 1, 4], plan_heads being heads or 1.
+kv_indices: [entries, 4] key blocks of each q tile.
+mask_ids: [entries, 4] which block of mask_bits, or -1 for none.
 mask_bits: [mask_blocks, block_kv, block_q / 8].
+tile_blocks: [kv_heads or 1, kv_tiles, tile_kv / block_kv, 4] key blocks of each kv tile, or -1.
+q_indptr: [plan_heads * kv_tiles + 1, 4].
+q_indices: [kv_entries, 4] query blocks, of block_kv queries, of each kv tile.
+kv_mask_ids: [kv_entries, 4] which block of kv_mask_bits, or -1 for none.
+kv_mask_bits: [kv_mask_blocks, block_kv, tile_kv / 8].
 o: [batch, q_len, heads * head_dim_v].
 lse: [batch, heads, q_len] natural log of the sum of exponentials of the scaled scores.
 )doc");
@@ -100,6 +118,7 @@ REGISTER_OP("BlockSparseAttentionGrad")
     .Attr("row_stride: int")
     .Attr("block_q: int")
     .Attr("block_kv: int")
+    .Attr("tile_kv: int")
     .Input("q: T")
     .Input("k: T")
     .Input("v: T")
@@ -108,10 +127,15 @@ REGISTER_OP("BlockSparseAttentionGrad")
     .Input("do: T")
     .Input("dlse: float")
     .Input("kv_lengths: int32")
-    .Input("kv_indptr: int32")
-    .Input("kv_indices: int32")
-    .Input("mask_ids: int32")
+    .Input("kv_indptr: uint8")
+    .Input("kv_indices: uint8")
+    .Input("mask_ids: uint8")
     .Input("mask_bits: uint8")
+    .Input("tile_blocks: uint8")
+    .Input("q_indptr: uint8")
+    .Input("q_indices: uint8")
+    .Input("kv_mask_ids: uint8")
+    .Input("kv_mask_bits: uint8")
     .Output("dq: T")
     .Output("dk: T")
     .Output("dv: T")
@@ -136,6 +160,7 @@ class AttentionOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("row_stride", &row_stride_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("block_q", &block_q_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("block_kv", &block_kv_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("tile_kv", &tile_kv_));
     OP_REQUIRES(ctx, heads_ > 0 && kv_heads_ > 0 && heads_ % kv_heads_ == 0,
                 InvalidArgument("kv_heads must divide heads, got kv_heads=", kv_heads_,
                                 " and heads=", heads_));
@@ -178,6 +203,44 @@ class AttentionOp : public OpKernel {
     return ReadPlan(ctx, plan_input + 1, *problem, plan);
   }
 
+  // Reads the plan by keys; it begins at input `first`.
+  Status ReadKvPlan(OpKernelContext* ctx, int first, const SpattnProblem& problem,
+                    SpattnKvPlan* plan) const {
+    const Tensor &tile_blocks = ctx->input(first), &q_indptr = ctx->input(first + 1);
+    const Tensor &q_indices = ctx->input(first + 2), &mask_ids = ctx->input(first + 3);
+    const Tensor& mask_bits = ctx->input(first + 4);
+    if (tile_kv_ < block_kv_ || tile_kv_ % block_kv_ != 0) {
+      return InvalidArgument(
+          "the gradient on a GPU needs a plan by keys with tile_kv a multiple of block_kv=",
+          block_kv_, ", got tile_kv=", tile_kv_,
+          "; was the graph made where TensorFlow sees no GPU?");
+    }
+    plan->block_size = block_kv_;
+    plan->tile_kv = tile_kv_;
+    plan->q_blocks = Blocks(problem.q_len, block_kv_);
+    plan->kv_tiles = tile_blocks.dims() == 4 ? tile_blocks.dim_size(1) : 0;
+    const int64 lists = q_indptr.dims() == 2 ? q_indptr.dim_size(0) - 1 : 0;
+    plan->heads = lists == plan->kv_tiles ? 1 : heads_;
+    plan->entries = q_indices.dims() == 2 ? q_indices.dim_size(0) : 0;
+    plan->mask_blocks = mask_bits.dims() == 3 ? mask_bits.dim_size(0) : 0;
+    const int64 shares = plan->heads == 1 ? 1 : kv_heads_;
+    SPATTN_TF_RETURN_IF_ERROR(
+        CheckShape("tile_blocks", tile_blocks,
+                   TensorShape({shares, plan->kv_tiles, tile_kv_ / block_kv_, 4})));
+    SPATTN_TF_RETURN_IF_ERROR(
+        CheckShape("q_indptr", q_indptr, TensorShape({plan->heads * plan->kv_tiles + 1, 4})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("q_indices", q_indices, TensorShape({plan->entries, 4})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("kv_mask_ids", mask_ids, TensorShape({plan->entries, 4})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape(
+        "kv_mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_kv_, tile_kv_ / 8})));
+    plan->tile_blocks = DataOf<int32_t>(tile_blocks);
+    plan->q_indptr = DataOf<int32_t>(q_indptr);
+    plan->q_indices = DataOf<int32_t>(q_indices);
+    plan->mask_ids = DataOf<int32_t>(mask_ids);
+    plan->mask_bits = DataOf<uint8_t>(mask_bits);
+    return Status();
+  }
+
  private:
   static Status CheckWidth(const char* name, const Tensor& tensor, const char* heads_name,
                            int64 heads) {
@@ -200,18 +263,19 @@ class AttentionOp : public OpKernel {
     plan->block_kv = block_kv_;
     plan->q_tiles = Blocks(problem.q_len, block_q_);
     plan->kv_blocks = Blocks(problem.kv_len, block_kv_);
-    const int64 lists = kv_indptr.NumElements() - 1;
+    const int64 lists = kv_indptr.NumElements() / 4 - 1;
     plan->heads = lists == plan->q_tiles ? 1 : heads_;
-    if (kv_indptr.dims() != 1 || lists != plan->heads * plan->q_tiles) {
+    if (kv_indptr.shape() != TensorShape({plan->heads * plan->q_tiles + 1, 4})) {
       return InvalidArgument(
           "kv_indptr must have ", plan->q_tiles, " + 1 or heads * ", plan->q_tiles,
-          " + 1 elements for q_len=", problem.q_len, " and block_q=", block_q_, ", got shape ",
+          " + 1 rows of 4 for q_len=", problem.q_len, " and block_q=", block_q_, ", got shape ",
           kv_indptr.shape().DebugString(), "; was the plan made for this length?");
     }
-    plan->entries = kv_indices.NumElements();
+    plan->entries = kv_indices.NumElements() / 4;
     plan->mask_blocks = mask_bits.dims() == 3 ? mask_bits.dim_size(0) : 0;
-    SPATTN_TF_RETURN_IF_ERROR(CheckShape("kv_indices", kv_indices, TensorShape({plan->entries})));
-    SPATTN_TF_RETURN_IF_ERROR(CheckShape("mask_ids", mask_ids, TensorShape({plan->entries})));
+    SPATTN_TF_RETURN_IF_ERROR(
+        CheckShape("kv_indices", kv_indices, TensorShape({plan->entries, 4})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckShape("mask_ids", mask_ids, TensorShape({plan->entries, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape(
         "mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_kv_, block_q_ / 8})));
     plan->kv_indptr = DataOf<int32_t>(kv_indptr);
@@ -226,13 +290,42 @@ class AttentionOp : public OpKernel {
     return (positions + block - 1) / block;
   }
 
-  int32 heads_, kv_heads_, block_q_, block_kv_;
+  int32 heads_, kv_heads_, block_q_, block_kv_, tile_kv_;
   int64 row_stride_;
   float softmax_scale_;
 };
 
 // ---- kernels ----
 
+struct OnCpu {
+  static constexpr bool kReadsKvPlan = false;
+
+  static void Run(OpKernelContext* ctx, const SpattnFwdParams& params) {
+    RunOnCpu(ctx, params, spattn_fwd_cpu_workspace, spattn_fwd_cpu);
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBwdParams& params, const SpattnKvPlan&) {
+    RunOnCpu(ctx, params, spattn_bwd_cpu_workspace, spattn_bwd_cpu);
+  }
+};
+
+// TensorFlow has made the device's context current.
+struct OnGpu {
+  static constexpr bool kReadsKvPlan = true;
+
+  static void Run(OpKernelContext* ctx, const SpattnFwdParams& params) {
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_fwd_cuda(&params, CudaStream(ctx))));
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBwdParams& params, const SpattnKvPlan& by_kv) {
+    int64_t bytes = 0;
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&params, &bytes)));
+    Tensor workspace;
+    OP_REQUIRES_OK(ctx, ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
+    OP_REQUIRES_OK(
+        ctx, ToStatus(spattn_bwd_cuda(&params, &by_kv, CudaStream(ctx), DataOf<void>(workspace))));
+  }
+};
+
+template <class Device>
 class BlockSparseAttentionOp : public AttentionOp {
  public:
   using AttentionOp::AttentionOp;
@@ -252,10 +345,11 @@ class BlockSparseAttentionOp : public AttentionOp {
     params.v = View(ctx->input(2), problem.kv_heads);
     params.o = View(*o, problem.heads);
     params.lse = DataOf<float>(*lse);
-    RunOnCpu(ctx, params, spattn_fwd_cpu_workspace, spattn_fwd_cpu);
+    Device::Run(ctx, params);
   }
 };
 
+template <class Device>
 class BlockSparseAttentionGradOp : public AttentionOp {
  public:
   using AttentionOp::AttentionOp;
@@ -285,14 +379,21 @@ class BlockSparseAttentionGradOp : public AttentionOp {
     params.dq = View(*gradients[0], problem.heads);
     params.dk = View(*gradients[1], problem.kv_heads);
     params.dv = View(*gradients[2], problem.kv_heads);
-    RunOnCpu(ctx, params, spattn_bwd_cpu_workspace, spattn_bwd_cpu);
+    SpattnKvPlan by_kv = {};
+    if (Device::kReadsKvPlan) {
+      OP_REQUIRES_OK(ctx, ReadKvPlan(ctx, /*first=*/12, problem, &by_kv));
+    }
+    Device::Run(ctx, params, by_kv);
   }
 };
 
-REGISTER_KERNEL_BUILDER(Name("BlockSparseAttention").Device(tensorflow::DEVICE_CPU),
-                        BlockSparseAttentionOp);
-REGISTER_KERNEL_BUILDER(Name("BlockSparseAttentionGrad").Device(tensorflow::DEVICE_CPU),
-                        BlockSparseAttentionGradOp);
+#define SPATTN_REGISTER(DEVICE, On)                                                    \
+  REGISTER_KERNEL_BUILDER(Name("BlockSparseAttention").Device(tensorflow::DEVICE),     \
+                          BlockSparseAttentionOp<On>);                                 \
+  REGISTER_KERNEL_BUILDER(Name("BlockSparseAttentionGrad").Device(tensorflow::DEVICE), \
+                          BlockSparseAttentionGradOp<On>)
+SPATTN_REGISTER(DEVICE_CPU, OnCpu);
+SPATTN_REGISTER(DEVICE_GPU, OnGpu);
 
 }  // namespace
 }  // namespace spattn

@@ -1,0 +1,26 @@
+// cuda_stream.h — the CUstream that TensorFlow runs an op on, in either of its headers' ways.
+#ifndef SPARSE_ATTENTION_TF_CUDA_STREAM_H_
+#define SPARSE_ATTENTION_TF_CUDA_STREAM_H_
+
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/platform/stream_executor.h"
+
+namespace spattn {
+
+template <class Stream>
+auto StreamHandle(Stream* stream, int) -> decltype(stream->platform_specific_handle().stream) {
+  return stream->platform_specific_handle().stream;
+}
+
+template <class Stream>  // TensorFlow 1
+auto StreamHandle(Stream* stream, ...) -> decltype(stream->implementation()->GpuStreamHack()) {
+  return stream->implementation()->GpuStreamHack();
+}
+
+inline void* CudaStream(tensorflow::OpKernelContext* ctx) {
+  return StreamHandle(ctx->op_device_context()->stream(), 0);
+}
+
+}  // namespace spattn
+
+#endif  // SPARSE_ATTENTION_TF_CUDA_STREAM_H_
