@@ -16,13 +16,14 @@ from sparse_attention import _build, _cuda
 from sparse_attention.block_mask import BlockMask
 
 TABLE = pathlib.Path(__file__).with_name("registers.json")
-SHAPES = {  # what ships, by the first architecture that has it
-    ("float32", 64): 70,
-    ("float16", 64): 70,
-    ("float16", 128): 80,
-    ("bfloat16", 64): 80,
-}
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
+SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
+    ("float32", 64): ARCHS,
+    ("float32", 128): (70,),  # one stage; takes long to compile
+    ("float16", 64): ARCHS,
+    ("float16", 128): ARCHS[2:],
+    ("bfloat16", 64): ARCHS[2:],
+}
 
 
 def reports(arch):
@@ -30,8 +31,8 @@ def reports(arch):
     library, found = ctypes.CDLL(_build.build_core()), {}
     block_mask, name = BlockMask([[True]], block_size=32), _cuda.name_of(arch)
     nvrtc = _cuda.find_nvrtc(name)
-    for (dtype, dim), first in SHAPES.items():
-        if arch < first:
+    for (dtype, dim), archs in SHAPES.items():
+        if arch not in archs:
             continue
         shape = _cuda.shape_of(library, arch, dtype, [dim, dim], block_mask)
         for phase in _cuda.PHASES:

@@ -69,18 +69,23 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
   t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
   t.shared_memory = CountSharedMemory(s, phase, tile, t);
-  if (t.shared_memory > SharedMemoryOf(s.arch) && !t.has_wgmma) {
+  for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
+    if (t.shared_memory <= SharedMemoryOf(s.arch) || t.has_wgmma) break;
+    t.stages = stages;
     t.stream = t.sub = 32;
     t.shared_memory = CountSharedMemory(s, phase, tile, t);
   }
   return t;
 }
 
+// Of two stages, if any.
 int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
   int tile = 128;
-  while (tile > 16 && ChooseTiling(shape, phase, tile).shared_memory > SharedMemoryOf(shape.arch)) {
-    tile /= 2;
-  }
+  const auto fits = [&] {
+    const Tiling t = ChooseTiling(shape, phase, tile);
+    return t.stages > 1 && t.shared_memory <= SharedMemoryOf(shape.arch);
+  };
+  while (tile > 16 && !fits()) tile /= 2;
   return tile;
 }
 

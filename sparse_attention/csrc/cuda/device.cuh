@@ -453,6 +453,34 @@ DEVICE bool AnyAllowed(const uint32_t* mask_smem, int first) {
 
 // ---- the pipeline ----
 
+// StreamTiles where shared memory has room for one buffer: each tile is loaded, then worked on.
+template <typename List, typename NeedsMask, typename Load, typename Prepare, typename Step>
+DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
+                              Step step) {
+#pragma unroll 1
+  for (int n = 0; n < list.Tiles(); ++n) {
+    const Blocks blocks = list.Fetch(n);
+    const bool is_masked = needs_mask(blocks);
+    if (n > 0) __syncthreads();  // every warp has left the buffer
+    if (is_masked) {
+      load(True{}, 0, blocks);
+    } else {
+      load(False{}, 0, blocks);
+    }
+    CopyCommit();
+    CopyWait<0>();
+    const bool flagged = __syncthreads_or(is_masked && prepare(0));
+    if (is_masked) {
+      step(True{}, n, 0, flagged);
+    } else {
+      step(False{}, n, 0, false);
+    }
+  }
+  CopyCommit();  // of the tile's own rows, where the list is empty
+  CopyWait<0>();
+  __syncthreads();
+}
+
 // Streams the tiles of a list through kStages buffers: kStages - 1 tiles are on their way while one
 // is worked on.
 //   needs_mask(blocks)             whether the tile must take the masked path
@@ -465,7 +493,11 @@ template <int kStages, typename List, typename NeedsMask, typename Load, typenam
           typename Step>
 DEVICE void StreamTiles(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
                         Step step) {
-  constexpr int kAhead = kStages - 1;
+  if constexpr (kStages == 1) {
+    StreamTilesInTurn(list, needs_mask, load, prepare, step);
+    return;
+  }
+  constexpr int kAhead = Max(kStages - 1, 1);
   const int tiles = list.Tiles();
   unsigned masked = 0;  // bit i: tile n + i takes the masked path
   const auto start = [&](const Blocks& blocks, int buffer, int ahead) {
