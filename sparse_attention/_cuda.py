@@ -14,7 +14,6 @@ import functools
 import glob
 import itertools
 import os
-import site
 import sys
 
 import sparse_attention
@@ -72,7 +71,6 @@ CODE = ctypes.CFUNCTYPE(
     ctypes.POINTER(Status),
 )
 _callbacks = []  # a library may call them as long as the process lives
-_code_given = []  # valid until the next one is given
 
 
 def attach(library, ptx_arch=0):
@@ -83,22 +81,22 @@ def attach(library, ptx_arch=0):
       ptx_arch: Compile to PTX of this compute capability (70 for 7.0), for the driver to
         compile further; 0: to code for each device.
     """
-    callback = CODE(functools.partial(_give_code, "compute_%d" if ptx_arch else None))
-    _callbacks.append(callback)
-    library.spattn_cuda_set_code(callback, ptx_arch)
+    given = []  # keeps the last code
 
+    def give(kernel, arch, code, status):
+        kernel = kernel.contents
+        target = f"compute_{arch}" if ptx_arch else name_of(arch)
+        try:
+            path = compiled(kernel.name.decode(), kernel.macros.decode(), target)
+            with open(path, "rb") as file:
+                given[:] = [ctypes.create_string_buffer(file.read())]
+            code[0] = ctypes.addressof(given[0])
+        except Exception as error:  # it would not pass through C++
+            status.contents.code = UNSUPPORTED
+            status.contents.message = str(error).encode("ascii", "replace")[:251]
 
-def _give_code(arch_name, kernel, arch, code, status):
-    kernel = kernel.contents
-    target = arch_name % arch if arch_name else name_of(arch)
-    try:
-        path = compiled(kernel.name.decode(), kernel.macros.decode(), target)
-        with open(path, "rb") as file:
-            _code_given[:] = [ctypes.create_string_buffer(file.read())]
-        code[0] = ctypes.addressof(_code_given[0])
-    except Exception as error:  # it would not pass through C++
-        status.contents.code = UNSUPPORTED
-        status.contents.message = str(error).encode()[:251]
+    _callbacks.append(CODE(give))
+    library.spattn_cuda_set_code(_callbacks[-1], ptx_arch)
 
 
 def name_of(arch):
@@ -274,7 +272,11 @@ def find_nvrtc(arch):
     """
     driver, unfit = driver_version(), []
     for path in nvrtc_paths():
-        nvrtc = Nvrtc(path)
+        try:
+            nvrtc = Nvrtc(path)
+        except (OSError, AttributeError) as error:  # not whole, or older than CUDA 11.2
+            unfit.append(f"NVRTC does not load: {error}")
+            continue
         if 0 < driver // 1000 < int(nvrtc.version.split(".")[0]):
             unfit.append(
                 f"NVRTC {nvrtc.version} is too new for the driver, which has CUDA "
@@ -294,7 +296,7 @@ def nvrtc_paths():
         with contextlib.suppress(OSError):
             ctypes.CDLL(name, mode=mode)
             yield name
-    for root in [*site.getsitepackages(), *sys.path]:
+    for root in sys.path:
         for folder in FOLDERS:
             pattern = os.path.join(glob.escape(root), folder, "libnvrtc.so.*")
             yield from sorted(glob.glob(pattern))

@@ -28,9 +28,11 @@ def main(arguments=None):
         ("block-size", _one_of(EFFICIENCY, int), [32]),
         ("pattern", _one_of(every), every),
     ):
-        said = ",".join(map(str, default)) or "no kernels"
+        said = "with commas between; default: " + (
+            ",".join(map(str, default)) or "none"
+        )
         parser.add_argument(
-            f"--{name}", type=_list_of(parse), default=default, help=f"default: {said}"
+            f"--{name}", type=_list_of(parse), default=default, help=said
         )
     options = parser.parse_args(arguments)
     try:
@@ -69,9 +71,11 @@ def _arch(word):
 def _library():
     """The core, in the op library if there is TensorFlow; all libraries are compiled."""
     try:
-        from . import _ops
+        import tensorflow  # noqa: F401
     except ImportError:
         return ctypes.CDLL(_build.build_core())
+    from . import _ops
+
     if _ops.attention_ops() is None or _ops.blocksparse_ops() is None:
         raise RuntimeError(f"nothing can be compiled here: {_build.why_no_compiling()}")
     return _ops.attention_ops().core

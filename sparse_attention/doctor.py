@@ -23,6 +23,8 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     _tell("sparse_attention", f"{sparse_attention.__version__}, {_build.PACKAGE}")
     _tell("Python", f"{platform.python_version()}, {sys.executable}")
+    for subject, text in _gpus():
+        _tell(subject, text)
     try:
         import tensorflow as tf
     except ImportError as error:
@@ -35,8 +37,6 @@ def main():
     for name in _build.LIBRARIES:
         if _build.is_for_tensorflow(name):
             _tell(name, _build.find(name).why)
-    for subject, text in _gpus():
-        _tell(subject, text)
     try:
         _tell("in use", _what_runs())
         largest = _largest_error()
@@ -55,10 +55,8 @@ def _tell(subject, text):
 def _gpus():
     """(subject, text) of the driver, the GPUs, NVRTC and the kernels."""
     version = _cuda.driver_version()
-    yield (
-        "NVIDIA driver",
-        (f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"),
-    )
+    has = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
+    yield "NVIDIA driver", has
     archs = []
     for name, arch in _cuda.devices():
         yield "GPU", f"{name}, {_cuda.name_of(arch)}"

@@ -476,7 +476,8 @@ def test_ptx_is_compiled_for_another_architecture(machine):
 
 
 def build_ahead(core):
-    build._library = lambda: core.library
+    sys.modules["tensorflow"] = None  # does not import
+    _build.build_core = lambda: core.library._name
     return build.main(
         "--arch sm_80,sm_90a --dtype float16 --block-size 32 --pattern fixed".split()
     )
@@ -547,6 +548,20 @@ def forward_without_driver(core):
     )
 
 
+def found_in(core, folder):
+    _cuda.FOLDERS = (folder,)
+    try:
+        return _cuda.find_nvrtc("sm_80").path
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_nvrtc_is_found_in_pips_folders(machine):
+    folder = str(machine.fakes / "nvrtc")
+    found = machine.run(found_in, folder, libraries=[])
+    assert found == os.path.join(folder, "libnvrtc.so.12")
+
+
 @pytest.mark.parametrize(
     "libraries, function, message",
     [
@@ -569,6 +584,10 @@ def test_why_a_kernel_cannot_be_had_is_named(machine):
         "ahead"
     )
     assert "NVRTC 12.9 does not know sm_75" in machine.run(forward_error, 75)
+    (machine.fakes / "broken").mkdir()
+    (machine.fakes / "broken" / "libnvrtc.so.12").write_text("no library")
+    found = machine.run(found_in, str(machine.fakes / "broken"), libraries=["driver"])
+    assert found.startswith("NVRTC does not load: ") and "file too short" in found
 
 
 def test_compile_errors_are_told(machine):
@@ -630,6 +649,7 @@ def bad_calls(core):
         "q_blocks": change("q_blocks", lambda blocks: blocks + 1),
         "tile_kv": change("tile_kv", lambda tile_kv: 16),
         "q_indices": change("q_indices", lambda data: data + 2),
+        "kv_tiles": change("kv_tiles", lambda tiles: 0),
     }
 
 
@@ -652,6 +672,7 @@ def test_bad_calls_are_refused_before_a_launch(machine):
         "q_blocks": "q_blocks must be 13 for q_len=400, got 14",
         "tile_kv": "tile_kv must be 32, 64 or 128, at least block_size=32, got 16",
         "q_indices": "a plan's arrays must begin at multiples of 4 bytes, got 0x",
+        "kv_tiles": "must hold 13 kv blocks, got 0",
     }
     for name, message in expected.items():
         assert all(error and message in error for error in got[name]), (name, got[name])
@@ -675,5 +696,5 @@ def test_what_a_gpu_cannot_do_is_told(machine):
     assert bfloat16 == "bfloat16 needs a GPU of compute capability 8.0, this has 7.5"
     assert wide == (
         "attention_fwd with head dims 256 and 64, blocks of 32 and tiles of 64 needs "
-        "151040 bytes of shared memory, this GPU (sm_75) has 65536"
+        "108800 bytes of shared memory, this GPU (sm_75) has 65536"
     )

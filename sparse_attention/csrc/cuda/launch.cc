@@ -102,10 +102,15 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
   SPATTN_RETURN_IF(!IsBlock(plan.tile_kv) || plan.tile_kv < 32 || plan.tile_kv < plan.block_size,
                    "tile_kv must be 32, 64 or 128, at least block_size=%d, got %d", plan.block_size,
                    plan.tile_kv);
-  const int64_t positions = Positions(problem.q_len, problem.row_stride);
-  const int64_t q_blocks = (positions + plan.block_size - 1) / plan.block_size;
+  const auto blocks = [&](int64_t len) {
+    return (Positions(len, problem.row_stride) + plan.block_size - 1) / plan.block_size;
+  };
+  const int64_t q_blocks = blocks(problem.q_len), kv_blocks = blocks(problem.kv_len);
   SPATTN_RETURN_IF(plan.q_blocks != q_blocks, "q_blocks must be %lld for q_len=%lld, got %lld",
                    (LongLong)q_blocks, (LongLong)problem.q_len, (LongLong)plan.q_blocks);
+  SPATTN_RETURN_IF(plan.kv_tiles * (plan.tile_kv / plan.block_size) < kv_blocks,
+                   "kv_tiles of tile_kv=%d must hold %lld kv blocks, got %lld", plan.tile_kv,
+                   (LongLong)kv_blocks, (LongLong)plan.kv_tiles);
   SPATTN_RETURN_IF_ERROR(
       CheckIntArrays({plan.tile_blocks, plan.q_indptr, plan.q_indices, plan.mask_ids}));
   SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.kv_tiles, plan.entries, plan.mask_blocks,
