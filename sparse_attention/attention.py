@@ -65,7 +65,7 @@ def block_sparse_attention(
         floor(h / (heads / kv_heads)). None: `heads`.
       softmax_scale: Multiplies the scores; None: 1 / sqrt(head_dim).
       kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist.
-        None: all do.
+        None: all do. Others are an error on the CPU, the nearest of these on a GPU.
       return_lse: Whether to return lse as well.
       name: Name of the op.
 

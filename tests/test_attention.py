@@ -27,6 +27,7 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
+from sparse_attention import _ops
 from sparse_attention.reference import attention_bwd, attention_fwd
 
 IS_TF1 = tf.__version__.startswith("1.")
@@ -314,6 +315,38 @@ def test_lengths_out_of_range_are_refused(mode, kv_lengths):
             lambda x: sa.block_sparse_attention(**GOOD, kv_lengths=x),
             np.array(kv_lengths, np.int32),
             mode=mode,
+        )
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("kv_indptr", lambda x: x[1:], "was the plan made for this length"),
+        ("kv_indptr", lambda x: x.reshape(-1), "was the plan made for this length"),
+        ("kv_indices", lambda x: x[:, :3], "kv_indices must have shape"),
+        ("kv_indices", lambda x: x + 1, r"kv_indices\[0\] must be in"),
+        ("mask_ids", lambda x: x[1:], "mask_ids must have shape"),
+        ("mask_bits", lambda x: x[:, 1:], "mask_bits must have shape"),
+    ],
+)
+def test_op_refuses_bad_plans(name, change, message):
+    """A saved graph may hold anything; integers are 4 bytes each."""
+    block_mask = pattern("local")
+    tiles = block_mask.tiles()
+    plan = {
+        n: x if x.dtype == np.uint8 else x.view(np.uint8).reshape(-1, 4)
+        for n, x in zip(tiles._fields[2:], tiles[2:])
+    }
+    plan[name] = change(plan[name])
+    none = ("tile_blocks", "q_indptr", "q_indices", "kv_mask_ids", "kv_mask_bits")
+    plan.update((n, np.zeros(0, np.uint8)) for n in none)
+    attributes = {"heads": 2, "kv_heads": 2, "softmax_scale": 1.0, "row_stride": 1}
+    attributes.update(block_q=tiles.block_q, block_kv=tiles.block_kv, tile_kv=0)
+    op = _ops.attention_ops().block_sparse_attention
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        run(
+            lambda q, k, v: op(q, k, v, np.zeros(0, np.int32), **plan, **attributes),
+            *qkv(block_mask),
         )
 
 
