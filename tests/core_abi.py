@@ -152,7 +152,11 @@ class Core:
         workspace = np.full(size.value + 64, 0xFF, np.uint8)  # NaN where read too soon
         base = -(-workspace.ctypes.data // 64) * 64
         call = getattr(self.library, "spattn_%s_cpu" % phase)
-        check(call(ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base)))
+        arguments = ctypes.byref(params), ctypes.byref(threads), ctypes.c_void_p(base)
+        self._run(lambda: check(call(*arguments)))
+
+    def _run(self, call):
+        call()
 
     def problem(self, q, k, v, block_mask, softmax_scale, kv_lengths):
         scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
