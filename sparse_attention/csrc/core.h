@@ -190,7 +190,7 @@ SPATTN_API SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const Spa
                                         void* stream, void* workspace);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". The environment variable
-// SPARSE_ATTENTION_ISA lowers it.
+// SPARSE_ATTENTION_ISA names another.
 SPATTN_API const char* spattn_cpu_isa(void);
 
 #ifdef __cplusplus

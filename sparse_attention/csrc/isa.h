@@ -6,7 +6,7 @@ namespace spattn {
 
 enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best one; SPARSE_ATTENTION_ISA=baseline, avx2 or avx512 in the environment lowers it.
+// The fastest one, or the one that SPARSE_ATTENTION_ISA in the environment names, if the CPU has it.
 Isa CpuIsa();
 
 // The instruction set's own `name`: each file in cpu/ is compiled once in each of the namespaces.
