@@ -213,7 +213,7 @@ class SparseTransformer(keras.Model):
     def build(self, input_shape):
         self.token_embedding.build(input_shape)
         self.position_embedding.build([self.time])
-        between = [*input_shape, self.token_embedding.output_dim]
+        between = [input_shape[0], self.time, self.token_embedding.output_dim]
         for block in self.blocks:
             block.build(between)
         self.final_norm.build(between)
