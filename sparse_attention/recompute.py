@@ -201,26 +201,39 @@ def _vjp(call, inputs, captured, given):
     """Gradients of all inputs; `given` maps i to the gradient of `call(inputs)[i]`."""
     sources = inputs + captured
     graph = tf.compat.v1.get_default_graph()
-    if tf.executing_eagerly() or graph.building_function:
-        with tf.GradientTape() as tape:
-            tape.watch(sources)
-            outputs = tf.nest.flatten(call(inputs))
-        ys = [outputs[i] for i in given]
-        return tape.gradient(ys, sources, list(given.values()))
+    d_outputs = list(given.values())
+    if tf.executing_eagerly():
+        return _tape_gradients(call, inputs, sources, given, d_outputs)
     first_op = len(graph.get_operations())
-    outputs = tf.nest.flatten(call(inputs))
+    if graph.building_function:
+        grads = _tape_gradients(call, inputs, sources, given, d_outputs)
+    else:
+        outputs = tf.nest.flatten(call(inputs))
+        tensors = [x for x in sources if isinstance(x, tf.Tensor)]
+        ys = [outputs[i] for i in given]
+        grads = tf.gradients(ys, sources, d_outputs, stop_gradients=tensors)
     # Nothing else keeps an update of a variable from overtaking this second look at it.
     reads = [
         op
         for op in graph.get_operations()[first_op:]
-        if any(tensor.op.type == "VarHandleOp" for tensor in op.inputs)
+        if any(_is_variable_handle(tensor) for tensor in op.inputs)
         and not any(tensor.dtype == tf.resource for tensor in op.outputs)
     ]
-    tensors = [x for x in sources if isinstance(x, tf.Tensor)]
-    ys = [outputs[i] for i in given]
-    grads = tf.gradients(ys, sources, list(given.values()), stop_gradients=tensors)
     with tf.control_dependencies(reads):
         return [None if grad is None else _identity(grad) for grad in grads]
+
+
+def _tape_gradients(call, inputs, sources, given, d_outputs):
+    with tf.GradientTape() as tape:
+        tape.watch(sources)
+        outputs = tf.nest.flatten(call(inputs))
+    return tape.gradient([outputs[i] for i in given], sources, d_outputs)
+
+
+def _is_variable_handle(tensor):
+    """Of a graph, or, captured, of a function."""
+    kinds = ("VarHandleOp", "Placeholder")
+    return tensor.dtype == tf.resource and tensor.op.type in kinds
 
 
 def _identity(grad):
