@@ -4,14 +4,15 @@
 //   delta_i = sum_d do_id o_id - dlse_i     dp_ij = <do_i, v_j>     ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = softmax_scale sum_j ds_ij k_j    dk_j = softmax_scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
 //
-// Mapping: one task per (batch, few kv heads, split). A split is a run of q tiles with about the same number
-//   of blocks as the others; the task goes through the q tiles of its split as the forward pass
-//   does, for every query head that shares the kv head, owns their dq, and adds to dk and dv sums of its
+// Mapping: one task per (batch, few kv heads, split). A split is a run of q tiles with about the same
+//   number of blocks as the others; the task goes through the q tiles of its split as the forward pass
+//   does, for every query head that shares a kv head, owns their dq, and adds to dk and dv sums of its
 //   own over the keys that the split reads. Where no two splits read the same key (`strided`: every
 //   q tile is a split), they are dk and dv; otherwise the splits' sums are added in their order. How
 //   many splits there are depends on the problem alone, so the result does not depend on the threads.
-// Tiles:   q, do as rows [kTileQ, ld] and as panels [panels][dim, kPanel]     k, v [kTileKV, dim]
-//          p, ds [panels][kTileKV, kPanel]     dq_panels [panels][head_dim, kPanel]
+// Tiles:   of each head, in words of one float or two bfloat16 (terms.h):
+//          q, do as rows [kTileQ, ld] and as panels [panels][dim, kPanel]     k, v [kTileKV, dim]
+//          p, ds [panels][kTileKV, kPanel], one head at a time     dq_panels [panels][head_dim, kPanel]
 // Stages:  per key tile: load | s = k q | p | dp = v do | ds | dq += k ds | dv += p do | dk += ds q
 // Memory:  workspace: two tiles of scores a worker, and float32 dk, dv sums: of the present task for
 //          each worker where splits are apart or one, else of all tasks (batch * kv_heads < kMinTasks)
@@ -26,8 +27,7 @@
 namespace spattn {
 namespace SPATTN_ISA {
 
-constexpr int64_t kMinTasks =
-    16;  // split the queries of a head where there are fewer heads than this
+constexpr int64_t kMinTasks = 16;  // the queries are split where there are fewer heads than this
 
 // ---- splits ----
 

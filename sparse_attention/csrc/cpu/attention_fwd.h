@@ -7,15 +7,17 @@
 // Mapping: one task per (batch, q tile, few heads), the last q tiles first: causal rows grow.
 //   Vector lanes are queries, so row_max, row_sum and every step of the softmax are vertical, and
 //   keys need no transposition, no packing and no padding.
-// Tiles:   q_panels [panels][head_dim, kPanel]     k [kTileKV, head_dim]   v [kTileKV, head_dim_v]
+// Tiles:   of each head, in words of one float or two bfloat16 (terms.h):
+//          q_panels [panels][head_dim, kPanel]     k [kTileKV, head_dim]   v [kTileKV, head_dim_v]
 //          s [kTileKV, kPanel], one panel at a time (L1)     o_panels [panels][head_dim_v, kPanel]
 // Stages:  per key tile: load | per panel: s = k q | mask (PARTIAL only) | online softmax | o += v p
 //          A panel skips the keys before the first and after the last that it attends to, so a tile
 //          on the diagonal costs about half.
-// Memory:  workspace a worker: about 4 (kTileQ (2 d + 2 dv) + kTileKV (d + dv)) bytes, 160 KB at 64
+// Memory:  workspace a worker: 4 (kTileQ + kTileKV) (d + dv) bytes a head, 96 KB at 64, for four heads
 // Cost:    4 * block_q * block_kv * head_dim FLOP per computed block (two matmuls)
-// Numerics: float32 inside, base-2 softmax with running maximum, lse in nats. Bitwise deterministic:
-//          a task owns its rows and visits its keys in the plan's order, FULL blocks first.
+// Numerics: float32 inside, and p rounded to bfloat16 where words are pairs; base-2 softmax with running
+//          maximum, lse in nats. Bitwise deterministic: a task owns its rows and visits its keys in the
+//          plan's order, FULL blocks first.
 // After:   Child et al. 2019 (arXiv:1904.10509); Milakov & Gimelshein 2018 (arXiv:1805.02867);
 //          Dao et al. 2022 (arXiv:2205.14135).
 #ifndef SPARSE_ATTENTION_CPU_ATTENTION_FWD_H_
