@@ -123,6 +123,15 @@ SPATTN_INLINE void PrefetchRow(const SpattnTensor& t, const SpattnProblem& probl
   }
 }
 
+// Fetches `count` rows of a tile from its i-th on, as far as it has them.
+template <bool kForWrite>
+SPATTN_INLINE void PrefetchQRows(const SpattnTensor& t, const SpattnProblem& problem,
+                                 const Heads& heads, const QTile& tile, int i, int count, int dim) {
+  for (const int end = i + count; i < end && i < tile.panels * kPanel; ++i) {
+    PrefetchRow<kForWrite>(t, problem, heads, tile.rows[i], dim);
+  }
+}
+
 // Words of row i of a tile, from head h; 0 where there is no row.
 template <class Terms>
 SPATTN_INLINE void LoadQRow(const SpattnTensor& t, const SpattnProblem& problem, const Heads& heads,
@@ -141,9 +150,7 @@ inline void LoadQRows(const SpattnTensor& t, const SpattnProblem& problem, const
                       const QTile& tile, int dim, int64_t ld, float* to) {
   const int words = dim / Terms::kTerms, ahead = RowsAhead(problem, heads, dim);
   for (int i = 0; i < tile.panels * kPanel; ++i) {
-    if (i + ahead < tile.panels * kPanel) {
-      PrefetchRow<false>(t, problem, heads, tile.rows[i + ahead], dim);
-    }
+    PrefetchQRows<false>(t, problem, heads, tile, i + ahead, 1, dim);
     for (int h = 0; h < heads.count; ++h) {
       float* row = to + (h * kTileQ + i) * ld;
       LoadQRow<Terms>(t, problem, heads, h, tile.rows[i], dim, row);
@@ -160,11 +167,7 @@ inline void LoadQPanels(const SpattnTensor& t, const SpattnProblem& problem, con
   const int ahead = RowsAhead(problem, heads, dim);
   float rows[4 * kMaxHeadDim];
   for (int i = 0; i < tile.panels * kPanel; i += 4) {
-    for (int r = 0; r < 4; ++r) {
-      if (i + r + ahead < tile.panels * kPanel) {
-        PrefetchRow<false>(t, problem, heads, tile.rows[i + r + ahead], dim);
-      }
-    }
+    PrefetchQRows<false>(t, problem, heads, tile, i + ahead, 4, dim);
     for (int h = 0; h < heads.count; ++h) {
       for (int r = 0; r < 4; ++r) {
         LoadQRow<Terms>(t, problem, heads, h, tile.rows[i + r], dim, rows + r * words);
@@ -184,11 +187,7 @@ inline void StoreQPanels(const float* panels, const Factor& factor, const Spattn
   const int ahead = RowsAhead(problem, heads, dim);
   float rows[4 * kMaxHeadDim];
   for (int i = 0; i < tile.panels * kPanel; i += 4) {
-    for (int r = 0; r < 4; ++r) {
-      if (i + r + ahead < tile.panels * kPanel) {
-        PrefetchRow<true>(t, problem, heads, tile.rows[i + r + ahead], dim);
-      }
-    }
+    PrefetchQRows<true>(t, problem, heads, tile, i + ahead, 4, dim);
     for (int h = 0; h < heads.count; ++h) {
       const float* column = panels + (h * kMaxPanels + i / kPanel) * dim * kPanel + i % kPanel;
       for (int d = 0; d < dim; d += 4) {
