@@ -17,13 +17,12 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections import namedtuple
 
-import cpu_report
 import numpy as np
+import report as reports
 from cpu_worker import Worker
 
 try:
@@ -236,11 +235,11 @@ def main():
         for label, row in getattr(bench, section)(case, is_training).items():
             row = dict(case._asdict(), phase=phase, contender=label, **row)
             report[section].append(row)
-            say(cpu_report.as_text(row))
+            say(reports.as_text(row))
         save(report, args)
-    say(cpu_report.summary(report, table_length(args)))
+    say(reports.summary(report, table_length(args)))
     if args.plot:
-        cpu_report.draw(report, args.plot)
+        reports.draw(report, args.plot)
     rows = report["speed"] + report["scaling"] + report["memory"]
     return int(any(map(is_wrong, rows)))
 
@@ -323,15 +322,13 @@ def machine(bench):
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         cpu = re.search(r"model name\s*: (.*)", file.read()).group(1)
-    describe = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, stdout=subprocess.PIPE).stdout.decode().strip()
     return dict(
         cpu=cpu,
         cores=os.cpu_count(),
         threads=bench.threads,
         frameworks=[worker.version for worker in bench.workers.values()],
         date=datetime.date.today().isoformat(),
-        commit=commit or "unknown",
+        commit=reports.commit(),
     )
 
 

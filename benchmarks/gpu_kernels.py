@@ -1,10 +1,9 @@
-"""The CUDA kernels on one GPU, beside what PyTorch users have.
-
-    python benchmarks/gpu_kernels.py [--peers] [--out FOLDER]
+"""The CUDA kernels on one GPU, beside what PyTorch users have. Started by `gpu.py`.
 
 Milliseconds are medians of CUDA-event times over 0.2 s, after 50 ms of warm-up, with L2
-flushed before each (triton.testing.do_bench). TFLOP/s count unmasked pairs only. Every
-shape is checked against dense float32 in one head before it is timed.
+flushed before each (triton.testing.do_bench). All take the same tensors, bfloat16
+[batch, q_len, heads, head_dim]. Ours is checked against dense float32 in one head, up to
+16,384 positions, the others against ours.
 
 Floors on an H100 (3.0 TB/s copied, 750 TFLOP/s bf16 multiplied), batch 4, T 16,384,
 16 heads x 64, l = 128, in ms:
@@ -22,259 +21,211 @@ reads them again. What was tried is in results/gpu_kernels_h100.txt; csrc/cuda/c
 chooses the tiles.
 """
 
-import argparse
-import json
+import functools
 import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
+import gpu  # noqa: E402
+import launcher  # noqa: E402
+import torch  # noqa: E402
+from cpu import TOLERANCE  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.nn.attention.flex_attention import (  # noqa: E402
+    create_block_mask,
+    flex_attention,
+)
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+from triton.testing import do_bench  # noqa: E402
+
 from sparse_attention import _cuda  # noqa: E402
 from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
 
-# batch, T, heads, head_dim, local_attn_ctx
-SHAPES = [(4, 16384, 16, 64, 128), (4, 16384, 8, 128, 128), (1, 65536, 8, 64, 256)]
-MODES = {"all": 64, "local": 32, "strided": 32, "fixed": 32}  # mode: block_size
+LONGEST_CHECKED = 16384  # positions: dense float32 scores of one head are 1 GB
 
 
-def block_mask_of(mode, length, heads, context, block_size=None):
-    return pattern_block_mask(
-        mode,
-        length,
-        heads,
-        block_size or MODES[mode],
-        None if mode == "all" else context,
-        1
-        if mode == "fixed"
-        else None,  # the peers' summary: the last 32 of every window
-    )
+def time(f):
+    quantiles = do_bench(f, warmup=50, rep=200, quantiles=[0.5, 0.1, 0.9])
+    return dict(zip(("ms", "ms_low", "ms_high"), quantiles))
 
 
-def pairs(mode, length, context):
-    """Unmasked pairs of a head."""
-    if mode == "all":
-        return length * (length + 1) // 2
-    if mode == "local":
-        return length * context - context * (context - 1) // 2
-    if mode == "strided":
-        chunk = length // context
-        return context * chunk * (chunk + 1) // 2
-    windows = length // context
-    own = windows * context * (context + 1) // 2
-    return own + context * 32 * windows * (windows - 1) // 2
+def rule(case):
+    """The pattern as a function of query and key, by operators alone."""
+    window, chunk = case.local_attn_ctx, case.q_len // case.local_attn_ctx
+    return {
+        "all": lambda i, j: i >= j,
+        "local": lambda i, j: (i >= j) & (i - j < window),
+        "strided": lambda i, j: (i >= j) & ((i - j) % window == 0),
+        # What FlexAttention is given: positions that lie residue by residue.
+        "strided, transposed": lambda i, j: (i >= j) & (i // chunk == j // chunk),
+        # One summary block at the end of each window.
+        "fixed": lambda i, j: (
+            (i >= j) & ((i // window == j // window) | (j % window >= window - 32))
+        ),
+    }
 
 
-class Benchmark:
-    """One shape's tensors, and the table's rows."""
+class Bench:
+    """Tensors of one shape, and the results of ours."""
 
-    def __init__(self, core, batch, length, heads, dim, context):
-        import torch
-        from triton.testing import do_bench
-
-        self.torch, self.core = torch, core
-        self.batch, self.length, self.heads, self.dim = batch, length, heads, dim
-        self.context = context
+    def __init__(self, core, case):
+        self.core = core
         torch.manual_seed(0)
-        shape = batch, length, heads, dim
-        self.q, self.k, self.v, self.do = (
+        shape = case.batch, case.q_len, case.heads, case.head_dim
+        self.inputs = [
             torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        ]
+        by_head = [x.transpose(1, 2) for x in self.inputs]
+        self.leaves = [x.detach().requires_grad_() for x in by_head[:3]]
+        self.d_output = by_head[3]
+
+    def measure(self, case):
+        results = self.ours(case)
+        if case.mode == "all":
+            dense = functools.partial(scaled_dot_product_attention, is_causal=True)
+            for backend, name in (
+                (SDPBackend.CUDNN_ATTENTION, "PyTorch cuDNN"),
+                (SDPBackend.FLASH_ATTENTION, "PyTorch FlashAttention-2"),
+            ):
+                with sdpa_kernel(backend):
+                    self.peer(case, name, dense, results)
+        mode = "strided, transposed" if case.mode == "strided" else case.mode
+        allowed = rule(case)[mode]
+        blocks = create_block_mask(
+            lambda b, h, i, j: allowed(i, j), None, None, case.q_len, case.q_len, "cuda"
         )
-        self.median = lambda f: do_bench(f, warmup=50, rep=200, return_mode="median")
-        self.rows = []
+        flex = functools.partial(compiled_flex(), block_mask=blocks)
+        self.peer(case, "FlexAttention", flex, None if "," in mode else results)
 
-    def row(self, peer, mode, fwd=None, fwd_bwd=None, **more):
-        flops = 4e-9 * self.batch * self.heads * self.dim
-        flops *= pairs(mode, self.length, self.context)
-        row = {"peer": peer, "mode": mode}
-        row["shape"] = f"{self.batch}x{self.length}x{self.heads}x{self.dim}"
-        if fwd:
-            row.update(fwd_ms=round(fwd, 3), fwd_tflops=round(flops / fwd, 1))
-        if fwd_bwd:
-            row.update(fwdbwd_ms=round(fwd_bwd, 3))
-            row.update(fwdbwd_tflops=round(3.5 * flops / fwd_bwd, 1))
-        row.update(more)
-        self.rows.append(row)
-        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-
-    def ours(self, mode):
-        """Forward, each backward kernel, and all of them; checked first."""
-        import launcher
-
-        torch = self.torch
-        block_mask = block_mask_of(mode, self.length, self.heads, self.context)
+    def ours(self, case):
+        """Times the forward pass, all passes, and each of the backward ones."""
+        block_mask = pattern_block_mask(
+            *(case.mode, case.q_len, case.heads),
+            64 if case.mode == "all" else case.block_size,
+            None if case.mode == "all" else case.local_attn_ctx,
+            1 if case.mode == "fixed" else None,
+        )
         major, minor = torch.cuda.get_device_capability()
         plans = _cuda.plans(
-            *(self.core.library, [major * 10 + minor], "bfloat16", [self.dim] * 2),
-            *(block_mask, 1),
+            *(self.core.library, [major * 10 + minor], case.dtype),
+            *([case.head_dim] * 2, block_mask, 1),
         )
-        attention = launcher.Attention(self.core, block_mask, *plans, self.heads)
-        q, k, v, do = self.q, self.k, self.v, self.do
+        attention = launcher.Attention(self.core, block_mask, *plans, case.heads)
+        q, k, v, do = self.inputs
         out = attention.forward(q, k, v)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
         def fwd():
             attention.forward(q, k, v, out=out)
 
-        def bwd(*grads):
-            attention.backward(q, k, v, *out, do, out=grads)
+        def bwd(*gradients):
+            attention.backward(q, k, v, *out, do, out=gradients)
 
         def both():
             fwd()
             bwd(dq, dk, dv)
 
         both()
-        errors = {}
-        if self.length <= 16384:
-            errors = self.errors(mode, out[0], dq, dk, dv)
-        delta = self.median(lambda: bwd(None, None, None))
+        results = [x.transpose(1, 2) for x in (out[0], dq, dk, dv)]
+        check = {}
+        if case.q_len <= LONGEST_CHECKED:
+            exact = self.exact(case)
+            last = [x[-1, -1].float() for x in results]
+            check["difference"] = difference(last, exact)
+        delta = do_bench(lambda: bwd(None, None, None), return_mode="median")
         parts = {
             "delta_ms": delta,
-            "dq_ms": self.median(lambda: bwd(dq, None, None)) - delta,
-            "dkv_ms": self.median(lambda: bwd(None, dk, dv)) - delta,
+            "dq_ms": time(lambda: bwd(dq, None, None))["ms"] - delta,
+            "dkv_ms": time(lambda: bwd(None, dk, dv))["ms"] - delta,
         }
-        parts = {name: round(ms, 3) for name, ms in parts.items()}
-        self.row("ours", mode, self.median(fwd), self.median(both), **parts, **errors)
+        emit(case, "fwd", gpu.reports.OURS, **time(fwd), **check)
+        emit(case, "fwd+bwd", gpu.reports.OURS, **time(both), **check, **parts)
+        return results
 
-    def errors(self, mode, *results):
-        """Relative errors of o, dq, dk, dv in one head against dense float32."""
-        torch = self.torch
+    def exact(self, case):
+        """o, dq, dk, dv of the last head, dense float32."""
         torch.backends.cuda.matmul.allow_tf32 = False
-        b, h = self.batch - 1, self.heads - 1
-        q, k, v, do = (x[b, :, h].float() for x in (self.q, self.k, self.v, self.do))
-        i = torch.arange(self.length, device="cuda")
-        query, key, window = i[:, None], i[None], self.context
-        allowed = query >= key
-        if mode == "local":
-            allowed &= query - key < window
-        elif mode == "strided":
-            allowed &= (query - key) % window == 0
-        elif mode == "fixed":
-            allowed &= (query // window == key // window) | (
-                key % window >= window - 32
-            )
-        scale = self.dim**-0.5
-        p = torch.softmax((q @ k.T * scale).masked_fill_(~allowed, -torch.inf), 1)
+        q, k, v, do = (x[-1, :, -1].float() for x in self.inputs)
+        i = torch.arange(case.q_len, device="cuda")
+        scores = q @ k.T * case.head_dim**-0.5
+        scores.masked_fill_(~rule(case)[case.mode](i[:, None], i), -torch.inf)
+        p = torch.softmax(scores, 1)
         o = p @ v
-        ds = p * (do @ v.T - (do * o).sum(1, keepdim=True))
-        exact = o, ds @ k * scale, ds.T @ q * scale, p.T @ do
-        names = "o", "dq", "dk", "dv"
-        found = {}
-        for name, got, want in zip(names, results, exact):
-            error = (got[b, :, h].float() - want).norm() / want.norm()
-            found[name + "_err"] = f"{error.item():.1e}"
-            if not error < 1e-2:
-                raise AssertionError(f"{mode} {name}: relative error {error}")
-        return found
+        ds = p * (do @ v.T - (do * o).sum(1, keepdim=True)) * case.head_dim**-0.5
+        return o, ds @ k, ds.T @ q, p.T @ do
 
-    def dense_peers(self):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.nn.functional import scaled_dot_product_attention
+    def peer(self, case, name, attention, expected):
+        """`expected`: our results, or None where the peer's positions lie otherwise."""
 
-        q, k, v = self._leaves()
-        do = self.do.transpose(1, 2)
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-            with sdpa_kernel(backend):
-                self._time_peer(
-                    backend.name.lower(),
-                    "all",
-                    lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
-                    (q, k, v),
-                    do,
-                )
+        def fwd():
+            return attention(*self.leaves)
 
-    def flex(self, mode):
-        torch = self.torch
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        torch._dynamo.config.recompile_limit = 64  # one for each shape and pattern
-        compiled = torch.compile(flex_attention, dynamic=False)
-        window, chunk = self.context, self.length // self.context
-        rules = {
-            "all": lambda b, h, i, j: i >= j,
-            "local": lambda b, h, i, j: (i >= j) & (i - j < window),
-            "strided": lambda b, h, i, j: (i >= j) & (i // chunk == j // chunk),
-            "fixed": lambda b, h, i, j: (
-                (i >= j) & ((i // window == j // window) | (j % window >= window - 32))
-            ),
-        }
-        q, k, v = self._leaves()
-        blocks = create_block_mask(
-            rules[mode], None, None, self.length, self.length, device="cuda"
-        )
-        self._time_peer(
-            "flex",
-            mode,
-            lambda: compiled(q, k, v, block_mask=blocks),
-            (q, k, v),
-            self.do.transpose(1, 2),
-        )
-
-    def _leaves(self):
-        return [x.transpose(1, 2).requires_grad_() for x in (self.q, self.k, self.v)]
-
-    def _time_peer(self, peer, mode, f, leaves, do):
         def both():
-            f().backward(do)
-            for leaf in leaves:
+            o = fwd()
+            o.backward(self.d_output)
+            results = [o, *(x.grad for x in self.leaves)]
+            for leaf in self.leaves:
                 leaf.grad = None
+            return results
 
-        both()
-        self.row(peer, mode, self.median(f), self.median(both))
+        check, results = {}, both()
+        if expected:
+            check["difference"] = difference(results, expected)
+        del results
+        emit(case, "fwd", name, **time(fwd), **check)
+        emit(case, "fwd+bwd", name, **time(both), **check)
 
 
-def ceilings(torch, median):
+def emit(case, phase, contender, **row):
+    gpu.emit(dict(case._asdict(), phase=phase, contender=contender, **row))
+
+
+def difference(results, expected):
+    """The largest, relative to the largest element expected; small enough, or it ends."""
+    largest = max(
+        ((x - y).abs().max() / y.abs().max()).item() for x, y in zip(results, expected)
+    )
+    if not largest <= TOLERANCE["bfloat16"]:
+        raise AssertionError(f"results differ by {largest:.1e}")
+    return largest
+
+
+@functools.lru_cache(maxsize=None)
+def compiled_flex():
+    torch._dynamo.config.recompile_limit = 64  # one for each shape and pattern
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def ceilings():
+    """What this GPU's matmul and copy reach."""
     a, b = (
         torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)
     )
-    matmul = 2 * 8192**3 / median(lambda: a @ b) / 1e9
     x = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    copy = 4 * x.numel() / median(lambda: y.copy_(x)) / 1e9
-    return {"matmul_tflops": round(matmul, 1), "copy_tb_per_s": round(copy, 2)}
+    return {
+        "matmul_tflops": 2 * 8192**3 / time(lambda: a @ b)["ms"] / 1e9,
+        "copy_tb_per_s": 4 * x.numel() / time(lambda: y.copy_(x))["ms"] / 1e9,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--peers", action="store_true", help="time FlexAttention, SDPA too"
+    args = gpu.parse_args()
+    versions = torch.__version__, torch.backends.cudnn.version()
+    gpu.emit(
+        {
+            "framework": "PyTorch {} with cuDNN {}".format(*versions),
+            "gpu": torch.cuda.get_device_name(),
+            **ceilings(),
+        }
     )
-    parser.add_argument(
-        "--shapes", type=int, default=len(SHAPES), help="how many of them"
-    )
-    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
-    options = parser.parse_args()
-
-    import launcher
-    import torch
-    import triton
-    from triton.testing import do_bench
-
-    head = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    head.update(
-        ceilings(torch, lambda f: do_bench(f, warmup=50, rep=200, return_mode="median"))
-    )
-    print(head, flush=True)
     core = launcher.load_core()
-    rows = []
-    for shape in SHAPES[: options.shapes]:
-        benchmark = Benchmark(core, *shape)
-        for mode in options.modes:
-            benchmark.ours(mode)
-        if options.peers:
-            benchmark.dense_peers()
-            for mode in options.modes:
-                benchmark.flex(mode)
-        rows += benchmark.rows
-        if options.out:
-            text = json.dumps({"head": head, "rows": rows}, indent=1)
-            (options.out / "gpu_kernels.json").write_text(text + "\n")
+    for group in gpu.cases("kernels", args.modes, args.lengths):
+        bench = Bench(core, group[0])
+        for case in group:
+            bench.measure(case)
 
 
 if __name__ == "__main__":

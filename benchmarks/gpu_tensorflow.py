@@ -1,69 +1,135 @@
-"""Attention through TensorFlow on a GPU, beside dense attention compiled by XLA.
+"""The op in TensorFlow on one GPU, beside TensorFlow's dense attention. Started by `gpu.py`.
 
-    python benchmarks/gpu_tensorflow.py
-
-Times are means over calls of a `tf.function` that Python dispatches one after another, so
-half a millisecond a call is the least that can be seen; `gpu_kernels.py` times the kernels.
+Each call of a `tf.function` holds CALLS calls of attention on as many sets of tensors, one
+after the other as the layers of a model are: what Python takes to start it is shared by
+all, and no set is in L2 when its turn comes. Milliseconds are of one call: medians over
+0.5 s of such functions, by the clock, from dispatch to the arrival of the last result.
+Dense attention is `attention_impl`: every score in memory, bfloat16, softmax in float32;
+under XLA it is one compiled cluster a call. MB: the peak of TensorFlow's allocator during
+one call, less inputs and results.
 """
 
+import pathlib
+import sys
 import time
 
-import tensorflow as tf
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import sparse_attention as sa
+import gpu  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
-CALLS = 20
+import sparse_attention as sa  # noqa: E402
 
-
-def milliseconds(run, inputs):
-    def wait(outputs):
-        return tf.reduce_sum(outputs[0][0, 0]).numpy()
-
-    run(*inputs)  # traces and compiles
-    wait(run(*inputs))
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        outputs = run(*inputs)
-    wait(outputs)
-    return 1e3 * (time.perf_counter() - start) / CALLS
+CALLS = 16
+SECONDS = 0.5
+DENSE_LENGTH = 4096  # the longest that dense attention fits into 80 GB with
 
 
-def measure(name, attention, inputs, jit_compile=None):
-    def forward(*inputs):
-        return (attention(*inputs),)
-
-    def train(*inputs):
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            o = attention(*inputs)
-        return tape.gradient(o, inputs)
-
-    times = [
-        milliseconds(tf.function(run, jit_compile=jit_compile), inputs)
-        for run in (forward, train)
-    ]
-    print("{} fwd {:.3f} fwd+bwd {:.3f} ms".format(name, *times), flush=True)
-
-
-def ours(mode, heads, window):
+def fused(case):
     return lambda q, k, v: sa.blocksparse_attention_impl(
-        q, k, v, heads, mode, window, blocksize=32, num_verts=1, vertsize=1
+        *(q, k, v, case.heads, case.mode, case.local_attn_ctx),
+        blocksize=case.block_size,
+        num_verts=1,
+        vertsize=1,
     )
 
 
-def inputs(batch, q_len, width):
-    shape = [batch, q_len, width]
-    return [tf.cast(tf.random.normal(shape), tf.bfloat16) for _ in range(3)]
+def dense(case):
+    return lambda q, k, v: sa.attention_impl(
+        q, k, v, case.heads, case.mode, case.local_attn_ctx
+    )
+
+
+def trained(attention):
+    """Attention and its gradients, for a gradient of o that is q."""
+
+    def run(q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            o = attention(q, k, v)
+        return [o, *tape.gradient(o, [q, k, v], q)]
+
+    return run
+
+
+def in_turn(run):
+    """A function that runs on one set of tensors after the other."""
+
+    @tf.function
+    def all_sets(sets):
+        results = []
+        for tensors in sets:
+            with tf.control_dependencies(results[-1] if results else []):
+                tensors = [tf.identity(x) for x in tensors]
+            results.append(tf.nest.flatten(run(*tensors)))
+        return results
+
+    return all_sets
+
+
+def wait(results):
+    return results[-1][-1][0, 0, 0].numpy()
+
+
+def measure(case, contender, attention, jit_compile=None):
+    run, shape = attention, [case.batch, case.q_len, case.heads * case.head_dim]
+    for phase in ("fwd", "fwd+bwd"):
+        sets = [
+            [tf.cast(tf.random.normal(shape), tf.bfloat16) for _ in range(3)]
+            for _ in range(CALLS)
+        ]
+        one_set = in_turn(tf.function(run, jit_compile=jit_compile))
+        row = dict(case._asdict(), phase=phase, contender=contender)
+        try:
+            wait(one_set(sets[:1]))  # compiles what is compiled
+            row["MB"] = peak_mb(one_set, sets[:1])
+            row.update(timed(in_turn(tf.function(run, jit_compile=jit_compile)), sets))
+        except tf.errors.ResourceExhaustedError:
+            row["error"] = "out of memory"
+        gpu.emit(row)
+        run = trained(attention)
+
+
+def timed(run, sets):
+    wait(run(sets))
+    wait(run(sets))
+    times, end = [], time.perf_counter() + SECONDS
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        wait(run(sets))
+        times.append(1e3 * (time.perf_counter() - start) / CALLS)
+    return dict(zip(("ms", "ms_low", "ms_high"), np.percentile(times, [50, 10, 90])))
+
+
+def peak_mb(run, sets):
+    tf.config.experimental.reset_memory_stats("GPU:0")
+    before = tf.config.experimental.get_memory_info("GPU:0")["current"]
+    results = run(sets)
+    wait(results)
+    peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    sizes = [2 * int(tf.size(x)) for x in tf.nest.flatten(results)]
+    return (peak - before - sum(sizes)) / 1e6
+
+
+def ceiling():
+    a = tf.cast(tf.random.normal([8192, 8192]), tf.bfloat16)
+    run = in_turn(lambda a: [tf.matmul(a, a)[None]])
+    return {"matmul_tflops": 2 * 8192**3 / timed(run, [[a]] * CALLS)["ms"] / 1e9}
 
 
 def main():
-    qkv = inputs(4, 4096, 16 * 64)
-    for mode in ("all", "local", "strided", "fixed"):
-        measure(f"T4096 B4 16x64 bf16 {mode}", ours(mode, 16, 128), qkv)
-    measure("dense all XLA", lambda *x: sa.attention_impl(*x, 16, "all"), qkv, True)
-    qkv = inputs(1, 65536, 8 * 64)
-    for mode in ("fixed", "strided", "local"):
-        measure(f"T65536 B1 8x64 bf16 {mode}", ours(mode, 8, 256), qkv)
+    args = gpu.parse_args()
+    device = tf.config.list_physical_devices("GPU")[0]
+    tf.config.experimental.set_memory_growth(device, True)
+    name = tf.config.experimental.get_device_details(device)["device_name"]
+    gpu.emit({"framework": f"TensorFlow {tf.__version__}", "gpu": name, **ceiling()})
+    for group in gpu.cases("tensorflow", args.modes, args.lengths):
+        for case in group:
+            measure(case, "ours, in TensorFlow", fused(case))
+            if case.mode == "all" and case.q_len <= DENSE_LENGTH:
+                measure(case, "TF dense", dense(case))
+                measure(case, "TF dense, XLA", dense(case), jit_compile=True)
 
 
 if __name__ == "__main__":

@@ -110,3 +110,44 @@ def test_useful_flops_count_the_pairs_that_attend(cpu, mode):
     flops = 3 * 2 * 512**2 * pairs * 2 * 64 * 2
     assert cpu.useful_flops(case, is_training=False) == flops
     assert cpu.useful_flops(case, is_training=True) == 3.5 * flops
+
+
+PART = """
+import sys
+import gpu
+gpu.emit({"framework": "fake 1", "gpu": "fake", "matmul_tflops": 500.0})
+print("not a row", sys.argv[1:])
+case = gpu.cases("kernels", ["local"], [16384])[0][0]
+for phase in ("fwd", "fwd+bwd"):
+    for name, ms in (("ours", 0.5), ("FlexAttention", 1.0)):
+        row = dict(case._asdict(), phase=phase, contender=name)
+        gpu.emit(dict(row, ms=ms, ms_low=ms, ms_high=ms))
+gpu.emit(dict(row, error="out of memory"))
+"""
+
+
+def test_gpu_parts_become_a_report(cpu, tmp_path, monkeypatch, capsys):
+    gpu = importlib.import_module("gpu")
+    (tmp_path / "gpu_kernels.py").write_text(PART)
+    monkeypatch.setattr(gpu, "HERE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", FOLDER)
+    plot = tmp_path / "gpu.png"
+    arguments = ["--parts", "kernels", "--results", str(tmp_path), "--commit", "abc"]
+    if tf.__version__ >= "2":  # and matplotlib is there
+        arguments += ["--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    assert gpu.main() == 0
+    if tf.__version__ >= "2":
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    (path,) = tmp_path.glob("gpu_*_abc.json")
+    report = json.loads(path.read_text())
+    assert report["machine"]["frameworks"] == ["fake 1"]
+    *rows, failed = report["speed"]
+    assert [row["times_first"] for row in rows] == [1, 2, 1, 2]
+    case = cpu.Case(**{name: rows[0][name] for name in cpu.Case._fields})
+    assert rows[0]["gflops"] == cpu.useful_flops(case, False) / 0.5e6
+    assert rows[1]["share_of_matmul"] == pytest.approx(rows[0]["gflops"] / 2 / 500e3)
+    assert failed["error"] == "out of memory"
+    printed = capsys.readouterr().out
+    assert "not a row ['--modes', 'all', 'local', 'strided', 'fixed'" in printed
+    assert "| local, bfloat16 | 0.5 / 0.5 | 1 / 1 |" in printed

@@ -1,6 +1,6 @@
-"""Turns reports of `cpu.py` into text and a picture.
+"""Turns reports of `cpu.py` and `gpu.py` into text and a picture.
 
-    python benchmarks/cpu_report.py benchmarks/results/cpu_*.json docs/cpu.png
+    python benchmarks/report.py benchmarks/results/cpu_*.json docs/cpu.png
 
 draws again what was measured before, in one run or in several that each took some of the
 lengths.
@@ -9,6 +9,7 @@ lengths.
 import itertools
 import json
 import os
+import subprocess
 import sys
 
 OURS = "ours"
@@ -49,6 +50,19 @@ def summary(report, q_len):
     return "\n\n".join(filter(None, tables))
 
 
+def shapes_summary(report):
+    """Markdown: everybody's ms, a table for each shape."""
+    groups = {}
+    for r in report["speed"]:
+        if "ms" in r:
+            shape = "{batch} x {q_len:,}, {heads} heads of {head_dim}".format(**r)
+            groups.setdefault(shape, []).append(r)
+    return "\n\n".join(
+        _table(rows, shape, "contender", "{ms:.3g}".format)
+        for shape, rows in groups.items()
+    )
+
+
 def _curve(row):
     return row["mode"], row["dtype"], row["phase"]
 
@@ -82,6 +96,8 @@ STYLES = {
     "PyTorch SDPA": dict(color="#1f5fa8", marker="D"),
     "FlexAttention": dict(color="#6f4fa8", marker="v"),
     "FlexAttention, chunks": dict(color="#b9a3dc", marker="v"),
+    "PyTorch cuDNN": dict(color="#1f5fa8", marker="D"),
+    "PyTorch FlashAttention-2": dict(color="#86a9d4", marker="D"),
 }
 
 
@@ -89,7 +105,8 @@ def draw(report, path):
     """Draws time over length, for each mode and phase, and the limit by matmul rate.
 
     Args:
-      report: What `cpu.py` measured, a dict.
+      report: What was measured, a dict. The dtype of its first row is everybody's;
+        another one is drawn for ours alone.
       path: Of the picture; its ending says the format.
     """
     import matplotlib
@@ -97,8 +114,8 @@ def draw(report, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in report["speed"] if "ms" in r]
-    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    rows = [r for r in report["speed"] if "ms" in r and r["contender"] in STYLES]
+    modes, dtypes = (list(dict.fromkeys(r[x] for r in rows)) for x in ("mode", "dtype"))
     panels = list(itertools.product(PHASES, modes))
     figure, axes = plt.subplots(
         len(PHASES),
@@ -112,7 +129,7 @@ def draw(report, path):
     lines = {}
     for axis, (phase, mode) in zip(axes.flat, panels):
         here = [r for r in rows if (r["phase"], r["mode"]) == (phase, mode)]
-        lines.update(_draw_panel(axis, here))
+        lines.update(_draw_panel(axis, here, dtypes))
     for axis, mode in zip(axes[0], modes):
         axis.set_title(mode, fontweight="bold")
     for axis, phase in zip(axes[:, 0], PHASES):
@@ -129,21 +146,21 @@ def draw(report, path):
     plt.close(figure)
 
 
-def _draw_panel(axis, rows):
-    """Everybody in float32, ours in bfloat16 too; returns `{label: line}`."""
+def _draw_panel(axis, rows, dtypes):
+    """Everybody in the first dtype, ours in the others too; returns `{label: line}`."""
     lines = {}
-    for label, dtype in itertools.product(STYLES, ("float32", "bfloat16")):
+    for label, dtype in itertools.product(STYLES, dtypes):
         curve = [r for r in rows if (r["contender"], r["dtype"]) == (label, dtype)]
-        if not curve or (dtype == "bfloat16" and label != OURS):
+        if not curve or (dtype != dtypes[0] and label != OURS):
             continue
         x, y = [r["q_len"] for r in curve], [r["ms"] for r in curve]
         style = dict(dict(linewidth=1.4, markersize=4), **STYLES[label])
-        if dtype == "bfloat16":
+        if dtype != dtypes[0]:
             style.update(linestyle=(0, (3, 1.5)), linewidth=1.6, markerfacecolor="w")
-            label += ", bfloat16"
+            label += f", {dtype}"
         elif label == OURS:
             limit = [r["ms"] * r["share_of_matmul"] for r in curve]
-            lines["beyond the float32 matmul rate"] = axis.fill_between(
+            lines[f"beyond the {dtype} matmul rate"] = axis.fill_between(
                 x, limit, 1e-9, color="#e4e4e4", linewidth=0
             )
         (lines[label],) = axis.plot(x, y, **style)
@@ -162,11 +179,21 @@ def _draw_panel(axis, rows):
 def _caption(report):
     about = dict(report["machine"], **report["shape"])
     about["frameworks"] = ", ".join(about["frameworks"])
+    place = "{threads} threads of {cpu}" if "cpu" in about else "one {gpu}"
+    dtype = report["speed"][0]["dtype"]
     return (
-        "Attention on {threads} threads of {cpu}, {frameworks}\n"
-        "float32 unless said; batch {batch}, {heads} heads of {head_dim}, "
+        f"Attention on {place}, {{frameworks}}\n"
+        f"{dtype} unless said; batch {{batch}}, {{heads}} heads of {{head_dim}}, "
         "local_attn_ctx {local_attn_ctx}, block size {block_size}; {date}, {commit}"
     ).format(**about)
+
+
+def commit():
+    """Of the sources here; "unknown" where git does not know them."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    describe = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    printed = subprocess.run(describe, stdout=subprocess.PIPE).stdout
+    return printed.decode().strip() or "unknown"
 
 
 def main(paths, picture):
