@@ -335,6 +335,7 @@ class BlockMask:
         codes = np.frombuffer(b"".join(seen), codes.dtype).reshape(-1, count)
         elements = np.unpackbits(self._code_bits(), axis=2, bitorder="little")
         elements = elements[codes].transpose(0, 3, 1, 2)  # [mask_blocks, q, block, kv]
+        elements = np.ascontiguousarray(elements)  # packbits keeps the order in memory
         elements = elements.reshape(-1, self.block_size, tile_kv)
         mask_bits = np.packbits(elements, axis=2, bitorder="little")
         ids = np.concatenate(mask_ids)

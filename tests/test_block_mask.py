@@ -1,6 +1,7 @@
 """Plans against layout and mask, element by element, in every form that a plan has."""
 
 import doctest
+import itertools
 import json
 import subprocess
 import sys
@@ -290,12 +291,18 @@ def test_plans_are_made_once_and_are_read_only():
             array[...] = 0
 
 
-def test_tile_arrays_have_the_types_that_kernels_read():
-    for mask in masks.causal_mask(), None:
-        _, _, *lists, mask_bits = BlockMask(np.ones([2, 2]), mask, 8).tiles(8)
-        assert [array.dtype for array in lists] == [np.int32] * 3
-        assert mask_bits.dtype == np.uint8
-        assert mask_bits.shape[1:] == (8, 1)
+def test_tile_arrays_are_what_kernels_read():
+    """In order in memory too, be it one block or many."""
+    for mask, layout in itertools.product(
+        (masks.causal_mask(), None), (np.eye(2), np.ones([2, 2]))
+    ):
+        block_mask = BlockMask(layout, mask, 8)
+        for tiles in block_mask.tiles(8), block_mask.tiles(16), block_mask.kv_tiles(32):
+            *lists, mask_bits = (x for x in tiles if isinstance(x, np.ndarray))
+            assert {array.dtype for array in lists} == {np.dtype(np.int32)}
+            assert mask_bits.dtype == np.uint8
+            assert all(array.flags.c_contiguous for array in (*lists, mask_bits))
+        assert block_mask.tiles(8).mask_bits.shape[1:] == (8, 1)
 
 
 # ---- patterns ----

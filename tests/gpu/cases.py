@@ -138,6 +138,12 @@ def _features():
             dtype,
             kv_lengths=(250, 77),
         )
+        # Every list has one block, all of one mask.
+        yield case(
+            "diagonal",
+            lambda: BlockMask(np.eye(9), causal_mask(), 32, 280, 280),
+            dtype,
+        )
         for scale in (-0.3, 0.0):
             yield case(
                 f"scale{scale}",
