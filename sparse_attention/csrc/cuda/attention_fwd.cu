@@ -86,10 +86,14 @@ DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int firs
   }
 }
 
-// log(sum * exp(row_max * scale)). The float32 backward takes exp of it again and would double an
-// error of one unit in the last place.
+// What exponents are shifted by. Rounded, and the same in all places: what the exponentials of a row
+// were shifted by must cancel to the last bit where they meet.
+DEVICE float Shift(float row_max, float scale_exp) { return __fmul_rn(row_max, scale_exp); }
+
+// log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of one
+// unit in the last place.
 DEVICE float LogSumExp(float row_max, float scale, float sum) {
-  if (kIsFloat) return static_cast<float>(static_cast<double>(row_max) * scale + log(double(sum)));
+  if (kIsFloat) return static_cast<float>(Shift(row_max, scale) + log(double(sum)));
   return fmaf(row_max, scale, logf(sum));
 }
 
@@ -121,8 +125,8 @@ struct OnlineSoftmax {
       peak = fmaxf(peak, other_peak);
       peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
-      const float shift = peak == -kInf ? 0 : peak * scale_exp;
-      const float correction = Exp(fmaf(row_max[m][h], scale_exp, -shift));
+      const float shift = peak == -kInf ? 0 : Shift(peak, scale_exp);
+      const float correction = Exp(Shift(row_max[m][h], scale_exp) - shift);
       row_max[m][h] = peak;
       float sums[2] = {row_sum[m][h] * correction, 0};
 #pragma unroll
