@@ -24,7 +24,7 @@ from cpu import HERE, MODES, Case, useful_flops
 # batch, q_len, heads, head_dim, local_attn_ctx
 WIDE, LONG = (4, 16384, 8, 128, 128), (1, 65536, 8, 64, 256)
 # Of the picture: as many tokens at every length.
-CURVE = [(65536 // n, n, 16, 64, 128) for n in (4096, 8192, 16384, 32768, 65536)]
+CURVE = [(65536 // n, n, 16, 64, 128) for n in (4096, 16384, 65536)]
 SHAPES = {
     "kernels": [*CURVE, WIDE, LONG],
     "tensorflow": [(4, 4096, 16, 64, 128), (4, 16384, 16, 64, 128), LONG],
