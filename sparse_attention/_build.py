@@ -41,7 +41,8 @@ CSRC = os.path.join(PACKAGE, "csrc")
 
 # The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
 ATTENTION = ("core.cc", "cpu/attention_kernels.cc")
-CUDA = ("cuda/configs.cc", "cuda/driver.cc", "cuda/launch.cc")
+ATTENTION += ("cuda/configs.cc", "cuda/launch.cc")
+CUDA = ("cuda/driver.cc", "cuda/modules.cc")
 BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc")
 LIBRARIES = {
     "spattn_core": ("isa.cc", *ATTENTION, *CUDA, *BLOCKSPARSE),

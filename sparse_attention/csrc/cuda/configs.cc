@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "modules.h"
+
 namespace spattn {
 namespace {
 
@@ -99,15 +101,6 @@ SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
 
 }  // namespace
 
-int SharedMemoryOf(int arch) {
-  const int kib = arch == 75                 ? 64
-                  : arch < 80                ? 96
-                  : arch == 80 || arch == 87 ? 163
-                  : arch >= 90 && arch < 120 ? 227
-                                             : 99;
-  return kib * 1024;
-}
-
 void ChooseTiles(SpattnCudaShape* shape) {
   const int largest_q =
       std::min(LargestTile(*shape, SPATTN_FWD), LargestTile(*shape, SPATTN_BWD_DQ));
@@ -124,11 +117,7 @@ SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
            is_dkv                ? "attention_bwd_dkv"
            : phase == SPATTN_FWD ? "attention_fwd"
                                  : "attention_bwd_dq");
-  char* at = kernel.macros;
-  const auto define = [&](const char* name, int value) {
-    at += snprintf(at, kernel.macros + sizeof(kernel.macros) - at, "%s-DSPATTN_%s=%d",
-                   at == kernel.macros ? "" : " ", name, value);
-  };
+  const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
   define("DTYPE", s.dtype);
   define("HEAD_DIM", s.head_dim);
   define("HEAD_DIM_V", s.head_dim_v);

@@ -6,9 +6,6 @@
 
 namespace spattn {
 
-// Bytes of shared memory that one CTA may use.
-int SharedMemoryOf(int arch);
-
 // The largest tiles up to 128 that fit; a tile is at least a block.
 void ChooseTiles(SpattnCudaShape* shape);
 

@@ -1,12 +1,7 @@
 // launch.cc — checks what the host can see, then puts the kernels on a stream.
-#include <map>
-#include <mutex>
-#include <string>
-#include <tuple>
-
 #include "../checks.h"
 #include "configs.h"
-#include "driver.h"
+#include "modules.h"
 #include "params.h"
 
 namespace spattn {
@@ -14,10 +9,9 @@ namespace {
 
 // ---- checks ----
 
-// What the kernels hold in 32 bits, and what a grid can have.
+// What the kernels hold in 32 bits.
 constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 256;
 constexpr int64_t kMaxEntries = int64_t{1} << 28;  // times the 4 tiles of a block of 128
-constexpr int64_t kMaxGrid = 65535;                // in y and z; 2^31 - 1 in x
 
 SpattnStatus CheckCudaProblem(const SpattnProblem& p) {
   SPATTN_RETURN_IF_ERROR(CheckProblem(p));
@@ -128,83 +122,19 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
   return Ok();
 }
 
-// ---- kernels ----
-
-// Where kernels come from, and those that were loaded: into each context its own.
-struct Kernels {
-  std::mutex mutex;
-  SpattnCudaCode code = nullptr;
-  int arch = 0;
-  std::map<CuHandle, int> archs;  // of each context
-  std::map<std::tuple<CuHandle, int, std::string>, CuHandle> functions;
-};
-
-Kernels& TheKernels() {
-  static Kernels* kernels = new Kernels;  // never destroyed: threads may outlive main
-  return *kernels;
-}
-
-SpattnStatus FindArch(const Driver& driver, CuHandle context, int* arch) {
-  Kernels& kernels = TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
-  if (kernels.arch == 0 && kernels.archs.count(context) == 0) {
-    int device, major, minor;
-    SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuCtxGetDevice(&device), "cuCtxGetDevice"));
-    SPATTN_RETURN_IF_ERROR(
-        driver.Check(driver.cuDeviceGetAttribute(&major, kDeviceCapabilityMajor, device),
-                     "cuDeviceGetAttribute"));
-    SPATTN_RETURN_IF_ERROR(
-        driver.Check(driver.cuDeviceGetAttribute(&minor, kDeviceCapabilityMinor, device),
-                     "cuDeviceGetAttribute"));
-    kernels.archs[context] = major * 10 + minor;
-  }
-  *arch = kernels.arch != 0 ? kernels.arch : kernels.archs[context];
-  return Ok();
-}
-
-SpattnStatus FindFunction(const Driver& driver, CuHandle context, int arch,
-                          const SpattnCudaKernel& kernel, CuHandle* function) {
-  Kernels& kernels = TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
-  CuHandle& found = kernels.functions[{context, arch, std::string(kernel.name) + kernel.macros}];
-  if (found == nullptr) {
-    if (kernels.code == nullptr) {
-      return Failed(SPATTN_UNSUPPORTED, "no code for CUDA kernels: spattn_cuda_set_code first");
-    }
-    const void* code = nullptr;
-    SpattnStatus status = Ok();
-    kernels.code(&kernel, arch, &code, &status);
-    SPATTN_RETURN_IF_ERROR(status);
-    CuHandle module, loaded;
-    SPATTN_RETURN_IF_ERROR(
-        driver.Check(driver.cuModuleLoadData(&module, code), "cuModuleLoadData"));
-    SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuModuleGetFunction(&loaded, module, kernel.name),
-                                        "cuModuleGetFunction"));
-    SPATTN_RETURN_IF_ERROR(driver.Check(
-        driver.cuFuncSetAttribute(loaded, kFuncMaxDynamicSharedMemory, kernel.shared_memory),
-        "cuFuncSetAttribute"));
-    found = loaded;
-  }
-  *function = found;
-  return Ok();
-}
-
 // ---- launches ----
 
-// One call's way to the device: the current context, a stream, what kernels are specialised for.
+// One call's way to the device: a stream, and what kernels are specialised for.
 class Launcher {
  public:
   SpattnStatus Init(const SpattnProblem& p, void* stream) {
-    SPATTN_RETURN_IF_ERROR(OpenDriver(&driver_));
-    SPATTN_RETURN_IF_ERROR(driver_->Check(driver_->cuCtxGetCurrent(&context_), "cuCtxGetCurrent"));
-    if (context_ == nullptr) return Failed(SPATTN_INTERNAL, "no CUDA context is current");
-    SPATTN_RETURN_IF_ERROR(FindArch(*driver_, context_, &shape_.arch));
+    SPATTN_RETURN_IF_ERROR(stream_.Open(stream));
+    shape_.arch = stream_.arch();
     if (p.dtype == SPATTN_BFLOAT16 && shape_.arch < 80) {
       return Failed(SPATTN_UNSUPPORTED,
                     "bfloat16 needs a GPU of compute capability 8.0, this has %d.%d",
                     shape_.arch / 10, shape_.arch % 10);
     }
-    stream_ = stream;
     shape_.dtype = p.dtype;
     shape_.head_dim = p.head_dim;
     shape_.head_dim_v = p.head_dim_v;
@@ -238,20 +168,11 @@ class Launcher {
                     phase == SPATTN_BWD_DKV ? shape_.tile_kv : shape_.block_q, kernel.shared_memory,
                     shape_.arch, SharedMemoryOf(shape_.arch));
     }
-    CuHandle function;
-    SPATTN_RETURN_IF_ERROR(FindFunction(*driver_, context_, shape_.arch, kernel, &function));
-    void* arguments[] = {const_cast<Params*>(&params)};
-    return driver_->Check(
-        driver_->cuLaunchKernel(
-            function, static_cast<unsigned>(grid_x), static_cast<unsigned>(heads),
-            static_cast<unsigned>(batch), static_cast<unsigned>(kernel.threads), 1, 1,
-            static_cast<unsigned>(kernel.shared_memory), stream_, arguments, nullptr),
-        kernel.name);
+    return stream_.Launch(kernel, &params, grid_x, heads, batch);
   }
 
  private:
-  const Driver* driver_ = nullptr;
-  CuHandle context_ = nullptr, stream_ = nullptr;
+  Stream stream_;
   SpattnCudaShape shape_ = {};
 };
 
@@ -317,13 +238,6 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
 }  // namespace spattn
 
 // ---- C ABI ----
-
-void spattn_cuda_set_code(SpattnCudaCode code, int32_t arch) {
-  spattn::Kernels& kernels = spattn::TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
-  kernels.code = code;
-  kernels.arch = arch;
-}
 
 void spattn_cuda_tiles(SpattnCudaShape* shape) { spattn::ChooseTiles(shape); }
 
