@@ -1,34 +1,7 @@
-"""The three-op family in dense float64 NumPy, and what runs it in TensorFlow."""
+"""The three-op family in dense float64 NumPy, and random cases of it."""
 
 import numpy as np
-import tensorflow as tf
-
-MODES = ["graph"]
-if tf.__version__ >= "2":
-    MODES += ["eager", "function"]
-
-
-def evaluate(mode, fn, inputs, output_gradient=None):
-    """The tensors of `fn(*tensors)` as arrays, then the gradients of the inputs if the
-    one of the last output is given."""
-
-    def work(*tensors):
-        if output_gradient is None:
-            return list(fn(*tensors))
-        if mode == "graph":
-            outputs = list(fn(*tensors))
-            return outputs + tf.gradients(outputs[-1], tensors, output_gradient)
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            outputs = list(fn(*tensors))
-        seed = tf.constant(output_gradient)
-        return outputs + tape.gradient(outputs[-1], list(tensors), seed)
-
-    if mode == "graph":
-        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-            return session.run(work(*map(tf.constant, inputs)))
-    work = tf.function(work) if mode == "function" else work
-    return [tensor.numpy() for tensor in work(*map(tf.constant, inputs))]
+from helpers import to_dtype
 
 
 def to_dense(bst, blocks, nothing=0.0):
@@ -112,3 +85,37 @@ def softmax_grad(bst, dy, y, scale):
     dy, y = (to_dense(bst, x.astype(np.float64)) for x in (dy, y))
     delta = np.sum(dy * y, axis=3, keepdims=True)
     return from_dense(bst, scale * y * (dy - delta))
+
+
+# ---- random cases ----
+
+
+def random_layout(heads, seed=0):
+    """3 x 4 blocks; heads have different numbers of them."""
+    random = np.random.RandomState(seed)
+    layout = random.random_sample((heads, 3, 4)) < 0.6
+    layout[:, 1] = False  # queries without keys
+    layout[:, :, 2] = False  # keys without queries
+    layout[:, 0, 0] = True
+    return layout
+
+
+def random_mask(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
+    seed = (head_idx * 101 + query_blk_idx) * 101 + key_blk_idx
+    return np.random.RandomState(seed).random_sample(blk_shape) < 0.7
+
+
+def rows(bst, side, head_dim, dtype, seed, batch=2):
+    blocks = {"q": bst.ctx_blks_q, "kv": bst.ctx_blks_k}[side]
+    shape = (batch, blocks * bst.blk_size, bst.heads * head_dim)
+    return to_dtype(np.random.RandomState(seed).standard_normal(shape), dtype)
+
+
+def blocks_of(bst, dtype, seed, batch=2):
+    """Random blocks, the unused ones too: they must not matter."""
+    shape = (batch, bst.heads, bst.blocks) + bst.blk_shape
+    return to_dtype(np.random.RandomState(seed).standard_normal(shape), dtype)
+
+
+def f32(x):
+    return np.asarray(x).astype(np.float32)

@@ -10,6 +10,7 @@ import blocks_oracle as oracle
 import blocksparse_original
 import numpy as np
 import pytest
+from blocks_runner import evaluate
 from helpers import assert_close, to_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,7 +156,7 @@ def run_original(path):
         block_size, dtype, key = case
         bst = example(module.BlocksparseTransformer, block_size)
         *inputs, dy = example_inputs(bst, dtype)
-        fetched = oracle.evaluate(
+        fetched = evaluate(
             "graph",
             lambda q, k, v, b=bst, key=key: pipeline(b, q, k, v, key),
             inputs,

@@ -9,6 +9,8 @@ import blocks_oracle as oracle
 import numpy as np
 import pytest
 import tensorflow as tf
+from blocks_oracle import blocks_of, f32, random_layout, random_mask, rows
+from blocks_runner import MODES, evaluate
 from helpers import assert_close, to_dtype
 
 from sparse_attention.blocksparse_ops import load_blocksparse_ops
@@ -17,37 +19,11 @@ from sparse_attention.transformer import BlocksparseTransformer
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
-def random_mask(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
-    seed = (head_idx * 101 + query_blk_idx) * 101 + key_blk_idx
-    return np.random.RandomState(seed).random_sample(blk_shape) < 0.7
-
-
 def transformer(
     block_size=16, heads=3, shared=False, mask_callback=random_mask, seed=0
 ):
-    """3 x 4 blocks; unless shared, heads have different numbers of them."""
-    random = np.random.RandomState(seed)
-    layout = random.random_sample((1 if shared else heads, 3, 4)) < 0.6
-    layout[:, 1] = False  # queries without keys
-    layout[:, :, 2] = False  # keys without queries
-    layout[:, 0, 0] = True
+    layout = random_layout(1 if shared else heads, seed)
     return BlocksparseTransformer(layout, block_size, heads, mask_callback)
-
-
-def rows(bst, side, head_dim, dtype, seed, batch=2):
-    blocks = {"q": bst.ctx_blks_q, "kv": bst.ctx_blks_k}[side]
-    shape = (batch, blocks * bst.blk_size, bst.heads * head_dim)
-    return to_dtype(np.random.RandomState(seed).standard_normal(shape), dtype)
-
-
-def blocks_of(bst, dtype, seed, batch=2):
-    """Random blocks, the unused ones too: they must not matter."""
-    shape = (batch, bst.heads, bst.blocks) + bst.blk_shape
-    return to_dtype(np.random.RandomState(seed).standard_normal(shape), dtype)
-
-
-def f32(x):
-    return np.asarray(x).astype(np.float32)
 
 
 # ---- products ----
@@ -61,7 +37,7 @@ def test_products_match_oracle(block_size, head_dim, dtype):
     q, k = (rows(bst, side, head_dim, dtype, 1) for side in ("q", "kv"))
     for blocks_dtype in DTYPES:
         w = blocks_of(bst, blocks_dtype, 2)
-        nt, nn, tn = oracle.evaluate(
+        nt, nn, tn = evaluate(
             "graph",
             lambda q, k, w, dtype=blocks_dtype: [
                 bst.nt_op(q, k, dtype=tf.as_dtype(dtype)),
@@ -84,7 +60,7 @@ def test_unused_blocks_and_rows_without_blocks_are_zero():
     assert min(counts) < bst.blocks == max(counts)
     q, k = (rows(bst, side, 16, "float32", 1) for side in ("q", "kv"))
     x = blocks_of(bst, "bfloat16", 2)
-    nt, y, dx, nn, tn = oracle.evaluate(
+    nt, y, dx, nn, tn = evaluate(
         "graph",
         lambda q, k, x: [
             bst.nt_op(q, k),
@@ -113,7 +89,7 @@ def test_softmax_matches_oracle(block_size, x_dtype, dtype):
         bst = transformer(block_size, shared=block_size == 16, mask_callback=mask)
         x = blocks_of(bst, x_dtype, 1)
         dy = blocks_of(bst, dtype, 2)
-        y, dx = oracle.evaluate(
+        y, dx = evaluate(
             "graph",
             lambda x, bst=bst: [bst.masked_softmax(x, 0.3, dtype=tf.as_dtype(dtype))],
             [x],
@@ -133,7 +109,7 @@ def test_masked_softmax_ignores_masked_scores():
     poisoned = x.copy()
     hidden = ~oracle.from_dense(bst, oracle.attends(bst)[None])[0]
     poisoned[:, hidden] = np.resize([np.nan, np.inf, 1e30], poisoned[:, hidden].shape)
-    clean, got = oracle.evaluate(
+    clean, got = evaluate(
         "graph", lambda *xs: [bst.masked_softmax(x, 0.5) for x in xs], [x, poisoned]
     )
     assert clean.tobytes() == got.tobytes()
@@ -143,7 +119,7 @@ def test_masked_softmax_of_query_without_allowed_keys_is_even():
     layout = np.array([[1, 1, 1]])
     bst = BlocksparseTransformer(layout, 8, 1, lambda *_: np.eye(8) > 1)
     x = blocks_of(bst, "bfloat16", 1)
-    (y,) = oracle.evaluate("graph", lambda x: [bst.masked_softmax(x)], [x])
+    (y,) = evaluate("graph", lambda x: [bst.masked_softmax(x)], [x])
     np.testing.assert_array_equal(
         f32(y), f32(to_dtype(np.full(x.shape, 1 / 24), "bfloat16"))
     )
@@ -153,7 +129,7 @@ def test_softmax_takes_negative_and_huge_scores():
     bst = transformer(mask_callback=None)
     x = f32(blocks_of(bst, "bfloat16", 1)) * 1e30
     for scale in (-1.0, 0.0, 1e7):
-        (y,) = oracle.evaluate(
+        (y,) = evaluate(
             "graph", lambda x, scale=scale: [bst.softmax(x, scale, tf.float32)], [x]
         )
         plain = bst.masked_softmax_test(x, scale)
@@ -173,7 +149,7 @@ def test_autoregressive_mask_matches_oracle(block_size, key_dtype):
         2 * block_size + 3,
         4 * block_size - 1,
     ):
-        (y,) = oracle.evaluate(
+        (y,) = evaluate(
             "graph",
             lambda x, key=key: [
                 bst.masked_softmax(x, 0.5, key_dtype(key), dtype=tf.float32)
@@ -187,7 +163,7 @@ def test_autoregressive_mask_matches_oracle(block_size, key_dtype):
 # ---- gradients ----
 
 
-@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_products_match_oracle(mode, dtype):
     bst = transformer()
@@ -195,21 +171,21 @@ def test_gradients_of_products_match_oracle(mode, dtype):
     w = blocks_of(bst, "bfloat16", 2)
 
     dw = blocks_of(bst, "bfloat16", 3)
-    dq, dk = oracle.evaluate(mode, lambda q, k: [bst.nt_op(q, k)], [q, k], dw)[1:]
+    dq, dk = evaluate(mode, lambda q, k: [bst.nt_op(q, k)], [q, k], dw)[1:]
     plain = to_dtype(bst.nn_test(f32(dw), f32(k)), dtype)
     assert_close(dq, oracle.nn(bst, dw, k), plain, 3)
     plain = to_dtype(bst.tn_test(f32(dw), f32(q)), dtype)
     assert_close(dk, oracle.tn(bst, dw, q), plain, 3)
 
     dy = rows(bst, "q", 24, dtype, 4)
-    dw, dv = oracle.evaluate(mode, lambda w, v: [bst.nn_op(w, v)], [w, k], dy)[1:]
+    dw, dv = evaluate(mode, lambda w, v: [bst.nn_op(w, v)], [w, k], dy)[1:]
     plain = to_dtype(bst.nt_test(f32(dy), f32(k)), "bfloat16")
     assert_close(dw, oracle.nt(bst, dy, k), plain, 3)
     plain = to_dtype(bst.tn_test(f32(w), f32(dy)), dtype)
     assert_close(dv, oracle.tn(bst, w, dy), plain, 3)
 
     dy = rows(bst, "kv", 24, dtype, 5)
-    dw, dv = oracle.evaluate(mode, lambda w, v: [bst.tn_op(w, v)], [w, q], dy)[1:]
+    dw, dv = evaluate(mode, lambda w, v: [bst.tn_op(w, v)], [w, q], dy)[1:]
     plain = to_dtype(bst.nt_test(f32(q), f32(dy)), "bfloat16")
     assert_close(dw, oracle.nt(bst, q, dy), plain, 3)
     plain = to_dtype(bst.nn_test(f32(w), f32(dy)), dtype)
@@ -244,7 +220,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert digests[0] == digests[1] and len(digests[0].split()[-1]) == 40
 
 
-@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_empty_batch_gives_empty_results(mode):
     bst = transformer()
     q, k = (rows(bst, side, 8, "float32", 1, batch=0) for side in ("q", "kv"))
@@ -253,7 +229,7 @@ def test_empty_batch_gives_empty_results(mode):
         w = bst.masked_softmax(bst.query_key_op(q, k))
         return [w, bst.weight_value_op(w, k)]
 
-    w, y, dq, dk = oracle.evaluate(mode, attend, [q, k], q)
+    w, y, dq, dk = evaluate(mode, attend, [q, k], q)
     assert w.shape == (0, 3, bst.blocks, 16, 16)
     assert (y.shape, dq.shape, dk.shape) == (q.shape, q.shape, k.shape)
 
@@ -261,7 +237,7 @@ def test_empty_batch_gives_empty_results(mode):
 def test_layout_without_blocks_gives_zeros():
     bst = BlocksparseTransformer(np.zeros((2, 2)), 8, 2)
     q = rows(bst, "q", 8, "float32", 1)
-    w, y = oracle.evaluate(
+    w, y = evaluate(
         "graph", lambda q: [bst.nt_op(q, q), bst.nn_op(bst.nt_op(q, q), q)], [q]
     )
     assert w.shape == (2, 2, 0, 8, 8)

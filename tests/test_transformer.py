@@ -9,6 +9,7 @@ import blocks_oracle as oracle
 import numpy as np
 import pytest
 import tensorflow as tf
+from blocks_runner import MODES, evaluate
 from helpers import assert_close, to_dtype
 
 from sparse_attention import reference
@@ -221,7 +222,7 @@ def check_attention(bst, mode, dtype, scores=None, weights=None):
     n_ctx = bst.ctx_blks_q * bst.blk_size
     tensors = random.standard_normal((4, 2, n_ctx, bst.heads * 16))
     q, k, v, dy = (to_dtype(x, dtype) for x in tensors)
-    w, a, *got = oracle.evaluate(mode, attend(bst, scores, weights), [q, k, v], dy)
+    w, a, *got = evaluate(mode, attend(bst, scores, weights), [q, k, v], dy)
 
     def split(x):
         return x.reshape(2, n_ctx, bst.heads, 16).astype(np.float64)
@@ -237,7 +238,7 @@ def check_attention(bst, mode, dtype, scores=None, weights=None):
     return dtypes
 
 
-@pytest.mark.parametrize("mode", oracle.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "dtype, weights",
     [("float32", "bfloat16"), ("float16", "float16"), ("bfloat16", "bfloat16")],
@@ -264,8 +265,8 @@ def test_scores_keep_their_gradient_in_their_dtype():
         a = bst.masked_softmax(w * tf.constant(2.0, tf.bfloat16))
         return [bst.weight_value_op(a, q)]
 
-    for mode in oracle.MODES:
-        y, dq = oracle.evaluate(mode, pipeline, [q], q)
+    for mode in MODES:
+        y, dq = evaluate(mode, pipeline, [q], q)
         assert dq.dtype == y.dtype == np.float16
         assert np.isfinite(dq.astype("f")).all() and dq.any()
 
