@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+from fake_cuda import fakes, machine  # noqa: F401
 
 # They need Keras 3, which Python 3.7 and its TensorFlow 1.15 are too old for.
 KERAS_3_TESTS = [
