@@ -40,14 +40,15 @@ PACKAGE = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(PACKAGE, "csrc")
 
 # The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
-ATTENTION = ("core.cc", "cpu/attention_kernels.cc")
-ATTENTION += ("cuda/configs.cc", "cuda/launch.cc")
-CUDA = ("cuda/driver.cc", "cuda/modules.cc")
-BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc")
+ATTENTION = (
+    *("core.cc", "cpu/attention_kernels.cc", "cuda/configs.cc", "cuda/launch.cc"),
+)
+BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc", "cuda/blocks_launch.cc")
+SHARED = ("isa.cc", "cuda/driver.cc", "cuda/modules.cc")
 LIBRARIES = {
-    "spattn_core": ("isa.cc", *ATTENTION, *CUDA, *BLOCKSPARSE),
-    "attention_ops": ("isa.cc", *ATTENTION, *CUDA, "tf/attention_op.cc"),
-    "blocksparse_ops": ("isa.cc", *BLOCKSPARSE, "tf/blocksparse_ops.cc"),
+    "spattn_core": (*SHARED, *ATTENTION, *BLOCKSPARSE),
+    "attention_ops": (*SHARED, *ATTENTION, "tf/attention_op.cc"),
+    "blocksparse_ops": (*SHARED, *BLOCKSPARSE, "tf/blocksparse_ops.cc"),
 }
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]

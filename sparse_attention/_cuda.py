@@ -23,6 +23,9 @@ from . import _build
 SOURCES = os.path.join(_build.CSRC, "cuda")
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
+BLOCKS_OPS = (  # in the order of SpattnBlocksOp
+    *("nt", "nn", "tn", "listed", "softmax", "masked_softmax", "softmax_grad", "mask"),
+)
 UNSUPPORTED = 2  # of SpattnCode
 
 # kv tiles of 64 pay where they list at most so many times the blocks of those of 128: 1.5
@@ -55,6 +58,13 @@ class Shape(ctypes.Structure):
             *("block_q", "tile_kv"),
         )
     ]
+
+
+class BlocksShape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("arch", "block_size", "dtype", "scores_dtype", "weights_dtype")
+    ] + [("head_dim", ctypes.c_int64)]
 
 
 class Kernel(ctypes.Structure):
@@ -127,6 +137,30 @@ def kernel_of(library, shape, phase):
     number = PHASES.index(phase)
     library.spattn_cuda_kernel(ctypes.byref(shape), number, ctypes.byref(kernel))
     return kernel
+
+
+def blocks_kernel_of(library, op, arch, block_size, dtype, scores, weights, head_dim):
+    """The `Kernel` of one of BLOCKS_OPS; `dtype`, `scores`, `weights` are of DTYPES."""
+    dtypes = map(DTYPES.index, (dtype, scores, weights))
+    shape, kernel = BlocksShape(arch, block_size, *dtypes, head_dim), Kernel()
+    number = BLOCKS_OPS.index(op)
+    library.spattn_cuda_blocks_kernel(ctypes.byref(shape), number, ctypes.byref(kernel))
+    return kernel
+
+
+def blocks_kernels(library, arch, block_size, dtype, head_dim):
+    """{what it does: `Kernel`} of all that `BlocksparseTransformer` runs on a dtype.
+
+    Its scores are bfloat16, and so are its weights, save for float16 queries.
+    """
+    scores, weights = "bfloat16", "float16" if dtype == "float16" else "bfloat16"
+    uses = {}
+    for op in BLOCKS_OPS:
+        for operand in {scores, weights} if op in ("nt", "nn", "tn") else [scores]:
+            uses[f"{op} {operand}"] = blocks_kernel_of(
+                library, op, arch, block_size, dtype, operand, weights, head_dim
+            )
+    return uses
 
 
 def tiles_kv(shape):
@@ -237,9 +271,10 @@ def options(macros, arch):
 
 def sources(kernel):
     """{name: text} of what a kernel is compiled from."""
-    names = [*glob.glob(os.path.join(SOURCES, "*.cuh")), "params.h", f"{kernel}.cu"]
+    names = [*glob.glob(os.path.join(SOURCES, "*.cuh")), f"{kernel}.cu"]
+    names += ["params.h", "blocks_params.h", "../core.h", "../blocksparse.h"]
     files = {"stdint.h": STDINT}
-    for path in sorted(os.path.join(SOURCES, name) for name in [*names, "../core.h"]):
+    for path in sorted(os.path.join(SOURCES, name) for name in names):
         with open(path, "rb") as file:
             files[os.path.basename(path)] = file.read()
     return files

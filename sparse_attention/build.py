@@ -2,7 +2,8 @@
 
     python -m sparse_attention.build --arch sm_70,sm_80,sm_90a --dtype float16
 
-compiles the ops and, for GPUs of those architectures, the kernels that the patterns run.
+compiles the ops and, for GPUs of those architectures, the kernels that the patterns run,
+the three ops' too.
 It needs NVRTC, but no GPU; wherever the cache is then copied, the kernels need neither
 NVRTC nor a compiler.
 """
@@ -85,6 +86,15 @@ def _kernels(library, arch, options):
     """{(kernel, macros)} of all that the options name."""
     found = set()
     strides = {1 + (pattern == "strided") for pattern in options.pattern}
+    for dtype, head_dim, block_size in itertools.product(
+        options.dtype, options.head_dim, options.block_size
+    ):
+        if block_size > 64:
+            continue
+        for kernel in _cuda.blocks_kernels(
+            library, arch, block_size, dtype, head_dim
+        ).values():
+            found.add((kernel.name.decode(), kernel.macros.decode()))
     for dtype, head_dim, block_size, row_stride in itertools.product(
         options.dtype, options.head_dim, options.block_size, strides
     ):

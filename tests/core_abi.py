@@ -137,6 +137,9 @@ class Core:
         for name in (
             *("fwd_cpu", "fwd_cpu_workspace", "bwd_cpu", "bwd_cpu_workspace"),
             *("fwd_cuda", "bwd_cuda", "bwd_cuda_workspace"),
+            *("blocks_nt_cuda", "blocks_nn_cuda", "blocks_tn_cuda"),
+            *("blocks_softmax_cuda", "blocks_softmax_grad_cuda"),
+            *("blocks_softmax_cuda_workspace", "blocks_autoregressive_mask_cuda"),
         ):
             getattr(self.library, "spattn_" + name).restype = Status
 

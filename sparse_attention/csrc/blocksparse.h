@@ -106,6 +106,49 @@ typedef struct {
 SPATTN_API SpattnStatus spattn_blocks_autoregressive_mask_cpu(const SpattnBlocksMask* params,
                                                               const SpattnThreads* threads);
 
+// ---- on CUDA ----
+//
+// The same structs; every pointer is in memory of the device whose context is current. What core.h says
+// of its CUDA calls holds: sizes and alignment are checked; of values in a table, a pair out of range
+// counts as absent, a list's size is cut to what the table holds and to `longest`. Beyond what the
+// CPU asks for: q and kv have one dtype, and so have y, dy and dx.
+
+// What a kernel is specialised for.
+typedef struct {
+  int32_t arch;           // compute capability: 80 is sm_80
+  int32_t block_size;     // of all
+  int32_t dtype;          // of q and kv
+  int32_t scores_dtype;   // of a product's scores; of the softmax's x
+  int32_t weights_dtype;  // of the softmax's y, dy and dx
+  int64_t head_dim;
+} SpattnCudaBlocksShape;
+
+typedef enum {
+  SPATTN_BLOCKS_NT = 0,
+  SPATTN_BLOCKS_NN = 1,
+  SPATTN_BLOCKS_TN = 2,
+  SPATTN_BLOCKS_LISTED = 3,  // comes before the softmax and its gradient
+  SPATTN_BLOCKS_SOFTMAX = 4,
+  SPATTN_BLOCKS_MASKED_SOFTMAX = 5,
+  SPATTN_BLOCKS_SOFTMAX_GRAD = 6,
+  SPATTN_BLOCKS_MASK = 7,
+} SpattnBlocksOp;
+
+SPATTN_API void spattn_cuda_blocks_kernel(const SpattnCudaBlocksShape* shape, int32_t op,
+                                          SpattnCudaKernel* kernel);
+
+SPATTN_API SpattnStatus spattn_blocks_nt_cuda(const SpattnBlocksMatmul* params, void* stream);
+SPATTN_API SpattnStatus spattn_blocks_nn_cuda(const SpattnBlocksMatmul* params, void* stream);
+SPATTN_API SpattnStatus spattn_blocks_tn_cuda(const SpattnBlocksMatmul* params, void* stream);
+SPATTN_API SpattnStatus spattn_blocks_softmax_cuda_workspace(const SpattnBlocksSoftmax* params,
+                                                             int64_t* bytes);
+SPATTN_API SpattnStatus spattn_blocks_softmax_cuda(const SpattnBlocksSoftmax* params, void* stream,
+                                                   void* workspace);
+SPATTN_API SpattnStatus spattn_blocks_softmax_grad_cuda(const SpattnBlocksSoftmax* params,
+                                                        void* stream, void* workspace);
+SPATTN_API SpattnStatus spattn_blocks_autoregressive_mask_cuda(const SpattnBlocksMask* params,
+                                                               void* stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -1,4 +1,6 @@
-"""The cases of test_cuda_attention.py. To compile their kernels ahead, without a GPU:
+"""The cases of test_cuda_attention.py and test_cuda_blocks.py.
+
+To compile their kernels ahead, without a GPU:
 
 python tests/gpu/cases.py sm_90a compute_70 [-k PART_OF_A_NAME]
 """
@@ -191,6 +193,59 @@ def kernels_of(library, case, arch):
     return {(kernel.name.decode(), kernel.macros.decode()) for kernel in kernels}
 
 
+# ---- the three-op family ----
+
+# scores: read and written by the products, read by the softmax, which writes weights.
+BlocksCase = namedtuple(
+    "BlocksCase", "name block_size dtype scores weights head_dim is_shared has_mask"
+)
+
+
+def _blocks_cases():
+    def case(dtype, scores, weights, block_size, head_dim, is_shared, has_mask):
+        name = f"{dtype}-{scores}-{weights}-{block_size}-{head_dim}"
+        name += "-shared" * is_shared + "-masked" * has_mask
+        return BlocksCase(
+            *(name, block_size, dtype, scores, weights, head_dim, is_shared, has_mask)
+        )
+
+    for dtype in _cuda.DTYPES:
+        for scores in _cuda.DTYPES:
+            for i, size in enumerate((8, 16, 32, 64)):
+                # weights take the other types in turn
+                weights = _cuda.DTYPES[(_cuda.DTYPES.index(scores) + i) % 3]
+                yield case(dtype, scores, weights, size, 64, i % 2 == 1, i < 3)
+        for size, head_dim in (
+            (16, 8),
+            (32, 24),
+            (8, 40),
+            (64, 72),
+            (32, 128),
+            (16, 256),
+        ):
+            yield case(dtype, "bfloat16", dtype, size, head_dim, size == 16, size > 16)
+
+
+BLOCKS_CASES = [*_blocks_cases()]
+VOLTA_BLOCKS_CASES = [
+    c
+    for c in BLOCKS_CASES
+    if c.head_dim in (64, 72) and c.block_size in (8, 32, 64) and c.dtype != c.weights
+]
+
+
+def blocks_kernels_of(library, case, arch):
+    """{(kernel, macros)} that a case runs."""
+    sizes = arch, case.block_size
+    kernels = [
+        _cuda.blocks_kernel_of(
+            *(library, op, *sizes, case.dtype, case.scores, case.weights, case.head_dim)
+        )
+        for op in _cuda.BLOCKS_OPS
+    ]
+    return {(kernel.name.decode(), kernel.macros.decode()) for kernel in kernels}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("arch", nargs="+", choices=["sm_90a", "compute_70"])
@@ -199,11 +254,16 @@ def main():
     library = ctypes.CDLL(_build.build_core())
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for arch in options.arch:
-            number, cases = (90, CASES) if arch == "sm_90a" else (70, VOLTA_CASES)
-            chosen = [
-                c for c in cases if any(k in c.name for k in options.k.split(","))
-            ]
-            kernels = set().union(*(kernels_of(library, c, number) for c in chosen))
+            number, cases, blocks_cases = (
+                (90, CASES, BLOCKS_CASES)
+                if arch == "sm_90a"
+                else (70, VOLTA_CASES, VOLTA_BLOCKS_CASES)
+            )
+            kernels = set()
+            for find, some in ((kernels_of, cases), (blocks_kernels_of, blocks_cases)):
+                for c in some:
+                    if any(k in c.name for k in options.k.split(",")):
+                        kernels |= find(library, c, number)
             compiled = functools.partial(_cuda.compiled, arch=arch)
             print(len(list(pool.map(compiled, *zip(*kernels)))), "kernels for", arch)
 

@@ -4,6 +4,8 @@ import ctypes
 import shutil
 import tempfile
 
+import blocks_abi
+import numpy as np
 import torch
 from core_abi import (
     BwdParams,
@@ -29,8 +31,16 @@ def load_core(ptx_arch=0):
     return core
 
 
+def _stream():
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
 def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def _dtype(x):
+    return str(x.dtype).split(".")[1]
 
 
 def _tensor(x):
@@ -73,15 +83,14 @@ class Attention:
         scale, head_dim = self.softmax_scale, q.shape[3]
         return Problem(
             *(q.shape[0], q.shape[1], k.shape[1], self.heads, self.kv_heads),
-            *(head_dim, v.shape[3], _cuda.DTYPES.index(str(q.dtype).split(".")[1])),
+            *(head_dim, v.shape[3], _cuda.DTYPES.index(_dtype(q))),
             *(head_dim**-0.5 if scale is None else scale, self.block_mask.row_stride),
             _pointer(kv_lengths),
         )
 
     def _call(self, name, structs, *workspace):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         function = getattr(self.core.library, "spattn_" + name)
-        check(function(*map(ctypes.byref, structs), stream, *workspace))
+        check(function(*map(ctypes.byref, structs), _stream(), *workspace))
 
     def forward(self, q, k, v, kv_lengths=None, out=None):
         """o [batch, q_len, heads, head_dim_v] and lse float32 [batch, heads, q_len]."""
@@ -117,3 +126,102 @@ class Attention:
         pointer = ctypes.c_void_p(workspace.data_ptr())
         self._call("bwd_cuda", [params, self.kv_plan], pointer)
         return out
+
+
+class Blocks:
+    """The three-op family on one `BlocksparseTables`.
+
+    Each call writes `out`, or else a new tensor that is NaN before.
+
+    Attributes:
+      luts: {"nt", "nn", "tn": int32 tensor}, changed at will.
+      mask: uint8 tensor, the bytes of the tables' mask; or None.
+    """
+
+    def __init__(self, core, tables):
+        self.core, self.tables = core, tables
+        self.luts = {
+            name: torch.tensor(getattr(tables, name + "_lut"), device="cuda")
+            for name in ("nt", "nn", "tn")
+        }
+        self.mask = None
+        if tables.softmax_mask is not None:
+            self.mask = torch.tensor(tables.softmax_mask.view(np.uint8), device="cuda")
+
+    def _lut(self, name):
+        return blocks_abi.lut_of(self.tables, name, self.luts[name].data_ptr())
+
+    def _blocks(self, batch):
+        return blocks_abi.blocks_of(self.tables, batch)
+
+    def _call(self, name, params, *workspace):
+        function = getattr(self.core.library, f"spattn_blocks_{name}_cuda")
+        check(function(ctypes.byref(params), _stream(), *workspace))
+
+    def _matmul(self, name, scores, q, kv):
+        batch, _, width = q.shape
+        params = blocks_abi.Matmul(
+            *(self._blocks(batch), self._lut(name), width // self.tables.heads),
+            *map(_array, (scores, q, kv)),
+        )
+        self._call(name, params)
+
+    def nt(self, q, kv, dtype, out=None):
+        """scores, of a torch dtype."""
+        shape = len(q), self.tables.heads, self.tables.blocks, *self.tables.blk_shape
+        out = _new(out, shape, dtype)
+        self._matmul("nt", out, q, kv)
+        return out
+
+    def nn(self, scores, kv, out=None):
+        rows = self.tables.ctx_blks_q * self.tables.blk_size
+        out = _new(out, (len(kv), rows, kv.shape[2]), kv.dtype)
+        self._matmul("nn", scores, out, kv)
+        return out
+
+    def tn(self, scores, q, out=None):
+        rows = self.tables.ctx_blks_k * self.tables.blk_size
+        out = _new(out, (len(q), rows, q.shape[2]), q.dtype)
+        self._matmul("tn", scores, q, out)
+        return out
+
+    def _softmax(self, name, batch, scale, mask, **arrays):
+        params = blocks_abi.Softmax(self._blocks(batch), self._lut("nn"), scale)
+        if mask is not None:
+            params.mask, params.mask_heads = mask.data_ptr(), len(mask)
+        for key, array in arrays.items():
+            setattr(params, key, _array(array))
+        size = ctypes.c_int64()
+        workspace_of = self.core.library.spattn_blocks_softmax_cuda_workspace
+        check(workspace_of(ctypes.byref(params), ctypes.byref(size)))
+        workspace = torch.full((size.value,), 255, dtype=torch.uint8, device="cuda")
+        self._call(name, params, ctypes.c_void_p(workspace.data_ptr()))
+
+    def softmax(self, x, scale, dtype, mask=None, out=None):
+        out = _new(out, x.shape, dtype)
+        self._softmax("softmax", len(x), scale, mask, x=x, y=out)
+        return out
+
+    def softmax_grad(self, dy, y, scale, out=None):
+        out = _new(out, y.shape, y.dtype)
+        self._softmax("softmax_grad", len(y), scale, None, y=y, dy=dy, dx=out)
+        return out
+
+    def autoregressive_mask(self, key, out=None):
+        out = torch.zeros_like(self.mask) if out is None else out
+        params = blocks_abi.Mask(
+            *(self._blocks(1), self._lut("nt"), key),
+            *(self.mask.data_ptr(), out.data_ptr()),
+        )
+        self._call("autoregressive_mask", params)
+        return out
+
+
+def _array(x):
+    return blocks_abi.array_of(x.data_ptr(), _dtype(x))
+
+
+def _new(out, shape, dtype):
+    if out is not None:
+        return out
+    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")

@@ -24,29 +24,42 @@ SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("float16", 128): ARCHS[2:],
     ("bfloat16", 64): ARCHS[2:],
 }
+BLOCKS = {  # of the three ops, (dtype, block_size, head_dim)
+    ("float16", 64, 64): ARCHS,
+    ("float32", 32, 64): (75, 86, 90, 100),
+    ("bfloat16", 16, 64): (70, 80, 120),
+    ("float16", 8, 24): (70, 90),
+}
+
+
+def kernels_of(library, arch):
+    """Yields (name in the table, `Kernel`) of an architecture."""
+    block_mask, name = BlockMask([[True]], block_size=32), _cuda.name_of(arch)
+    for (dtype, dim), archs in SHAPES.items():
+        if arch in archs:
+            shape = _cuda.shape_of(library, arch, dtype, [dim, dim], block_mask)
+            for phase in _cuda.PHASES:
+                kernel = _cuda.kernel_of(library, shape, phase)
+                yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
+    for (dtype, block_size, head_dim), archs in BLOCKS.items():
+        if arch in archs:
+            kernels = _cuda.blocks_kernels(library, arch, block_size, dtype, head_dim)
+            for use, kernel in sorted(kernels.items()):
+                yield f"blocks {use} {name} {dtype} {block_size} {head_dim}", kernel
 
 
 def reports(arch):
     """{name in the table: registers and spilled bytes} of an architecture's kernels."""
-    library, found = ctypes.CDLL(_build.build_core()), {}
-    block_mask, name = BlockMask([[True]], block_size=32), _cuda.name_of(arch)
+    library, name, found = ctypes.CDLL(_build.build_core()), _cuda.name_of(arch), {}
     nvrtc = _cuda.find_nvrtc(name)
-    for (dtype, dim), archs in SHAPES.items():
-        if arch not in archs:
-            continue
-        shape = _cuda.shape_of(library, arch, dtype, [dim, dim], block_mask)
-        for phase in _cuda.PHASES:
-            kernel = _cuda.kernel_of(library, shape, phase)
-            _, log = nvrtc.compile(
-                *(_cuda.sources(kernel.name.decode()), kernel.name.decode()),
-                [*_cuda.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
-            )
-            registers = int(re.search(r"Used (\d+) registers", log).group(1))
-            spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
-            found[f"{kernel.name.decode()} {name} {dtype} {dim}"] = {
-                "registers": registers,
-                "spilled": spilled,
-            }
+    for key, kernel in kernels_of(library, arch):
+        _, log = nvrtc.compile(
+            *(_cuda.sources(kernel.name.decode()), kernel.name.decode()),
+            [*_cuda.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
+        )
+        registers = int(re.search(r"Used (\d+) registers", log).group(1))
+        spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
+        found[key] = {"registers": registers, "spilled": spilled}
     return found
 
 
