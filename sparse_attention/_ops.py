@@ -42,7 +42,6 @@ def _open(name):
         ops = path and tf.load_op_library(path)
     if ops:
         ops.path = path
-    if ops and name == "attention_ops":
         ops.core = ctypes.CDLL(path)  # the same library, for what is no op
         _cuda.attach(ops.core)
     return ops

@@ -170,14 +170,14 @@ class BlocksparseTransformer(BlocksparseTables):
             )
         lut = self._constant("nn_lut")
         return load_blocksparse_ops().blocksparse_masked_softmax(
-            x, tf.cast(scale, tf.float32), lut, mask, **self._softmax_attrs(dtype)
+            x, _on_host(scale), lut, mask, **self._softmax_attrs(dtype)
         )
 
     def softmax(self, x, scale=1.0, dtype=None):
         """`masked_softmax` over every key of a query's blocks."""
         lut = self._constant("nn_lut")
         return load_blocksparse_ops().blocksparse_softmax(
-            x, tf.cast(scale, tf.float32), lut, **self._softmax_attrs(dtype)
+            x, _on_host(scale), lut, **self._softmax_attrs(dtype)
         )
 
     def _softmax_attrs(self, dtype):
@@ -190,6 +190,12 @@ class BlocksparseTransformer(BlocksparseTables):
             lut_max=self.nn_max,
             T=dtype,
         )
+
+
+def _on_host(scale):
+    """float32, where the ops read it: made on a GPU, it would have to be waited for."""
+    with tf.device("/cpu:0"):
+        return tf.cast(scale, tf.float32)
 
 
 def _content_key(array):

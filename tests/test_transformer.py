@@ -9,10 +9,15 @@ import blocks_oracle as oracle
 import numpy as np
 import pytest
 import tensorflow as tf
-from blocks_runner import MODES, evaluate
+from blocks_runner import (
+    MODES,
+    attend,
+    check_attention,
+    evaluate,
+    plain_attention,
+)
 from helpers import assert_close, to_dtype
 
-from sparse_attention import reference
 from sparse_attention.masks import Mask, causal_mask, local_mask
 from sparse_attention.transformer import BlocksparseTransformer, get_blocksparse_obj
 
@@ -186,56 +191,6 @@ def test_bad_pattern_is_refused(arguments, message):
 
 
 # ---- attention ----
-
-
-def attend(bst, scores=None, weights=None):
-    def pipeline(q, k, v):
-        w = bst.query_key_op(q, k, dtype=scores or tf.bfloat16)
-        a = bst.masked_softmax(w, 0.25, dtype=weights)
-        return [w, a, bst.weight_value_op(a, v)]
-
-    return pipeline
-
-
-def plain_attention(bst, q, k, v, dy, scores, weights, key=None):
-    """The three steps in float32 NumPy, rounded where the ops round."""
-
-    def round32(x, dtype):
-        return to_dtype(x, dtype).astype(np.float32)
-
-    a = round32(bst.nt_test(q, k), scores)
-    a = round32(bst.masked_softmax_test(a, 0.25, key), weights)
-    da = round32(bst.nt_test(dy, v), weights)
-    dw = round32(bst.masked_softmax_grad_test(da, a, 0.25), weights)
-    dw = round32(dw, scores)
-    return (
-        bst.nn_test(a, v),
-        bst.nn_test(dw, k),
-        bst.tn_test(dw, q),
-        bst.tn_test(a, dy),
-    )
-
-
-def check_attention(bst, mode, dtype, scores=None, weights=None):
-    """Forward and backward against the float64 oracle; returns the ops' dtypes."""
-    random = np.random.RandomState(5)
-    n_ctx = bst.ctx_blks_q * bst.blk_size
-    tensors = random.standard_normal((4, 2, n_ctx, bst.heads * 16))
-    q, k, v, dy = (to_dtype(x, dtype) for x in tensors)
-    w, a, *got = evaluate(mode, attend(bst, scores, weights), [q, k, v], dy)
-
-    def split(x):
-        return x.reshape(2, n_ctx, bst.heads, 16).astype(np.float64)
-
-    mask = oracle.attends(bst)
-    exact = reference.attention_fwd(split(q), split(k), split(v), mask)[:1]
-    exact += reference.attention_bwd(split(q), split(k), split(v), mask, split(dy))
-    dtypes = w.dtype.name, a.dtype.name
-    plain = plain_attention(bst, *(x.astype("f") for x in (q, k, v, dy)), *dtypes)
-    for one, exact64, one_plain, factor in zip(got, exact, plain, (2, 3, 3, 3)):
-        one_plain = to_dtype(one_plain, dtype)
-        assert_close(one, exact64.reshape(one.shape), one_plain, factor)
-    return dtypes
 
 
 @pytest.mark.parametrize("mode", MODES)

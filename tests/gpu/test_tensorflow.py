@@ -3,13 +3,18 @@
 SPARSE_ATTENTION_REQUIRE=gpu python -m pytest tests/gpu/test_tensorflow.py
 """
 
+import blocks_oracle as oracle
+import blocks_runner
 import numpy as np
 import pytest
+from blocks_oracle import f32, random_layout, random_mask
+from helpers import assert_close
 from tf_helpers import MODES, assert_same_bits, check_attention, run_with_gradients
 
 tf = pytest.importorskip("tensorflow")
 sa = pytest.importorskip("sparse_attention")
 
+from sparse_attention import reference  # noqa: E402
 from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -116,3 +121,123 @@ def test_mirrored_strategy_gives_the_loss_of_one_gpu():
     losses = strategy.experimental_local_results(run(values))
     want = [loss(tf.constant(part)).numpy() for part in (x[:2], x[2:])]
     np.testing.assert_array_equal([value.numpy() for value in losses], want)
+
+
+# ---- the three-op family ----
+
+
+def three_op_patterns():
+    for size in (8, 16, 32, 64):
+        for mode in ("all", "local", "fixed"):
+            context = None if mode == "all" else 4 * size
+            yield sa.get_blocksparse_obj(8 * size, 4, mode, size, context)
+
+
+@pytest.mark.parametrize(
+    "dtype, weights",
+    [("float32", "bfloat16"), ("float16", "float16"), ("bfloat16", "bfloat16")],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_three_ops_match_oracle(mode, dtype, weights):
+    for bst in three_op_patterns():
+        for key in (None, bst.blk_size + 3):
+            dtypes = blocks_runner.check_attention(
+                bst, mode, dtype, key=key, device="/gpu:0"
+            )
+            assert dtypes == ("bfloat16", weights)
+
+
+def test_three_ops_in_float32_match_oracle():
+    for bst in three_op_patterns():
+        float32 = dict(scores=tf.float32, weights=tf.float32, device="/gpu:0")
+        blocks_runner.check_attention(bst, "function", "float32", **float32)
+
+
+def test_three_ops_run_on_the_gpu():
+    bst = sa.BlocksparseTransformer(random_layout(2), 32, 2, random_mask)
+    with tf.device("/gpu:0"):
+        q, k = (tf.ones([2, n * 32, 2 * 64], tf.float16) for n in (3, 4))
+    with tf.GradientTape() as tape:
+        tape.watch([q, k])
+        w = bst.query_key_op(q, k)
+        a = bst.masked_softmax(w, 0.5, autoregress_at_key=7)
+        y = bst.weight_value_op(a, k)
+    results = [w, a, bst.softmax(w), y, bst.tn_op(a, q), *tape.gradient(y, [q, k])]
+    assert all("GPU:0" in x.device for x in results)
+
+
+def test_three_ops_are_bitwise_the_same_twice():
+    bst = sa.BlocksparseTransformer(random_layout(2), 32, 2, random_mask)
+    random = np.random.RandomState(0)
+    q, k = (random.normal(size=[2, n * 32, 128]).astype(np.float16) for n in (3, 4))
+    first, second = (
+        blocks_runner.evaluate(
+            "function", blocks_runner.attend(bst), [q, k, k], q, "/gpu:0"
+        )
+        for _ in range(2)
+    )
+    assert_same_bits(first, second)
+
+
+def test_heads_with_different_block_counts_give_zeros():
+    bst = sa.BlocksparseTransformer(random_layout(3), 16, 3, random_mask)
+    counts = [len(blocks) for blocks in bst.nt_list]
+    assert min(counts) < bst.blocks
+    q, k = (np.ones([2, n * 16, 3 * 16], np.float32) for n in (3, 4))
+    w, a, y, *_ = blocks_runner.evaluate(
+        "eager", blocks_runner.attend(bst), [q, k, k], q, "/gpu:0"
+    )
+    for head, count in enumerate(counts):
+        for blocks in (w, a):
+            assert not f32(blocks)[:, head, count:].any()
+            assert f32(blocks)[:, head, :count].any()
+    assert not y[:, 16:32].any() and y[:, :16].all()  # queries without keys
+
+
+# ---- both devices ----
+
+
+def test_cpu_and_gpu_agree():
+    """To the tolerance to the oracle, with the CPU in the oracle's place."""
+    for block_mask in patterns():
+        random = np.random.RandomState(0)
+        q, k, v, do = random.normal(size=[4, 2, 300, 2, 64]).astype(np.float32)
+        dlse = np.zeros([2, 2, 300], np.float32)
+        cpu, gpu = (
+            run_with_gradients(
+                on(device, block_mask),
+                [x.reshape(2, 300, 128) for x in (q, k, v)],
+                [do.reshape(2, 300, 128), dlse],
+            )
+            for device in ("/cpu:0", "/gpu:0")
+        )
+        mask = block_mask.to_dense()
+        exact = [
+            *reference.attention_fwd(q, k, v, mask),
+            *reference.attention_bwd(q, k, v, mask, do),
+        ]
+        for i, (c, g, e) in enumerate(zip(sum(cpu, []), sum(gpu, []), exact)):
+            assert_close(g, c.astype(np.float64), e.reshape(g.shape), 2 if i < 2 else 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+def test_cpu_and_gpu_agree_on_the_three_ops(block_size, dtype):
+    bst = sa.BlocksparseTransformer(random_layout(3), block_size, 3, random_mask)
+    q, k = (oracle.rows(bst, side, 40, dtype, 1) for side in ("q", "kv"))
+    w = oracle.blocks_of(bst, "bfloat16", 2)
+
+    def ops(q, k, w):
+        a = bst.masked_softmax(w, 0.5, dtype=tf.as_dtype(dtype))
+        return [bst.nt_op(q, k), bst.nn_op(w, k), bst.tn_op(w, q), a]
+
+    cpu, gpu = (
+        blocks_runner.evaluate("function", ops, [q, k, w], device=device)
+        for device in ("/cpu:0", "/gpu:0")
+    )
+    exact = [
+        *(oracle.nt(bst, q, k), oracle.nn(bst, w, k), oracle.tn(bst, w, q)),
+        oracle.softmax(bst, w, 0.5),
+    ]
+    for c, g, e in zip(cpu, gpu, exact):
+        assert_close(g, c.astype(np.float64), e, 2)

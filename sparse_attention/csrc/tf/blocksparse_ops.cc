@@ -4,9 +4,10 @@
 // those: bfloat16 a and b, float scores and weights, and the attribute XT.
 //
 // This file checks ranks, shapes and attributes and fills the structs of blocksparse.h; the core checks
-// every value in them. It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
+// every value in them (on a GPU: the kernels do). It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
 #include "../blocksparse.h"
 #include "binding.h"
+#include "cuda_stream.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -272,11 +273,59 @@ class BlocksOp : public OpKernel {
   int64 blocks_, block_size_;
 };
 
-// ---- products ----
+// ---- devices ----
 
 enum Product { kNt, kNn, kTn };
 
-template <Product kProduct>
+struct OnCpu {
+  static void Run(OpKernelContext* ctx, const SpattnBlocksMatmul& params, Product product) {
+    constexpr decltype(&spattn_blocks_nt_cpu) kCalls[] = {
+        spattn_blocks_nt_cpu, spattn_blocks_nn_cpu, spattn_blocks_tn_cpu};
+    RunOnCpu(ctx, params, spattn_blocks_matmul_cpu_workspace, kCalls[product]);
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBlocksSoftmax& params) {
+    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_cpu);
+  }
+  static void RunGrad(OpKernelContext* ctx, const SpattnBlocksSoftmax& params) {
+    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_grad_cpu);
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBlocksMask& params) {
+    const SpattnThreads threads = WorkerPool(ctx);
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_autoregressive_mask_cpu(&params, &threads)));
+  }
+};
+
+// TensorFlow has made the device's context current.
+struct OnGpu {
+  static void Run(OpKernelContext* ctx, const SpattnBlocksMatmul& params, Product product) {
+    constexpr decltype(&spattn_blocks_nt_cuda) kCalls[] = {
+        spattn_blocks_nt_cuda, spattn_blocks_nn_cuda, spattn_blocks_tn_cuda};
+    OP_REQUIRES_OK(ctx, ToStatus(kCalls[product](&params, CudaStream(ctx))));
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBlocksSoftmax& params) {
+    RunSoftmax(ctx, params, spattn_blocks_softmax_cuda);
+  }
+  static void RunGrad(OpKernelContext* ctx, const SpattnBlocksSoftmax& params) {
+    RunSoftmax(ctx, params, spattn_blocks_softmax_grad_cuda);
+  }
+  static void Run(OpKernelContext* ctx, const SpattnBlocksMask& params) {
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_autoregressive_mask_cuda(&params, CudaStream(ctx))));
+  }
+
+ private:
+  static void RunSoftmax(OpKernelContext* ctx, const SpattnBlocksSoftmax& params,
+                         decltype(&spattn_blocks_softmax_cuda) call) {
+    int64_t bytes = 0;
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_softmax_cuda_workspace(&params, &bytes)));
+    Tensor workspace;
+    OP_REQUIRES_OK(ctx, ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
+    OP_REQUIRES_OK(ctx, ToStatus(call(&params, CudaStream(ctx), DataOf<void>(workspace))));
+  }
+};
+
+// ---- products ----
+
+template <class Device, Product kProduct>
 class MatmulOp : public BlocksOp {
  public:
   explicit MatmulOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
@@ -323,10 +372,7 @@ class MatmulOp : public BlocksOp {
     params.scores = ArrayOf(kProduct == kNt ? *c : a);
     params.q = ArrayOf(kProduct == kNt ? a : kProduct == kNn ? *c : b);
     params.kv = ArrayOf(kProduct == kTn ? *c : b);
-    const auto call = kProduct == kNt   ? spattn_blocks_nt_cpu
-                      : kProduct == kNn ? spattn_blocks_nn_cpu
-                                        : spattn_blocks_tn_cpu;
-    RunOnCpu(ctx, params, spattn_blocks_matmul_cpu_workspace, call);
+    Device::Run(ctx, params, kProduct);
   }
 
  private:
@@ -374,6 +420,7 @@ class SoftmaxOp : public BlocksOp {
   int64 q_blocks_, longest_;
 };
 
+template <class Device>
 class SoftmaxFwdOp : public SoftmaxOp {
  public:
   using SoftmaxOp::SoftmaxOp;
@@ -394,10 +441,11 @@ class SoftmaxFwdOp : public SoftmaxOp {
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(0).shape(), &y));
     params.x = ArrayOf(ctx->input(0));
     params.y = ArrayOf(*y);
-    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_cpu);
+    Device::Run(ctx, params);
   }
 };
 
+template <class Device>
 class SoftmaxGradOp : public SoftmaxOp {
  public:
   using SoftmaxOp::SoftmaxOp;
@@ -411,12 +459,13 @@ class SoftmaxGradOp : public SoftmaxOp {
     params.dy = ArrayOf(ctx->input(0));
     params.y = ArrayOf(ctx->input(1));
     params.dx = ArrayOf(*dx);
-    RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_grad_cpu);
+    Device::RunGrad(ctx, params);
   }
 };
 
 // ---- partial autoregressive mask ----
 
+template <class Device>
 class AutoregressiveMaskOp : public BlocksOp {
  public:
   explicit AutoregressiveMaskOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
@@ -444,24 +493,28 @@ class AutoregressiveMaskOp : public BlocksOp {
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, mask.shape(), &mask_out));
     params.mask = DataOf<void>(mask);
     params.mask_out = DataOf<void>(*mask_out);
-    const SpattnThreads threads = WorkerPool(ctx);
-    OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_autoregressive_mask_cpu(&params, &threads)));
+    Device::Run(ctx, params);
   }
 
  private:
   int64 kv_blocks_;
 };
 
-#define REGISTER_CPU(name, kernel) \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), kernel)
-
-REGISTER_CPU("BlocksparseTransformerNT", MatmulOp<kNt>);
-REGISTER_CPU("BlocksparseTransformerNN", MatmulOp<kNn>);
-REGISTER_CPU("BlocksparseTransformerTN", MatmulOp<kTn>);
-REGISTER_CPU("BlocksparseMaskedSoftmax", SoftmaxFwdOp);
-REGISTER_CPU("BlocksparseSoftmax", SoftmaxFwdOp);
-REGISTER_CPU("BlocksparseSoftmaxGrad", SoftmaxGradOp);
-REGISTER_CPU("BstPartialAutoregressiveMask", AutoregressiveMaskOp);
+#define SPATTN_KERNEL(name, DEVICE, ...) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE), __VA_ARGS__)
+#define SPATTN_KERNEL_WITH(host_input, name, DEVICE, ...) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE).HostMemory(host_input), __VA_ARGS__)
+#define SPATTN_REGISTER(DEVICE, On)                                                  \
+  SPATTN_KERNEL("BlocksparseTransformerNT", DEVICE, MatmulOp<On, kNt>);              \
+  SPATTN_KERNEL("BlocksparseTransformerNN", DEVICE, MatmulOp<On, kNn>);              \
+  SPATTN_KERNEL("BlocksparseTransformerTN", DEVICE, MatmulOp<On, kTn>);              \
+  SPATTN_KERNEL_WITH("scale", "BlocksparseMaskedSoftmax", DEVICE, SoftmaxFwdOp<On>); \
+  SPATTN_KERNEL_WITH("scale", "BlocksparseSoftmax", DEVICE, SoftmaxFwdOp<On>);       \
+  SPATTN_KERNEL_WITH("scale", "BlocksparseSoftmaxGrad", DEVICE, SoftmaxGradOp<On>);  \
+  SPATTN_KERNEL_WITH("autoregress_at_k", "BstPartialAutoregressiveMask", DEVICE,     \
+                     AutoregressiveMaskOp<On>)
+SPATTN_REGISTER(DEVICE_CPU, OnCpu);
+SPATTN_REGISTER(DEVICE_GPU, OnGpu);
 
 }  // namespace
 }  // namespace spattn
