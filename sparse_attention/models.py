@@ -243,7 +243,8 @@ class SparseTransformer(keras.Model):
     def logits(self, x):
         """float32 [..., vocab_size], of what the last block gives."""
         embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
-        return tf.einsum("...w,vw->...v", self.final_norm(x), embeddings)
+        # The gradient of einsum("...w,vw->...v") has a tensor [v, w, ...].
+        return tf.tensordot(self.final_norm(x), embeddings, [[-1], [1]])
 
     def _draw_seeds(self):
         """int32 [layers, 2, 2]: no two calls share one, nor do two devices."""

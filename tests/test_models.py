@@ -98,6 +98,21 @@ def test_mixed_policies_give_float32_logits(dtype):
     assert {w.dtype for w in model.trainable_weights} == {"float32"}
 
 
+def test_a_training_step_makes_no_tensor_larger_than_its_widest_layer():
+    model, x = transformer(), tf.constant(tokens(batch=4))
+
+    def step():
+        with tf.GradientTape() as tape:
+            logits = model(x)
+        return tape.gradient(logits, model.trainable_weights)
+
+    graph = tf.function(step).get_concrete_function().graph
+    sizes = [
+        t.shape.num_elements() for op in graph.get_operations() for t in op.outputs
+    ]
+    assert max(filter(None, sizes)) == 4 * TIME * 4 * WIDTH
+
+
 # ---- recomputation and dropout ----
 
 
