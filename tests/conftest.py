@@ -10,7 +10,8 @@ from fake_cuda import fakes, machine  # noqa: F401
 
 # They need Keras 3, which Python 3.7 and its TensorFlow 1.15 are too old for.
 KERAS_3_TESTS = [
-    f"test_{name}.py" for name in "generation keras_3 models train_lm".split()
+    f"test_{name}.py"
+    for name in "generation gpu_training keras_3 models train_lm".split()
 ]
 collect_ignore = KERAS_3_TESTS if sys.version_info < (3, 8) else []
 

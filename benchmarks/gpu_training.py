@@ -1,0 +1,246 @@
+"""What it costs to train the Sparse Transformer on a GPU: time, memory and length.
+
+    python benchmarks/gpu_training.py --out FOLDER     6 minutes on an H100
+    python benchmarks/gpu_training.py --small          the same in small, on anything
+
+The model is the paper's for enwik8: 12,288 positions, width 512, 8 heads, l = 128, blocks
+of 32, in mixed_bfloat16, recomputed block by block as in the paper. A step is what Keras
+`fit` runs: forward, backward, Adam. "TensorFlow dense" is the same model with
+`attention_impl`, which computes every score, in place of our op.
+
+    speed    seconds a step of 30 layers, as the paper has; median, waiting for each step
+    memory   the peak at some lengths, batch 1: weights, Adam, activations, workspace
+    length   the largest of LENGTHS that trains at batch 1, recomputed and not
+
+Lines are printed as they come, and gpu_training.json is written anew with each. Once
+--seconds are over nothing more is begun; what is left out is listed.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import pathlib
+import statistics
+import time
+from unittest import mock
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+import sparse_attention as sa  # noqa: E402
+
+ATTENTION = {
+    "dense": "all",
+    "fixed": "fixed",
+    "strided": "local,strided",
+    "TensorFlow dense": "all",
+}
+PAPER = {"dense": 1.31, "fixed": 0.55, "strided": 0.35}  # s/step on V100s
+LENGTHS = [16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144]
+MEMORY = 75e9  # bytes, about what TensorFlow takes of 80 GB: where a search begins
+
+FULL = {
+    "model": {"width": 512, "heads": 8, "local_attn_ctx": 128, "block_size": 32},
+    "speed": {"length": 12288, "batch": 4, "layers": 30, "steps": 10},
+    "memory": [65536, 16384, 4096],
+    "length": LENGTHS,
+}
+SMALL = {
+    "model": {"width": 32, "heads": 4, "local_attn_ctx": 32, "block_size": 8},
+    "speed": {"length": 128, "batch": 2, "layers": 2, "steps": 2},
+    "memory": [128, 64],
+    "length": [64, 96, 128],
+}
+
+
+class Benchmark:
+    """The rows so far, and the clock."""
+
+    def __init__(self, options):
+        self.options = options
+        self.sizes = SMALL if options.small else FULL
+        self.end = time.monotonic() + options.seconds
+        self.rows = []
+        gpus = tf.config.list_physical_devices("GPU")
+        details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+        self.has_gpu = bool(gpus)
+        self.head = {
+            "device": details[0]["device_name"] if gpus else "CPU",
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "paper_seconds_a_step": PAPER,
+        }
+        print(self.head, flush=True)
+
+    # ---- parts ----
+
+    def speed(self):
+        for contender in ATTENTION:
+            point = dict(self.sizes["speed"])
+            if contender == "TensorFlow dense":
+                point["batch"] = 1  # its scores take gigabytes each
+            self.measure("speed", contender, **point)
+
+    def memory(self):
+        for length in self.sizes["memory"]:
+            for contender in ATTENTION:
+                if contender == "TensorFlow dense" and length > 16384:
+                    continue  # float32 scores of 8 heads at 65,536 are 137 GB
+                self.measure("memory", contender, length)
+
+    def length(self):
+        for recompute in (False, True):
+            for contender in ("strided", "fixed"):
+                longest = self.longest(contender, recompute)
+                print(f"longest: {contender}, recompute {recompute}: {longest}")
+
+    def longest(self, contender, recompute):
+        """The largest of the lengths that trains, from a guess by the smallest's peak."""
+        lengths = self.sizes["length"]
+
+        def trains(i):
+            row = self.measure("length", contender, lengths[i], recompute=recompute)
+            return row is not None and "error" not in row
+
+        if not trains(0):
+            return None
+        bytes_each = self.rows[-1]["peak_bytes"] / lengths[0]
+        i = max(j for j, n in enumerate(lengths) if n * bytes_each < MEMORY or j == 0)
+        if i == 0 or trains(i):
+            while i + 1 < len(lengths) and trains(i + 1):
+                i += 1
+        else:
+            i -= 1
+            while i > 0 and not trains(i):
+                i -= 1
+        return lengths[i]
+
+    # ---- one point ----
+
+    def measure(
+        self, part, contender, length, batch=1, layers=None, steps=1, recompute=True
+    ):
+        """The row of a point, which goes on after an error; None: the time is over."""
+        row = {
+            "part": part,
+            "attention": contender,
+            "length": length,
+            "batch": batch,
+            "layers": layers or self.options.layers,
+            "recompute": recompute,
+        }
+        start = time.monotonic()
+        if start > self.end:
+            print("left out:", row, flush=True)
+            return None
+        if self.has_gpu:
+            tf.config.experimental.reset_memory_stats("GPU:0")
+        try:
+            with contextlib.ExitStack() as stack:
+                if contender == "TensorFlow dense":
+                    stack.enter_context(tensorflow_attention())
+                seconds = seconds_of_steps(self.train_function(row), steps)
+            row["seconds_a_step"] = statistics.median(seconds)
+            row["seconds"] = seconds
+        except tf.errors.ResourceExhaustedError:
+            row["error"] = "out of memory"
+        except tf.errors.OpError as error:
+            row["error"] = error.message[:300]
+        if self.has_gpu:
+            info = tf.config.experimental.get_memory_info("GPU:0")
+            row["peak_bytes"] = info["peak"]
+        else:
+            row["peak_bytes"] = 0
+        keras.utils.clear_session()
+        gc.collect()
+        row["wall_seconds"] = time.monotonic() - start
+        self.rows.append(row)
+        print(as_line(row), flush=True)
+        if self.options.out:
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
+            (self.options.out / "gpu_training.json").write_text(text + "\n")
+        return row
+
+    def train_function(self, row):
+        """A step of Keras `fit`, as a function of nothing that returns the loss."""
+        model = sa.SparseTransformer(
+            vocab_size=256,
+            time=row["length"],
+            layers=row["layers"],
+            attention=ATTENTION[row["attention"]],
+            recompute=row["recompute"],
+            dtype="mixed_bfloat16",
+            **self.sizes["model"],
+        )
+        model.build((None, row["length"]))
+        model.compile(
+            keras.optimizers.Adam(1e-4),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        model.optimizer.build(model.trainable_variables)
+        shape = [row["batch"], row["length"] + 1]
+        tokens = np.random.RandomState(0).randint(0, 256, shape).astype(np.int32)
+        dataset = tf.data.Dataset.from_tensors((tokens[:, :-1], tokens[:, 1:]))
+        batches = iter(dataset.repeat().prefetch(2))
+        model.make_train_function()
+        return lambda: model.train_function(batches)["loss"]
+
+
+def tensorflow_attention():
+    """The layer's op replaced by TensorFlow's own, for as long as a model is traced."""
+
+    def attention(q, k, v, block_mask, heads, kv_heads, kv_lengths):
+        return sa.attention_impl(q, k, v, heads, "all")
+
+    layer = sa.SparseSelfAttention.call.__globals__
+    return mock.patch.dict(layer, block_sparse_attention=attention)
+
+
+def seconds_of_steps(train, steps):
+    """Of each of them, after two that trace, compile and allocate."""
+    seconds = []
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        train().numpy()  # the copy of the loss waits for all that was launched before
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def as_line(row):
+    recompute = ", recompute" if row["recompute"] else ""
+    label = "{part}: {attention}, T {length}, batch {batch}, {layers} layers"
+    label = label.format(**row) + recompute
+    if "error" in row:
+        return f"{label}: {row['error']} ({row['wall_seconds']:.0f} s)"
+    seconds = row["seconds_a_step"]
+    return (
+        f"{label}: {seconds:.4f} s/step, {seconds / row['batch']:.4f} s/sequence, "
+        f"peak {row['peak_bytes'] / 1e9:.2f} GB ({row['wall_seconds']:.0f} s)"
+    )
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["speed", "memory", "length"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument(
+        "--layers", type=int, default=12, help="of the model in memory and length"
+    )
+    parser.add_argument("--seconds", type=float, default=340)
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args(arguments)
+    benchmark = Benchmark(options)
+    for part in options.parts:
+        getattr(benchmark, part)()
+
+
+if __name__ == "__main__":
+    main()

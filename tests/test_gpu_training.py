@@ -1,0 +1,72 @@
+"""The benchmark of training runs in small, and finds what it says."""
+
+import importlib
+import json
+import os
+
+import pytest
+import tensorflow as tf
+
+FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "benchmarks")
+NAMES = ["dense", "fixed", "strided", "TensorFlow dense"]
+
+
+@pytest.fixture
+def gpu_training(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("gpu_training")
+
+
+def run(gpu_training, folder, *arguments):
+    """The rows of the part `speed`."""
+    small = ["--small", "--parts", "speed", "--out", str(folder)]
+    gpu_training.main([*small, *arguments])
+    path = folder / "gpu_training.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def test_all_contenders_train(gpu_training, tmp_path, monkeypatch):
+    dense, batches = gpu_training.sa.attention_impl, []
+
+    def attention_impl(q, *rest):
+        batches.append(q.shape[0])
+        return dense(q, *rest)
+
+    monkeypatch.setattr(gpu_training.sa, "attention_impl", attention_impl)
+    rows = run(gpu_training, tmp_path)
+    assert [row["attention"] for row in rows] == NAMES
+    assert all(row["seconds_a_step"] > 0 for row in rows)
+    assert set(batches) == {1} == {rows[-1]["batch"]}  # the others have 2
+
+
+def test_errors_are_rows_and_an_end_is_kept(
+    gpu_training, tmp_path, monkeypatch, capsys
+):
+    def train_function(self, row):
+        raise tf.errors.ResourceExhaustedError(None, None, "scores")
+
+    monkeypatch.setattr(gpu_training.Benchmark, "train_function", train_function)
+    assert run(gpu_training, tmp_path, "--seconds", "-1") == []
+    assert capsys.readouterr().out.count("left out: ") == 4
+    rows = run(gpu_training, tmp_path)
+    assert [row["error"] for row in rows] == ["out of memory"] * 4
+    assert capsys.readouterr().out.count(": out of memory (") == 4
+
+
+@pytest.mark.parametrize("capacity", [100, 150, 400, 1000, 10000])
+@pytest.mark.parametrize("bytes_each", [0.5, 1, 2])
+def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, bytes_each):
+    monkeypatch.setattr(gpu_training, "MEMORY", capacity)
+    bench = gpu_training.Benchmark.__new__(gpu_training.Benchmark)
+    lengths = [100, 200, 300, 400, 800, 1600, 3200]
+    vars(bench).update(sizes={"length": lengths}, rows=[])
+
+    def measure(part, contender, length, recompute):
+        bench.rows.append({"peak_bytes": length * bytes_each})
+        if length > capacity:
+            bench.rows[-1]["error"] = "out of memory"
+        return bench.rows[-1]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    longest = max(length for length in lengths if length <= capacity)
+    assert bench.longest("fixed", recompute=True) == longest
