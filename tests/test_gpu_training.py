@@ -59,7 +59,7 @@ def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, bytes_
     monkeypatch.setattr(gpu_training, "MEMORY", capacity)
     bench = gpu_training.Benchmark.__new__(gpu_training.Benchmark)
     lengths = [100, 200, 300, 400, 800, 1600, 3200]
-    vars(bench).update(sizes={"length": lengths}, rows=[])
+    vars(bench).update(sizes={"length": {"fixed": lengths}}, rows=[])
 
     def measure(part, contender, length, recompute):
         bench.rows.append({"peak_bytes": length * bytes_each})
