@@ -11,6 +11,7 @@ from keras_helpers import model_by_hand
 from tf_helpers import assert_same_bits
 
 import sparse_attention as sa
+from sparse_attention import models
 from sparse_attention.reference import attention_fwd
 
 TIME, WIDTH, LAYERS, VOCAB = 64, 32, 2, 50
@@ -52,6 +53,25 @@ def test_logits_equal_the_paper_written_out():
     oracle = model_by_hand(model, x, np.float64, attention_fwd)
     plain = model_by_hand(model, x, np.float32, plain_attention_fwd)
     assert_close(model(x).numpy(), oracle, plain, 2)
+
+
+def test_what_a_gpu_fuses_has_the_same_numbers(monkeypatch):
+    random = np.random.RandomState(0)
+    x, dy, gamma, beta = (random.randn(*shape) for shape in 2 * [(6, 40)] + 2 * [(40,)])
+
+    def results(dtype, is_fused):
+        monkeypatch.setattr(models, "_sees_gpu", lambda: is_fused)
+        args, arrays = [tf.constant(a, dtype) for a in (x, gamma, beta)], []
+        for function, *inputs in (models.layer_norm, *args), (models.gelu, args[0]):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                y = function(*inputs)
+            arrays += [y, *tape.gradient(y, inputs, tf.constant(dy, dtype))]
+        return [array.numpy() for array in arrays]
+
+    oracle, plain = (results(dtype, False) for dtype in (tf.float64, tf.float32))
+    for arrays in zip(results(tf.float32, True), oracle, plain):
+        assert_close(*arrays, 3)
 
 
 def test_no_token_sees_a_later_one():
@@ -116,7 +136,9 @@ def test_a_training_step_makes_no_tensor_larger_than_its_widest_layer():
 # ---- recomputation and dropout ----
 
 
-def test_recompute_trains_to_the_same_bits_with_dropout():
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_recompute_trains_to_the_same_bits_with_dropout(is_fused, monkeypatch):
+    monkeypatch.setattr(models, "_sees_gpu", lambda: is_fused)
     plain, again = (trained(recompute=r, dropout=0.25) for r in (False, True))
     assert_same_bits(plain.get_weights(), again.get_weights())
 
