@@ -9,9 +9,9 @@ of 32, in mixed_bfloat16, recomputed block by block as in the paper. A step is w
 `attention_impl`, which computes every score, in place of our op.
 
     speed    seconds a step of 30 layers, as the paper has; median, waiting for each step
-    memory   the peak at some lengths, batch 1: weights, Adam, activations, workspace
-    length   the largest of LENGTHS that trains at batch 1, recomputed and not; of `fixed`
-             up to 131,072, as its plan for 262,144 takes minutes on the CPU
+    memory   the peak at some lengths, batch 1, 12 layers: weights, Adam, activations
+    length   the largest of LENGTHS at which 30 layers train, batch 1, recomputed and not;
+             of `fixed` up to 131,072, as its plan for 262,144 takes minutes on the CPU
 
 Lines are printed as they come, and gpu_training.json is written anew with each. Once
 --seconds are over nothing more is begun; what is left out is listed.
@@ -19,7 +19,6 @@ Lines are printed as they come, and gpu_training.json is written anew with each.
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import pathlib
@@ -33,6 +32,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
+from sparse_attention import models  # noqa: E402
 
 ATTENTION = {
     "dense": "all",
@@ -42,19 +42,28 @@ ATTENTION = {
 }
 PAPER = {"dense": 1.31, "fixed": 0.55, "strided": 0.35}  # s/step on V100s
 LENGTHS = [16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144]
-MEMORY = 75e9  # bytes, about what TensorFlow takes of 80 GB: where a search begins
 
 FULL = {
     "model": {"width": 512, "heads": 8, "local_attn_ctx": 128, "block_size": 32},
     "speed": {"length": 12288, "batch": 4, "layers": 30, "steps": 10},
-    "memory": [65536, 16384, 4096],
-    "length": {"strided": LENGTHS, "fixed": LENGTHS[:-2]},
+    "memory": {"lengths": [65536, 16384, 4096], "layers": 12},
+    "length": {
+        "layers": 30,
+        "strided": LENGTHS,
+        "fixed": LENGTHS[: LENGTHS.index(131072) + 1],
+        "first": {False: 131072, True: 262144},  # where the search begins
+    },
 }
 SMALL = {
     "model": {"width": 32, "heads": 4, "local_attn_ctx": 32, "block_size": 8},
     "speed": {"length": 128, "batch": 2, "layers": 2, "steps": 2},
-    "memory": [128, 64],
-    "length": {"strided": [64, 96, 128], "fixed": [64, 128]},
+    "memory": {"lengths": [128, 64], "layers": 1},
+    "length": {
+        "layers": 1,
+        "strided": [64, 96, 128],
+        "fixed": [64, 128],
+        "first": {False: 96, True: 128},
+    },
 }
 
 
@@ -62,15 +71,14 @@ class Benchmark:
     """The rows so far, and the clock."""
 
     def __init__(self, options):
-        self.options = options
-        self.sizes = SMALL if options.small else FULL
+        self.out, self.sizes = options.out, SMALL if options.small else FULL
         self.end = time.monotonic() + options.seconds
-        self.rows = []
+        self.rows, self.variables = [], []
         gpus = tf.config.list_physical_devices("GPU")
         details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-        self.has_gpu = bool(gpus)
         self.head = {
-            "device": details[0]["device_name"] if gpus else "CPU",
+            "device": details[0]["device_name"] if gpus else None,
+            "unfused": options.unfused,
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
             "paper_seconds_a_step": PAPER,
@@ -87,43 +95,42 @@ class Benchmark:
             self.measure("speed", contender, **point)
 
     def memory(self):
-        for length in self.sizes["memory"]:
+        sizes = self.sizes["memory"]
+        for length in sizes["lengths"]:
             for contender in ATTENTION:
                 if contender == "TensorFlow dense" and length > 16384:
                     continue  # float32 scores of 8 heads at 65,536 are 137 GB
-                self.measure("memory", contender, length)
+                self.measure("memory", contender, length, sizes["layers"])
 
     def length(self):
-        for recompute in (False, True):
-            for contender in self.sizes["length"]:
+        for contender in ("strided", "fixed"):
+            for recompute in (False, True):
                 longest = self.longest(contender, recompute)
                 print(f"longest: {contender}, recompute {recompute}: {longest}")
 
     def longest(self, contender, recompute):
-        """The largest of the lengths that trains, from a guess by the smallest's peak."""
-        lengths = self.sizes["length"][contender]
+        """The largest of the lengths that trains, or None."""
+        sizes = self.sizes["length"]
+        lengths, first = sizes[contender], sizes["first"][recompute]
 
-        def trains(i):
-            row = self.measure("length", contender, lengths[i], recompute=recompute)
+        def trains(length):
+            point = "length", contender, length, sizes["layers"]
+            row = self.measure(*point, recompute=recompute)
             return row is not None and "error" not in row
 
-        if not trains(0):
-            return None
-        bytes_each = self.rows[-1]["peak_bytes"] / lengths[0]
-        i = max(j for j, n in enumerate(lengths) if n * bytes_each < MEMORY or j == 0)
-        if i == 0 or trains(i):
-            while i + 1 < len(lengths) and trains(i + 1):
-                i += 1
-        else:
-            i -= 1
-            while i > 0 and not trains(i):
-                i -= 1
-        return lengths[i]
+        shorter = [length for length in lengths if length <= first]
+        longest = next(filter(trains, reversed(shorter)), None)
+        if longest == shorter[-1]:
+            for length in lengths[len(shorter) :]:
+                if not trains(length):
+                    break
+                longest = length
+        return longest
 
     # ---- one point ----
 
     def measure(
-        self, part, contender, length, batch=1, layers=None, steps=1, recompute=True
+        self, part, contender, length, layers, batch=1, steps=1, recompute=True
     ):
         """The row of a point, which goes on after an error; None: the time is over."""
         row = {
@@ -131,40 +138,40 @@ class Benchmark:
             "attention": contender,
             "length": length,
             "batch": batch,
-            "layers": layers or self.options.layers,
+            "layers": layers,
             "recompute": recompute,
         }
         start = time.monotonic()
         if start > self.end:
             print("left out:", row, flush=True)
             return None
-        if self.has_gpu:
+        if self.head["device"]:
             tf.config.experimental.reset_memory_stats("GPU:0")
         try:
-            with contextlib.ExitStack() as stack:
-                if contender == "TensorFlow dense":
-                    stack.enter_context(tensorflow_attention())
+            is_ours = contender != "TensorFlow dense"
+            with contextlib.nullcontext() if is_ours else tensorflow_attention():
                 seconds = seconds_of_steps(self.train_function(row), steps)
-            row["seconds_a_step"] = statistics.median(seconds)
-            row["seconds"] = seconds
+            row.update(seconds_a_step=statistics.median(seconds), seconds=seconds)
         except tf.errors.ResourceExhaustedError:
             row["error"] = "out of memory"
         except tf.errors.OpError as error:
             row["error"] = error.message[:300]
-        if self.has_gpu:
+        if self.head["device"]:
             info = tf.config.experimental.get_memory_info("GPU:0")
             row["peak_bytes"] = info["peak"]
-        else:
-            row["peak_bytes"] = 0
+        # TensorFlow keeps custom gradients, and what they refer to, for ever.
+        while self.variables:
+            variable = self.variables.pop().value
+            empty = tf.zeros([0], variable.dtype)
+            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=empty)
         keras.utils.clear_session()
-        gc.collect()
         row["wall_seconds"] = time.monotonic() - start
         self.rows.append(row)
         print(as_line(row), flush=True)
-        if self.options.out:
-            self.options.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
-            (self.options.out / "gpu_training.json").write_text(text + "\n")
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1) + "\n"
+            (self.out / "gpu_training.json").write_text(text)
         return row
 
     def train_function(self, row):
@@ -179,6 +186,7 @@ class Benchmark:
             **self.sizes["model"],
         )
         model.build((None, row["length"]))
+        self.variables = list(model.variables)
         model.compile(
             keras.optimizers.Adam(1e-4),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -214,14 +222,14 @@ def seconds_of_steps(train, steps):
 
 def as_line(row):
     recompute = ", recompute" if row["recompute"] else ""
-    label = "{part}: {attention}, T {length}, batch {batch}, {layers} layers"
-    label = label.format(**row) + recompute
+    label = "{part}: {attention}, T {length}, batch {batch}, {layers} layers{more}"
+    label = label.format(**row, more=recompute)
     if "error" in row:
         return f"{label}: {row['error']} ({row['wall_seconds']:.0f} s)"
     seconds = row["seconds_a_step"]
     return (
         f"{label}: {seconds:.4f} s/step, {seconds / row['batch']:.4f} s/sequence, "
-        f"peak {row['peak_bytes'] / 1e9:.2f} GB ({row['wall_seconds']:.0f} s)"
+        f"peak {row.get('peak_bytes', 0) / 1e9:.2f} GB ({row['wall_seconds']:.0f} s)"
     )
 
 
@@ -231,14 +239,14 @@ def main(arguments=None):
     )
     parts = ["speed", "memory", "length"]
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
-    parser.add_argument(
-        "--layers", type=int, default=12, help="of the model in memory and length"
-    )
+    parser.add_argument("--unfused", action="store_true", help="without XLA")
     parser.add_argument("--seconds", type=float, default=340)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     benchmark = Benchmark(options)
+    if options.unfused:
+        models._sees_gpu = bool
     for part in options.parts:
         getattr(benchmark, part)()
 

@@ -53,20 +53,19 @@ def test_errors_are_rows_and_an_end_is_kept(
     assert capsys.readouterr().out.count(": out of memory (") == 4
 
 
-@pytest.mark.parametrize("capacity", [100, 150, 400, 1000, 10000])
-@pytest.mark.parametrize("bytes_each", [0.5, 1, 2])
-def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, bytes_each):
-    monkeypatch.setattr(gpu_training, "MEMORY", capacity)
+@pytest.mark.parametrize("capacity", [50, 150, 400, 1000, 10000])
+@pytest.mark.parametrize("first", [100, 400, 3200])
+def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, first):
     bench = gpu_training.Benchmark.__new__(gpu_training.Benchmark)
     lengths = [100, 200, 300, 400, 800, 1600, 3200]
-    vars(bench).update(sizes={"length": {"fixed": lengths}}, rows=[])
+    sizes = {"layers": 1, "fixed": lengths, "first": {True: first}}
+    measured = []
 
-    def measure(part, contender, length, recompute):
-        bench.rows.append({"peak_bytes": length * bytes_each})
-        if length > capacity:
-            bench.rows[-1]["error"] = "out of memory"
-        return bench.rows[-1]
+    def measure(part, contender, length, layers, recompute):
+        measured.append(length)
+        return {} if length <= capacity else {"error": "out of memory"}
 
-    monkeypatch.setattr(bench, "measure", measure)
-    longest = max(length for length in lengths if length <= capacity)
-    assert bench.longest("fixed", recompute=True) == longest
+    vars(bench).update(sizes={"length": sizes}, measure=measure)
+    fit = [None, *[length for length in lengths if length <= capacity]]
+    assert bench.longest("fixed", recompute=True) == fit[-1]
+    assert measured[0] == first and len(set(measured)) == len(measured)
