@@ -50,7 +50,7 @@ FULL = {
     "length": {
         "layers": 30,
         "strided": LENGTHS,
-        "fixed": LENGTHS[: LENGTHS.index(131072) + 1],
+        "fixed": LENGTHS[:-2],
         "first": {False: 131072, True: 262144},  # where the search begins
     },
 }
@@ -59,9 +59,7 @@ SMALL = {
     "speed": {"length": 128, "batch": 2, "layers": 2, "steps": 2},
     "memory": {"lengths": [128, 64], "layers": 1},
     "length": {
-        "layers": 1,
-        "strided": [64, 96, 128],
-        "fixed": [64, 128],
+        **{"layers": 1, "strided": [64, 96, 128], "fixed": [64, 128]},
         "first": {False: 96, True: 128},
     },
 }
@@ -170,8 +168,8 @@ class Benchmark:
         print(as_line(row), flush=True)
         if self.out:
             self.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1) + "\n"
-            (self.out / "gpu_training.json").write_text(text)
+            text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
+            (self.out / "gpu_training.json").write_text(text + "\n")
         return row
 
     def train_function(self, row):
@@ -188,12 +186,10 @@ class Benchmark:
         model.build((None, row["length"]))
         self.variables = list(model.variables)
         model.compile(
-            keras.optimizers.Adam(1e-4),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
         model.optimizer.build(model.trainable_variables)
-        shape = [row["batch"], row["length"] + 1]
-        tokens = np.random.RandomState(0).randint(0, 256, shape).astype(np.int32)
+        tokens = np.random.randint(0, 256, [row["batch"], row["length"] + 1], np.int32)
         dataset = tf.data.Dataset.from_tensors((tokens[:, :-1], tokens[:, 1:]))
         batches = iter(dataset.repeat().prefetch(2))
         model.make_train_function()
@@ -221,9 +217,8 @@ def seconds_of_steps(train, steps):
 
 
 def as_line(row):
-    recompute = ", recompute" if row["recompute"] else ""
     label = "{part}: {attention}, T {length}, batch {batch}, {layers} layers{more}"
-    label = label.format(**row, more=recompute)
+    label = label.format(**row, more=", recompute" if row["recompute"] else "")
     if "error" in row:
         return f"{label}: {row['error']} ({row['wall_seconds']:.0f} s)"
     seconds = row["seconds_a_step"]
