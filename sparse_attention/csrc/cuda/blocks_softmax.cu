@@ -91,7 +91,9 @@ DEVICE void ReadScores(const SpattnBlocksSoftmax& call, const Query& query, int6
         __ldg(static_cast<const uint8_t*>(call.mask) + word * kBlockUnits + query.column / kUnit);
   }
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) s[i] = allowed >> i & 1 ? call.scale * s[i] : kLowest;
+  for (int i = 0; i < kUnit; ++i) {  // rounded: the largest less itself is 0, however large
+    s[i] = allowed >> i & 1 ? __fmul_rn(call.scale, s[i]) : kLowest;
+  }
 }
 
 // Sum of exp(s - peak), with a peak that grows.
