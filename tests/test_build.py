@@ -25,7 +25,7 @@ PARTS = (
     len(_build.ISAS) + 2
 )  # runs of the compiler for the stand-in: kernels, core, link
 STAND_IN = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
-OP_PARTS = PARTS + 5  # and for the op: isa.cc, cuda/ and the binding too
+OP_PARTS = PARTS + 6  # and for the op: isa.cc, cuda/ and the binding too
 
 
 class Compiler:

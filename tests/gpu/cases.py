@@ -209,20 +209,15 @@ def _blocks_cases():
             *(name, block_size, dtype, scores, weights, head_dim, is_shared, has_mask)
         )
 
+    sizes = 8, 16, 32, 64
     for dtype in _cuda.DTYPES:
         for scores in _cuda.DTYPES:
-            for i, size in enumerate((8, 16, 32, 64)):
-                # weights take the other types in turn
+            for i, size in enumerate(sizes):  # weights take all types in turn
                 weights = _cuda.DTYPES[(_cuda.DTYPES.index(scores) + i) % 3]
                 yield case(dtype, scores, weights, size, 64, i % 2 == 1, i < 3)
-        for size, head_dim in (
-            (16, 8),
-            (32, 24),
-            (8, 40),
-            (64, 72),
-            (32, 128),
-            (16, 256),
-        ):
+        for size in sizes[1:3]:
+            yield case(dtype, dtype, dtype, size, 64, size == 32, size == 16)
+        for size, head_dim in zip((16, 32, 8, 64, 32, 16), (8, 24, 40, 72, 128, 256)):
             yield case(dtype, "bfloat16", dtype, size, head_dim, size == 16, size > 16)
 
 
@@ -230,7 +225,7 @@ BLOCKS_CASES = [*_blocks_cases()]
 VOLTA_BLOCKS_CASES = [
     c
     for c in BLOCKS_CASES
-    if c.head_dim in (64, 72) and c.block_size in (8, 32, 64) and c.dtype != c.weights
+    if c.head_dim == 64 and (c.scores == c.dtype or c.block_size == 32)
 ]
 
 
