@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 
+import numpy as np
 import tensorflow as tf
 
 from .block_mask import pattern_block_mask
@@ -322,6 +324,26 @@ class SparseTransformer(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), **self._config}
+
+    # Keras by itself loads what it finds: of a checkpoint with more layers, the first.
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        config = json.dumps(self._config).encode()
+        store["config"] = np.frombuffer(config, np.uint8)
+
+    def load_own_variables(self, store):
+        saved = json.loads(np.asarray(store["config"]).tobytes())
+        differences = [
+            f"{name} = {saved[name]} there, {value} here"
+            for name, value in self._config.items()
+            if name not in ("dropout", "recompute") and saved[name] != value
+        ]
+        if differences:
+            raise ValueError(
+                f"the weights must be of this configuration: {'; '.join(differences)}"
+            )
+        super().load_own_variables({"0": store["0"]})
 
 
 def _spans_workers(strategy):

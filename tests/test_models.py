@@ -208,6 +208,18 @@ def test_wrong_arguments_are_errors_at_once(options, message):
         sa.SparseTransformer(**{**arguments, "heads": 4, **options})
 
 
+@pytest.mark.parametrize("name", ["more.weights.h5", "more.keras"])
+def test_weights_of_another_configuration_are_an_error(name, tmp_path):
+    model = transformer(attention="fixed", num_verts=2, dropout=0.5, recompute=True)
+    (model.save if name.endswith(".keras") else model.save_weights)(tmp_path / name)
+    transformer(attention="fixed", num_verts=2).load_weights(tmp_path / name)
+    fewer = sa.SparseTransformer(VOCAB, TIME, 1, WIDTH, 4, "local", 16, 8, num_verts=2)
+    fewer.build([None, TIME])
+    message = "layers = 2 there, 1 here; attention = fixed there, local here"
+    with pytest.raises(ValueError, match=message):
+        fewer.load_weights(tmp_path / name)
+
+
 def test_another_length_is_an_error():
     with pytest.raises(ValueError, match=r"time = 64\], got shape \(2, 63\)"):
         transformer()(tokens()[:, 1:])

@@ -184,7 +184,6 @@ def start_workers(output, data):
     ]
 
 
-@pytest.mark.slow
 def test_two_workers_train_as_one_after_one_was_killed(uninterrupted, data, tmp_path):
     chief, other = start_workers(tmp_path, data)
     wait_for_epochs(chief, tmp_path, 2)
