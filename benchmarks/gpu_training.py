@@ -157,12 +157,6 @@ class Benchmark:
         if self.head["device"]:
             info = tf.config.experimental.get_memory_info("GPU:0")
             row["peak_bytes"] = info["peak"]
-        # TensorFlow keeps custom gradients, and what they refer to, for ever.
-        while self.variables:
-            variable = self.variables.pop().value
-            empty = tf.zeros([0], variable.dtype)
-            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=empty)
-        keras.utils.clear_session()
         row["wall_seconds"] = time.monotonic() - start
         self.rows.append(row)
         print(as_line(row), flush=True)
@@ -170,6 +164,11 @@ class Benchmark:
             self.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
             (self.out / "gpu_training.json").write_text(text + "\n")
+        # TensorFlow keeps custom gradients, and what they refer to, for ever.
+        while self.variables:
+            variable = self.variables.pop().value
+            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=tf.zeros([0]))
+        keras.utils.clear_session()
         return row
 
     def train_function(self, row):
@@ -184,7 +183,7 @@ class Benchmark:
             **self.sizes["model"],
         )
         model.build((None, row["length"]))
-        self.variables = list(model.variables)
+        self.variables = list(model.trainable_variables)
         model.compile(
             "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )

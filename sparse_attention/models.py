@@ -169,7 +169,8 @@ class SparseTransformer(keras.Model):
       ValueError: If an argument is out of range or does not fit the others.
 
     Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
-      the embeddings; the last norm and the products for the logits in float32. With
+      the embeddings; the last norm and the products for the logits in float32. On a
+      GPU XLA compiles norms and activations, which round less often then. With
       `recompute` bitwise the same, dropout included.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
