@@ -25,10 +25,9 @@ SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("bfloat16", 64): ARCHS[2:],
 }
 BLOCKS = {  # of the three ops, (dtype, block_size, head_dim)
-    ("float16", 64, 64): ARCHS,
-    ("float32", 32, 64): (75, 86, 90, 100),
-    ("bfloat16", 16, 64): (70, 80, 120),
-    ("float16", 8, 24): (70, 90),
+    ("float16", 64, 64): (70, 80, 89, 90, 100, 120),
+    ("float32", 32, 64): (75, 86),
+    ("bfloat16", 16, 64): (70, 80),
 }
 
 
