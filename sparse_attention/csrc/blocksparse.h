@@ -108,10 +108,10 @@ SPATTN_API SpattnStatus spattn_blocks_autoregressive_mask_cpu(const SpattnBlocks
 
 // ---- on CUDA ----
 //
-// The same structs; every pointer is in memory of the device whose context is current. What core.h says
-// of its CUDA calls holds: sizes and alignment are checked; of values in a table, a pair out of range
-// counts as absent, a list's size is cut to what the table holds and to `longest`. Beyond what the
-// CPU asks for: q and kv have one dtype, and so have y, dy and dx.
+// The same structs; every pointer is in memory of the device whose context is current. What core.h
+// says of its CUDA calls holds: sizes and alignment are checked; of values in a table, a pair out
+// of range counts as absent, a list's size is cut to what the table holds and to `longest`. Beyond
+// what the CPU asks for: q and kv have one dtype, and so have y, dy and dx.
 
 // What a kernel is specialised for.
 typedef struct {

@@ -1,5 +1,6 @@
 // blocks.cuh — what the kernels of the three-op family share: elements of any type in units of 8,
-// the places of blocks and rows in their tensors, look-up tables, and the way of a product to memory.
+// the places of blocks and rows in their tensors, look-up tables, and the way of a product to
+// memory.
 //
 // Beside device.cuh's macros: SPATTN_BLOCK, the block size. SPATTN_DTYPE is the type that products
 // are computed in; elements are widened on their way in where they have another.
@@ -66,7 +67,8 @@ DEVICE void WriteUnit(const float (&from)[kUnit], E* to) {
   }
 }
 
-// Brings a unit from device to shared memory, or zeros where !valid: asynchronously if its type is T.
+// Brings a unit from device to shared memory, or zeros where !valid: asynchronously if its type is
+// T.
 DEVICE void CopyUnit(T* to, const T* from, bool valid) {
 #pragma unroll
   for (int i = 0; i < kUnit; i += kVector) CopyAsync<16>(to + i, from + i, valid);

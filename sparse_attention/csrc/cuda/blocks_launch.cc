@@ -1,5 +1,5 @@
-// blocks_launch.cc — the three-op family on CUDA: chooses its kernels, checks what the host can see,
-// and puts them on a stream.
+// blocks_launch.cc — the three-op family on CUDA: chooses its kernels, checks what the host can
+// see, and puts them on a stream.
 #include <stdio.h>
 
 #include <algorithm>

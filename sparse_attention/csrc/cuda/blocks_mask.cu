@@ -1,6 +1,6 @@
 // blocks_mask.cu — a mask without the keys j >= key that are later than the query.
 //
-// Math:    bit j of mask_out[h, i, n] = that of mask and (first_key + j < key or first_key + j <= query)
+// Math:    bit j of mask_out[h, i, n] = that of mask and (k < key or k <= query), k = first_key + j,
 //          where nt_lut[h, n] says which query i and which first key that is
 // Mapping: one thread per word; neighbours have neighbouring blocks.
 // Cost:    reads and writes the mask once, and 8 bytes of table for each word: bytes are the floor.

@@ -4,17 +4,17 @@
 //   scores[b, h, n] = q[b, block a, head h] kv[b, block c, head h]^T       0 where it has no place
 //
 // Mapping: one CTA per (64 rows of blocks, head, batch) = grid (x, y, z): 64 / block_size blocks,
-//          neighbours in the table, so that they share q rows in L2. Each of 4 warps has 16 rows; two
-//          blocks of 8 share a warp, which keeps the halves of its product where row and column are
-//          of the same block.
+//          neighbours in the table, so that they share q rows in L2. Each of 4 warps has 16 rows;
+//          two blocks of 8 share a warp, which keeps the halves of its product where row and column
+//          are of the same block.
 // Tiles:   q_smem, kv_smem [64, kChunk], head_dim in chunks
 //          s [16, kColumns] f32, registers, of a chunk and of all
 // Memory:  smem = 2 * 64 * kChunk * sizeof(T) and padding, 18 KB with head_dim 64; float32 35 KB
 // Cost:    2 block_size^2 head_dim FLOP per block; reads 2 block_size head_dim, writes block_size^2
 //          elements, so that with 16 bits and head_dim 64 the floor is bytes at every block size:
-//          32 FLOP per byte at 64.
-// Numerics: products in the type of q and kv (bfloat16 before sm_80: float32), accumulation f32, one
-//          rounding to the type of scores. Bitwise deterministic.
+//          21 FLOP per byte at 64.
+// Numerics: products in the type of q and kv (bfloat16 before sm_80: float32), accumulation f32,
+//          one rounding to the type of scores. Bitwise deterministic.
 #include "blocks.cuh"
 
 namespace spattn {

@@ -1,18 +1,19 @@
 // blocks_softmax.cu — softmax over the blocks of each query, and its gradient (SPATTN_GRADIENT).
 //
-// Math, per batch b, head h, query i (j runs over the keys of the blocks in the list of i's q block):
+// Math, per batch b, head h, query i (j runs over the keys of the blocks in its q block's list):
 //   s_ij  = scale * x_ij where i attends to j, the lowest finite float elsewhere (SPATTN_MASKED)
 //   y_ij  = exp(s_ij - max_j s_ij) / sum_j exp(s_ij - max_j s_ij)
 //   dx_ij = scale * y_ij * (dy_ij - sum_j dy_ij y_ij)
 //   Blocks in no list are zeros.
 //
-// Mapping: one CTA per (8 queries of a q block, head, batch) = grid (x, y, z), one warp a query. Its
-//          lanes take units of 8 keys, 4 blocks of 64 or 32 blocks of 8 at a time: 8 rows of a block
-//          of 8 are 128 bytes in a row.
-// Stages:  maximum and sum (gradient: sum of dy y) over the list | across lanes | the list again, to
-//          write | blocks in no list, which the q blocks of a head share out
-// Cost:    reads x twice, of which L2 gives the second where the rows of the resident CTAs fit; writes
-//          y. Gradient: y and dy twice, dx. Some 15 instructions an element: bytes are the floor.
+// Mapping: one CTA per (8 queries of a q block, head, batch) = grid (x, y, z), one warp a query.
+//          Its lanes take units of 8 keys, 4 blocks of 64 or 32 blocks of 8 at a time: 8 rows of a
+//          block of 8 are 128 bytes in a row.
+// Stages:  maximum and sum (gradient: sum of dy y) over the list | across lanes | the list again,
+//          to write | blocks in no list, which the q blocks of a head share out
+// Cost:    reads x twice, of which L2 gives the second where the rows of the resident CTAs fit;
+//          writes y. Gradient: y and dy twice, dx. Some 15 instructions an element: bytes are the
+//          floor.
 // Numerics: float32 inside, one rounding at the end; a running maximum per lane. Bitwise
 //          deterministic: a lane takes its units in order, lanes add up as a butterfly.
 #include "blocks.cuh"

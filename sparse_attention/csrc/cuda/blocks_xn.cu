@@ -4,22 +4,23 @@
 //   nn  q[b, block a, head h]  = sum scores[b, h, n] kv[b, block c, head h]
 //   tn  kv[b, block a, head h] = sum scores[b, h, n]^T q[b, block c, head h]   no list: 0
 //
-// Mapping: one CTA per (row block and kChunk columns of head_dim, head, batch) = grid (x, y, z), the
-//          chunks of a row block together, so that they share its scores in L2; nn takes the last row
-//          blocks first and tn the first (causal lists are longest there). A warp has 16 rows.
+// Mapping: one CTA per (row block and kChunk columns of head_dim, head, batch) = grid (x, y, z),
+//          the chunks of a row block together, so that they share its scores in L2; nn takes the
+//          last row blocks first and tn the first (causal lists are longest there). A warp has 16
+//          rows.
 // Tiles:   w_smem [kStages][nn: block_size, kStream; tn: kStream, block_size]
-//          x_smem [kStages][kStream, kChunk], kStream rows gathered from kStream / block_size entries
+//          x_smem [kStages][kStream, kChunk], rows gathered from kStream / block_size entries
 //          w_frag [16, kStream], sum [16, kChunk] f32, registers
 // Stages:  load(n + 1) | sum += w x
 // Memory:  smem = kStages * kStream * (block_size + kChunk) * sizeof(T) and padding, 37 KB with
 //          blocks of 64 and head_dim 64
-// Cost:    2 block_size^2 head_dim FLOP per entry; reads block_size^2 scores for each kChunk columns
-//          and block_size head_dim elements per entry, writes block_size head_dim per row block:
-//          with 16 bits and head_dim 64 bytes are the floor, 32 FLOP per byte at 64.
+// Cost:    2 block_size^2 head_dim FLOP per entry; reads block_size^2 scores for each kChunk
+//          columns and block_size head_dim elements per entry, writes block_size head_dim per row
+//          block: with 16 bits and head_dim 64 bytes are the floor, 32 FLOP per byte at 64.
 // Numerics: products in the type that rows and scores share if it has 16 bits, else (and bfloat16
 //          before sm_80) float32; accumulation f32, with float32 a tile's sum apart, so that errors
-//          grow with the number of tiles and not of rows. Bitwise deterministic: a CTA owns its rows
-//          and takes its list in order.
+//          grow with the number of tiles and not of rows. Bitwise deterministic: a CTA owns its
+//          rows and takes its list in order.
 #include "blocks.cuh"
 
 namespace spattn {

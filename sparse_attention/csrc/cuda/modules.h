@@ -1,5 +1,5 @@
-// modules.h — from a kernel's name and macros to its launch: its code comes from SpattnCudaCode when it
-// is first needed and stays loaded.
+// modules.h — from a kernel's name and macros to its launch: its code comes from SpattnCudaCode
+// when it is first needed and stays loaded.
 #ifndef SPARSE_ATTENTION_CUDA_MODULES_H_
 #define SPARSE_ATTENTION_CUDA_MODULES_H_
 

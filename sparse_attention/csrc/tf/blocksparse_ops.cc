@@ -3,8 +3,9 @@
 // Names, inputs and attributes are blocksparse's, so that graphs saved with it run here. Ours beyond
 // those: bfloat16 a and b, float scores and weights, and the attribute XT.
 //
-// This file checks ranks, shapes and attributes and fills the structs of blocksparse.h; the core checks
-// every value in them (on a GPU: the kernels do). It is compiled as C++14 for TF 1.15 and as C++17 for TF 2.
+// This file checks ranks, shapes and attributes and fills the structs of blocksparse.h; the core
+// checks every value in them (on a GPU: the kernels do). It is compiled as C++14 for TF 1.15 and as
+// C++17 for TF 2.
 #include "../blocksparse.h"
 #include "binding.h"
 #include "cuda_stream.h"
