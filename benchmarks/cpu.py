@@ -335,10 +335,12 @@ def machine(bench):
 def save(report, args):
     """Writes the report so far: hours are not lost to an interruption."""
     about = report["machine"]
-    words = re.findall(r"[a-z0-9]+", "{cpu} {date} {commit}".format(**about).lower())
-    words += sorted({str(min(args.lengths)), str(max(args.lengths))}, key=int)
+    lengths = sorted({str(min(args.lengths)), str(max(args.lengths))}, key=int)
+    name = reports.file_name(
+        "cpu", *(about[word] for word in ("cpu", "date", "commit")), *lengths
+    )
     os.makedirs(args.results, exist_ok=True)
-    path = os.path.join(args.results, "_".join(["cpu", *words]) + ".json")
+    path = os.path.join(args.results, name)
     with open(path, "w") as file:
         json.dump(report, file, indent=1)
 

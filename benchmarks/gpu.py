@@ -72,8 +72,6 @@ def main():
     machine = {"date": datetime.date.today().isoformat(), "frameworks": []}
     report = {"machine": machine, "shape": SHAPE, "speed": []}
     machine["commit"] = args.commit or reports.commit()
-    path = os.path.join(args.results, f"gpu_{machine['date']}_{machine['commit']}.json")
-    os.makedirs(args.results, exist_ok=True)
     status = 0
     for part in args.parts:
         command = [sys.executable, os.path.join(HERE, f"gpu_{part}.py")]
@@ -93,15 +91,21 @@ def main():
                 complete(row, machine, report["speed"])
             report["speed"].append(row)
             print(reports.as_text(row), flush=True)
-            with open(path, "w") as file:  # what came so far
-                json.dump(report, file, indent=1)
+            save(report, args)
         status |= process.wait()
     print(reports.shapes_summary(report))
     if args.plot:
-        names = "batch", "q_len", "heads", "head_dim", "local_attn_ctx"
-        curve = [r for r in report["speed"] if tuple(r[n] for n in names) in CURVE]
-        reports.draw(dict(report, speed=curve), args.plot)
+        reports.draw(report, args.plot)
     return status
+
+
+def save(report, args):
+    """Writes what came so far."""
+    words = (report["machine"][word] for word in ("gpu", "date", "commit"))
+    os.makedirs(args.results, exist_ok=True)
+    name = reports.file_name("gpu", *words, *args.parts)
+    with open(os.path.join(args.results, name), "w") as file:
+        json.dump(report, file, indent=1)
 
 
 def complete(row, machine, earlier):

@@ -9,6 +9,7 @@ lengths.
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -25,11 +26,14 @@ def as_text(row):
         return head + row["error"]
     if "speedup" in row:
         return head + "{ms:9.2f} ms, {speedup:.2f} times as fast".format(**row)
-    if "MB" in row:
-        return head + "{MB:10,.1f} MB beside inputs and results".format(**row)
+    memory = (
+        "{MB:10,.1f} MB beside inputs and results".format(**row) if "MB" in row else ""
+    )
+    if "ms" not in row:
+        return head + memory
     text = "{ms:9.2f} ms ({ms_low:.2f} to {ms_high:.2f})".format(**row)
     rate = "{gflops:4.0f} GFLOP/s, {share_of_matmul:4.0%} of matmul".format(**row)
-    return f"{head}{text:34} {row['times_first']:6.2f} times ours, {rate}"
+    return f"{head}{text:34} {row['times_first']:6.2f} times ours, {rate}{memory}"
 
 
 def summary(report, q_len):
@@ -105,8 +109,8 @@ def draw(report, path):
     """Draws time over length, for each mode and phase, and the limit by matmul rate.
 
     Args:
-      report: What was measured, a dict. The dtype of its first row is everybody's;
-        another one is drawn for ours alone.
+      report: What was measured, a dict; rows of another shape are left out. The dtype
+        of the first row is everybody's; another one is drawn for ours alone.
       path: Of the picture; its ending says the format.
     """
     import matplotlib
@@ -114,7 +118,12 @@ def draw(report, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in report["speed"] if "ms" in r and r["contender"] in STYLES]
+    same = {n: report["shape"][n] for n in ("heads", "head_dim", "local_attn_ctx")}
+    rows = [
+        r
+        for r in report["speed"]
+        if "ms" in r and r["contender"] in STYLES and same.items() <= r.items()
+    ]
     modes, dtypes = (list(dict.fromkeys(r[x] for r in rows)) for x in ("mode", "dtype"))
     panels = list(itertools.product(PHASES, modes))
     figure, axes = plt.subplots(
@@ -186,6 +195,12 @@ def _caption(report):
         f"{dtype} unless said; batch {{batch}}, {{heads}} heads of {{head_dim}}, "
         "local_attn_ctx {local_attn_ctx}, block size {block_size}; {date}, {commit}"
     ).format(**about)
+
+
+def file_name(kind, *words):
+    """Of a report: "gpu_nvidia_h100_2026_11_24.json"."""
+    words = re.findall(r"[a-z0-9]+", " ".join(words).lower())
+    return "_".join([kind, *words]) + ".json"
 
 
 def commit():

@@ -139,7 +139,7 @@ def test_gpu_parts_become_a_report(cpu, tmp_path, monkeypatch, capsys):
     assert gpu.main() == 0
     if tf.__version__ >= "2":
         assert plot.read_bytes().startswith(b"\x89PNG")
-    (path,) = tmp_path.glob("gpu_*_abc.json")
+    (path,) = tmp_path.glob("gpu_fake_*_abc_kernels.json")
     report = json.loads(path.read_text())
     assert report["machine"]["frameworks"] == ["fake 1"]
     *rows, failed = report["speed"]
