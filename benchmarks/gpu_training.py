@@ -1,6 +1,6 @@
 """What it costs to train the Sparse Transformer on a GPU: time, memory and length.
 
-    python benchmarks/gpu_training.py --out FOLDER     6 minutes on an H100
+    python benchmarks/gpu_training.py --out FOLDER     on a GPU
     python benchmarks/gpu_training.py --small          the same in small, on anything
 
 The model is the paper's for enwik8: 12,288 positions, width 512, 8 heads, l = 128, blocks

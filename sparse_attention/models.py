@@ -19,22 +19,25 @@ def fused_on_gpu(function):
     There every op by itself reads and writes all of a tensor, which in a norm takes
     longer than the matrix products beside it. The gradient keeps the arguments alone.
     """
-    forward = tf.function(function, jit_compile=True, autograph=False)
 
-    @functools.partial(tf.function, jit_compile=True, autograph=False)
-    def backward(args, dy):
-        with tf.GradientTape() as tape:
-            tape.watch(args)
-            y = function(*args)
-        return tape.gradient(y, args, dy)
+    @functools.lru_cache(maxsize=None)
+    def fused():  # not before it is needed: TensorFlow 1.15 has no jit_compile
+        forward = tf.function(function, jit_compile=True, autograph=False)
 
-    @tf.custom_gradient
-    def fused(*args):
-        return forward(*args), lambda dy: backward(args, dy)
+        @functools.partial(tf.function, jit_compile=True, autograph=False)
+        def backward(args, dy):
+            with tf.GradientTape() as tape:
+                tape.watch(args)
+                y = function(*args)
+            return tape.gradient(y, args, dy)
+
+        return tf.custom_gradient(
+            lambda *args: (forward(*args), lambda dy: backward(args, dy))
+        )
 
     @functools.wraps(function)
     def wrapper(*args):
-        return fused(*args) if _sees_gpu() else function(*args)
+        return fused()(*args) if _sees_gpu() else function(*args)
 
     return wrapper
 
