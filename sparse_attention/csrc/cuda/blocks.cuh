@@ -16,21 +16,6 @@ constexpr int kBlockUnits = kBlock / kUnit;
 
 // ---- elements ----
 
-template <int kDtype>
-struct ElementOf;
-template <>
-struct ElementOf<0> {
-  using Type = float;
-};
-template <>
-struct ElementOf<1> {
-  using Type = Half;
-};
-template <>
-struct ElementOf<2> {
-  using Type = Bfloat16;
-};
-
 DEVICE void Round(float x, float* to) { *to = x; }
 DEVICE void Round(float x, Half* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 DEVICE void Round(float x, Bfloat16* to) {

@@ -14,17 +14,12 @@ namespace {
 
 // ---- kernels ----
 
-int ElementSize(int dtype) { return dtype == SPATTN_FLOAT32 ? 4 : 2; }
-
 // Columns of head_dim that a CTA takes at a time.
 int ChunkOf(int64_t head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
 
-// Tile<rows, columns>::kBytes, ScratchBytes<columns>() and StageBytes(columns) of the kernels.
+// Tile<rows, columns>::kBytes and StageBytes(columns) of the kernels.
 int TileBytes(int rows, int columns, int dtype) {
   return rows * (std::max(columns, 16) * ElementSize(dtype) + 16);
-}
-int ScratchBytes(int columns, int dtype, int arch) {
-  return dtype != SPATTN_FLOAT32 && arch < 80 ? 16 * (20 * 4 + (columns + 8) * 2) : 0;
 }
 int StageBytes(int columns) { return 16 * (columns + 8) * 4; }
 

@@ -11,25 +11,9 @@ namespace spattn {
 
 constexpr int kThreads = 256;
 
-template <int kBits>
-struct WordOf;
-template <>
-struct WordOf<8> {
-  using Type = uint8_t;
-};
-template <>
-struct WordOf<16> {
-  using Type = uint16_t;
-};
-template <>
-struct WordOf<32> {
-  using Type = uint32_t;
-};
-template <>
-struct WordOf<64> {
-  using Type = uint64_t;
-};
-using Word = WordOf<kBlock>::Type;
+// Of a bit for each key of a block.
+using Word = Choose<kBlock <= 16, Choose<kBlock == 8, uint8_t, uint16_t>::Type,
+                    Choose<kBlock == 32, uint32_t, uint64_t>::Type>::Type;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     blocks_mask(const __grid_constant__ SpattnBlocksMask params) {

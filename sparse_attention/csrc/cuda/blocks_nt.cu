@@ -21,8 +21,8 @@ namespace spattn {
 
 // ---- config ----
 
-using Row = ElementOf<SPATTN_ROWS>::Type;
-using Score = ElementOf<SPATTN_SCORES>::Type;
+using Row = Element<SPATTN_ROWS>;
+using Score = Element<SPATTN_SCORES>;
 constexpr int kChunk = SPATTN_CHUNK;
 constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = kWarps * 16;
 constexpr int kBlocks = kRows / kBlock;    // of a CTA

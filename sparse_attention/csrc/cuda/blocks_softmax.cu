@@ -25,8 +25,8 @@ namespace spattn {
 constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kAtOnce = 32 / kBlockUnits;   // blocks that a warp takes at a time
 constexpr float kLowest = -3.40282347e38f;  // the lowest finite float
-using X = ElementOf<SPATTN_SCORES>::Type;   // of x
-using Y = ElementOf<SPATTN_WEIGHTS>::Type;  // of all others
+using X = Element<SPATTN_SCORES>;           // of x
+using Y = Element<SPATTN_WEIGHTS>;          // of all others
 
 // ---- device helpers ----
 

@@ -27,8 +27,8 @@ namespace spattn {
 
 // ---- config ----
 
-using Row = ElementOf<SPATTN_ROWS>::Type;
-using Score = ElementOf<SPATTN_SCORES>::Type;
+using Row = Element<SPATTN_ROWS>;
+using Score = Element<SPATTN_SCORES>;
 constexpr bool kTransposed = SPATTN_TRANSPOSED;
 constexpr int kChunk = SPATTN_CHUNK, kStream = SPATTN_STREAM, kStages = SPATTN_STAGES;
 constexpr int kWarps = Max(kBlock / 16, 1), kThreads = kWarps * 32;

@@ -12,8 +12,6 @@ namespace {
 
 int RoundUp(int a, int b) { return (a + b - 1) / b * b; }
 
-int ElementSize(const SpattnCudaShape& s) { return s.dtype == SPATTN_FLOAT32 ? 4 : 2; }
-
 int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim_v); }
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
@@ -30,7 +28,7 @@ struct Tiling {
 
 int CountSharedMemory(const SpattnCudaShape& s, SpattnPhase phase, int tile, const Tiling& t) {
   const bool is_fwd = phase == SPATTN_FWD, is_dkv = phase == SPATTN_BWD_DKV;
-  const int size = ElementSize(s), rows = std::max(tile, 16);
+  const int size = ElementSize(s.dtype), rows = std::max(tile, 16);
   const int padded_k = RoundUp(s.head_dim, 16) * size + 16;
   const int padded_v = RoundUp(s.head_dim_v, 16) * size + 16;  // and the pitch of stored rows
   const int pitch_k = t.has_wgmma ? s.head_dim * size : padded_k;
@@ -40,15 +38,14 @@ int CountSharedMemory(const SpattnCudaShape& s, SpattnPhase phase, int tile, con
   const int mask_words = std::max((rows + 31) / 32, 1);
   const int stage = t.stream * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0));
   const int align = t.has_wgmma ? 1024 : 16;
-  const bool has_wmma = size == 2 && s.arch < 80;
-  const int scratch = has_wmma ? 16 * (20 * 4 + (t.sub + 8) * 2) : 0;
+  const int scratch = ScratchBytes(t.sub, s.dtype, s.arch);
   const int total = RoundUp(own, align) + t.stages * RoundUp(stage, align) + t.warps * scratch;
   return is_fwd ? std::max(total, rows * padded_v) : total;
 }
 
 Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   const bool is_fwd = phase == SPATTN_FWD, is_dkv = phase == SPATTN_BWD_DKV;
-  const int size = ElementSize(s), widest = WidestDim(s);
+  const int size = ElementSize(s.dtype), widest = WidestDim(s);
   Tiling t = {};
   t.has_wgmma = s.arch == 90 && size == 2 && tile % 64 == 0 && IsWholePanels(s.head_dim) &&
                 IsWholePanels(s.head_dim_v);

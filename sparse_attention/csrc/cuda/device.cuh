@@ -23,14 +23,22 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-#if SPATTN_DTYPE == 0
-using T = float;
-#elif SPATTN_DTYPE == 1
-using T = Half;
-#else
-using T = Bfloat16;
-static_assert(__CUDA_ARCH__ >= 800, "bfloat16 needs sm_80");
-#endif
+template <bool kIsFirst, typename First, typename Second>
+struct Choose {
+  using Type = First;
+};
+template <typename First, typename Second>
+struct Choose<false, First, Second> {
+  using Type = Second;
+};
+
+// Of a SpattnDtype.
+template <int kDtype>
+using Element =
+    typename Choose<kDtype == 0, float, typename Choose<kDtype == 1, Half, Bfloat16>::Type>::Type;
+
+using T = Element<SPATTN_DTYPE>;
+static_assert(SPATTN_DTYPE != 2 || __CUDA_ARCH__ >= 800, "bfloat16 needs sm_80");
 
 constexpr bool kIsFloat = sizeof(T) == 4;
 constexpr int kVector = 16 / sizeof(T);  // elements in a 16-byte access

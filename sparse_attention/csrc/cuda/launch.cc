@@ -37,7 +37,7 @@ struct NamedTensor {
 
 // Rows move in pieces of 16 bytes, and their stride is a kernel's int.
 SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTensor> tensors) {
-  const int64_t size = p.dtype == SPATTN_FLOAT32 ? 4 : 2, whole = 16 / size;
+  const int64_t size = ElementSize(p.dtype), whole = 16 / size;
   for (const auto& [name, t] : tensors) {
     SPATTN_RETURN_IF(!IsAligned(t.data, 16), "%s must begin at a multiple of 16 bytes, got %p",
                      name, t.data);
@@ -178,7 +178,7 @@ class Launcher {
 
 // CTAs of attention_bwd_delta: 2 to 32 lanes read a row, in pieces of 16 bytes.
 int64_t DeltaTiles(const SpattnProblem& p) {
-  const int pieces = p.head_dim_v * (p.dtype == SPATTN_FLOAT32 ? 4 : 2) / 16;
+  const int pieces = p.head_dim_v * ElementSize(p.dtype) / 16;
   int lanes = 2;
   while (lanes < pieces && lanes < 32) lanes *= 2;
   return (p.batch * p.q_len * p.heads * lanes + 255) / 256;

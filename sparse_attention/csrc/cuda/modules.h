@@ -13,6 +13,15 @@ constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 // Bytes of shared memory that one CTA may use.
 int SharedMemoryOf(int arch);
 
+inline int ElementSize(int dtype) { return dtype == SPATTN_FLOAT32 ? 4 : 2; }
+
+// Bytes of shared memory in which a warp turns wmma's fragments, `columns` at a time, into rows: of
+// matmul.cuh's ScratchBytes.
+inline int ScratchBytes(int columns, int dtype, int arch) {
+  const bool has_wmma = dtype != SPATTN_FLOAT32 && arch < 80;
+  return has_wmma ? 16 * (20 * 4 + (columns + 8) * 2) : 0;
+}
+
 // Adds "-DSPATTN_<name>=<value>" to what a kernel is compiled with.
 void Define(SpattnCudaKernel* kernel, const char* name, int value);
 
