@@ -79,12 +79,12 @@ def measure(case, contender, attention, jit_compile=None):
             [tf.cast(tf.random.normal(shape), tf.bfloat16) for _ in range(3)]
             for _ in range(CALLS)
         ]
-        one_set = in_turn(tf.function(run, jit_compile=jit_compile))
+        in_sets = in_turn(tf.function(run, jit_compile=jit_compile))
         row = dict(case._asdict(), phase=phase, contender=contender)
         try:
-            wait(one_set(sets[:1]))  # compiles what is compiled
-            row["MB"] = peak_mb(one_set, sets[:1])
-            row.update(timed(in_turn(tf.function(run, jit_compile=jit_compile)), sets))
+            wait(in_sets(sets[:1]))  # compiles what is compiled
+            row["MB"] = peak_mb(in_sets, sets[:1])
+            row.update(timed(in_sets, sets))
         except tf.errors.ResourceExhaustedError:
             row["error"] = "out of memory"
         gpu.emit(row)

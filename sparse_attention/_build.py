@@ -41,7 +41,10 @@ CSRC = os.path.join(PACKAGE, "csrc")
 
 # The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
 ATTENTION = (
-    *("core.cc", "cpu/attention_kernels.cc", "cuda/configs.cc", "cuda/launch.cc"),
+    "core.cc",
+    "cpu/attention_kernels.cc",
+    "cuda/configs.cc",
+    "cuda/launch.cc",
 )
 BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc", "cuda/blocks_launch.cc")
 SHARED = ("isa.cc", "cuda/driver.cc", "cuda/modules.cc")

@@ -24,7 +24,14 @@ SOURCES = os.path.join(_build.CSRC, "cuda")
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
 BLOCKS_OPS = (  # in the order of SpattnBlocksOp
-    *("nt", "nn", "tn", "listed", "softmax", "masked_softmax", "softmax_grad", "mask"),
+    "nt",
+    "nn",
+    "tn",
+    "listed",
+    "softmax",
+    "masked_softmax",
+    "softmax_grad",
+    "mask",
 )
 UNSUPPORTED = 2  # of SpattnCode
 

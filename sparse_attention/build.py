@@ -84,29 +84,25 @@ def _library():
 
 def _kernels(library, arch, options):
     """{(kernel, macros)} of all that the options name."""
-    found = set()
+    kernels = []
     strides = {1 + (pattern == "strided") for pattern in options.pattern}
     for dtype, head_dim, block_size in itertools.product(
         options.dtype, options.head_dim, options.block_size
     ):
-        if block_size > 64:
-            continue
-        for kernel in _cuda.blocks_kernels(
-            library, arch, block_size, dtype, head_dim
-        ).values():
-            found.add((kernel.name.decode(), kernel.macros.decode()))
-    for dtype, head_dim, block_size, row_stride in itertools.product(
-        options.dtype, options.head_dim, options.block_size, strides
-    ):
+        if block_size <= 64:  # as the three ops have them
+            sizes = arch, block_size, dtype, head_dim
+            kernels += _cuda.blocks_kernels(library, *sizes).values()
         if dtype == "bfloat16" and arch < 80:
             continue
-        block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
-        shape = _cuda.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
-        for tile_kv, phase in itertools.product(_cuda.tiles_kv(shape), _cuda.PHASES):
-            shape.tile_kv = tile_kv
-            kernel = _cuda.kernel_of(library, shape, phase)
-            found.add((kernel.name.decode(), kernel.macros.decode()))
-    return sorted(found)
+        for row_stride in strides:
+            block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
+            shape = _cuda.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
+            for tile_kv in _cuda.tiles_kv(shape):
+                shape.tile_kv = tile_kv
+                kernels += [
+                    _cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES
+                ]
+    return sorted({(k.name.decode(), k.macros.decode()) for k in kernels})
 
 
 if __name__ == "__main__":

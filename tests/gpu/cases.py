@@ -183,14 +183,13 @@ def plans_of(library, case, arch):
 
 
 def kernels_of(library, case, arch):
-    """{(kernel, macros)} that a case runs."""
+    """The `Kernel`s that a case runs."""
     tiles, kv_tiles = plans_of(library, case, arch)
     head_dims = case.head_dim, case.head_dim_v
     shape = _cuda.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
     shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
     shape.block_q, shape.tile_kv = tiles.block_q, kv_tiles.tile_kv
-    kernels = [_cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES]
-    return {(kernel.name.decode(), kernel.macros.decode()) for kernel in kernels}
+    return [_cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES]
 
 
 # ---- the three-op family ----
@@ -230,15 +229,14 @@ VOLTA_BLOCKS_CASES = [
 
 
 def blocks_kernels_of(library, case, arch):
-    """{(kernel, macros)} that a case runs."""
+    """The `Kernel`s that a case runs."""
     sizes = arch, case.block_size
-    kernels = [
+    return [
         _cuda.blocks_kernel_of(
             *(library, op, *sizes, case.dtype, case.scores, case.weights, case.head_dim)
         )
         for op in _cuda.BLOCKS_OPS
     ]
-    return {(kernel.name.decode(), kernel.macros.decode()) for kernel in kernels}
 
 
 def main():
@@ -258,7 +256,8 @@ def main():
             for find, some in ((kernels_of, cases), (blocks_kernels_of, blocks_cases)):
                 for c in some:
                     if any(k in c.name for k in options.k.split(",")):
-                        kernels |= find(library, c, number)
+                        found = find(library, c, number)
+                        kernels |= {(k.name.decode(), k.macros.decode()) for k in found}
             compiled = functools.partial(_cuda.compiled, arch=arch)
             print(len(list(pool.map(compiled, *zip(*kernels)))), "kernels for", arch)
 
