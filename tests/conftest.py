@@ -16,15 +16,21 @@ KERAS_3_TESTS = [
 collect_ignore = KERAS_3_TESTS if sys.version_info < (3, 8) else []
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # processes share a GPU
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small products: threads only spin
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") is None or gpu_count() > 0:
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
         return
-    if "gpu" in os.environ.get("SPARSE_ATTENTION_REQUIRE", "").split(","):
-        pytest.fail("SPARSE_ATTENTION_REQUIRE=gpu, and the driver shows no GPU")
-    pytest.skip("needs a GPU, and the driver shows none")
+    needed = max(marker.args, default=1)
+    required = os.environ.get("SPARSE_ATTENTION_REQUIRE", "").split(",")
+    if gpu_count() < needed:
+        message = f"needs {needed} GPU, and the driver shows {gpu_count()}"
+        if "2gpu" in required or needed == 1 and "gpu" in required:
+            pytest.fail(message)
+        pytest.skip(message)
 
 
 @functools.lru_cache(maxsize=None)

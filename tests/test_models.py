@@ -1,6 +1,7 @@
 """SparseTransformer: the paper's architecture, through fit, files and recomputation."""
 
 import json
+import os
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tensorflow as tf
 from helpers import assert_close, plain_attention_fwd
 from keras_helpers import model_by_hand
-from tf_helpers import assert_same_bits
+from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
 from sparse_attention import models
@@ -166,6 +167,26 @@ def test_dropout_differs_by_call_and_comes_back_with_the_weights():
     assert_same_bits(model(x).numpy(), model(x, training=False).numpy())
     model.set_weights(weights)
     assert_same_bits(model(x, training=True).numpy(), first)
+
+
+# ---- two devices ----
+
+MIRRORED = """
+import sys
+import tensorflow as tf
+halves = 2 * [tf.config.LogicalDeviceConfiguration()]
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, halves)
+sys.path.append(sys.argv[1])
+import mirrored
+mirrored.check_op(["CPU:0", "CPU:1"])
+for attention in ("fixed", "local,strided"):
+    mirrored.check_training(["CPU:0", "CPU:1"], attention)
+"""
+
+
+def test_two_devices_train_as_one():
+    run_script(MIRRORED, os.path.dirname(__file__), CUDA_VISIBLE_DEVICES="")
 
 
 # ---- files ----

@@ -101,28 +101,6 @@ def test_out_of_memory_is_resource_exhausted():
         session.run(first, {batch: 1})  # and goes on
 
 
-def test_mirrored_strategy_gives_the_loss_of_one_gpu():
-    if len(tf.config.list_physical_devices("GPU")) < 2:
-        pytest.skip("needs two GPUs")
-    block_mask = next(patterns())
-    x = np.random.RandomState(0).normal(size=[4, 300, 128]).astype(np.float32)
-
-    def loss(x):
-        o = sa.block_sparse_attention(x, x, x, block_mask, 2)
-        return tf.reduce_sum(o * o)
-
-    strategy = tf.distribute.MirroredStrategy(["/gpu:0", "/gpu:1"])
-
-    def replica(context):
-        return x[2 * context.replica_id_in_sync_group :][:2]
-
-    values = strategy.experimental_distribute_values_from_function(replica)
-    run = tf.function(lambda values: strategy.run(loss, args=(values,)))
-    losses = strategy.experimental_local_results(run(values))
-    want = [loss(tf.constant(part)).numpy() for part in (x[:2], x[2:])]
-    np.testing.assert_array_equal([value.numpy() for value in losses], want)
-
-
 # ---- the three-op family ----
 
 

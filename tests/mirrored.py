@@ -1,0 +1,86 @@
+"""What two devices compute together is what one computes; for CPUs and for GPUs."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from helpers import assert_close
+from tf_helpers import assert_same_bits
+
+import sparse_attention as sa
+
+TIME, VOCAB, BATCH, STEPS = 64, 50, 4, 16
+
+
+def check_training(devices, attention):
+    """All losses, and the weights after them, are those of the first device alone.
+
+    To the tolerance to the oracle, with one device in the oracle's place. How far
+    rounding in float32 leads, the same device says on each batch backwards: the same
+    sums in another order. No Adam: it makes whole steps of gradients that are nothing
+    but rounding, as that of a key's bias.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    print("seed 0")
+    tokens = np.random.RandomState(0).randint(0, VOCAB, [STEPS, BATCH, TIME + 1])
+    strategy = tf.distribute.MirroredStrategy(devices)
+    (together,) = trained(strategy, attention, [tokens])
+    orders = [tokens, tokens[:, ::-1]]
+    alone, backwards = trained(tf.distribute.get_strategy(), attention, orders)
+    assert alone[0][-1] < alone[0][0] - 0.1
+    for got, want, plain in zip(together, alone, backwards):
+        assert_close(got, want.astype(np.float64), plain, 3)
+
+
+def trained(strategy, attention, runs):
+    """For each run's tokens, int [steps, batch, time + 1], from the same weights on:
+    the losses of the steps, and all weights after them in one array; float32."""
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = sa.SparseTransformer(VOCAB, TIME, 2, 32, 4, attention, 32, 8)
+        model.build([None, TIME])
+        model.compile(
+            keras.optimizers.SGD(0.5),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+    initial = model.get_weights()
+    for tokens in runs:
+        model.set_weights(initial)
+        batches = tf.data.Dataset.from_tensor_slices(
+            (tokens[..., :-1], tokens[..., 1:])
+        )
+        options = dict(steps_per_epoch=1, shuffle=False, verbose=0)
+        losses = model.fit(batches, epochs=STEPS, **options).history["loss"]
+        weights = np.concatenate([w.numpy().ravel() for w in model.trainable_weights])
+        yield np.float32(losses), weights
+
+
+def check_op(devices):
+    """The op and its gradients give, on both at once, the bits that one gives."""
+    print("seed 0")
+    halves = np.random.RandomState(0).normal(size=[2, 4, 2, 300, 128])
+    halves = halves.astype(np.float32)  # q, k, v and do of each
+    plans = [
+        sa.pattern_block_mask(mode, 300, 2, 32, 64, 2)
+        for mode in ("all", "local", "strided", "fixed")
+    ]
+
+    def results(half):
+        q, k, v, do = tf.unstack(half)
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            o = [sa.block_sparse_attention(q, k, v, plan, 2) for plan in plans]
+        return [*o, *tape.gradient(o, [q, k, v], len(plans) * [do])]
+
+    strategy = tf.distribute.MirroredStrategy(devices)
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(halves[context.replica_id_in_sync_group])
+    )
+    run = tf.function(lambda values: strategy.run(results, args=(values,)))
+    ops = run.get_concrete_function(values).graph.get_operations()
+    places = [op.device for op in ops if op.type.startswith("BlockSparseAttention")]
+    counts = [sum(place.endswith(device) for place in places) for device in devices]
+    assert counts == 2 * [2 * len(plans)]  # forward and backward
+    got = zip(*map(strategy.experimental_local_results, run(values)))
+    for replica, half in zip(got, halves):
+        alone = results(tf.constant(half))
+        assert_same_bits(*([x.numpy() for x in xs] for xs in (replica, alone)))
