@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_training.py --out FOLDER     on a GPU
     python benchmarks/gpu_training.py --small          the same in small, on anything
+    ... --parts speed --attention fixed                one point by itself
 
 The model is the paper's for enwik8: 12,288 positions, width 512, 8 heads, l = 128, blocks
 of 32, in mixed_bfloat16, recomputed block by block as in the paper. A step is what Keras
@@ -70,6 +71,7 @@ class Benchmark:
 
     def __init__(self, options):
         self.out, self.sizes = options.out, SMALL if options.small else FULL
+        self.contenders = options.attention
         self.end = time.monotonic() + options.seconds
         self.rows, self.variables = [], []
         gpus = tf.config.list_physical_devices("GPU")
@@ -86,7 +88,7 @@ class Benchmark:
     # ---- parts ----
 
     def speed(self):
-        for contender in ATTENTION:
+        for contender in self.contenders:
             point = dict(self.sizes["speed"])
             if contender == "TensorFlow dense":
                 point["batch"] = 1  # its scores take gigabytes each
@@ -95,13 +97,13 @@ class Benchmark:
     def memory(self):
         sizes = self.sizes["memory"]
         for length in sizes["lengths"]:
-            for contender in ATTENTION:
+            for contender in self.contenders:
                 if contender == "TensorFlow dense" and length > 16384:
                     continue  # float32 scores of 8 heads at 65,536 are 137 GB
                 self.measure("memory", contender, length, sizes["layers"])
 
     def length(self):
-        for contender in ("strided", "fixed"):
+        for contender in [c for c in ("strided", "fixed") if c in self.contenders]:
             for recompute in (False, True):
                 longest = self.longest(contender, recompute)
                 print(f"longest: {contender}, recompute {recompute}: {longest}")
@@ -233,6 +235,7 @@ def main(arguments=None):
     )
     parts = ["speed", "memory", "length"]
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--attention", nargs="*", choices=ATTENTION, default=ATTENTION)
     parser.add_argument("--unfused", action="store_true", help="without XLA")
     parser.add_argument("--seconds", type=float, default=340)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 
 import pytest
 import tensorflow as tf
@@ -37,6 +38,16 @@ def test_all_contenders_train(gpu_training, tmp_path, monkeypatch):
     assert [row["attention"] for row in rows] == NAMES
     assert all(row["seconds_a_step"] > 0 for row in rows)
     assert set(batches) == {1} == {rows[-1]["batch"]}  # the others have 2
+
+
+def test_contenders_are_chosen(gpu_training, capsys):
+    chosen = ["--attention", "TensorFlow dense", "fixed"]
+    gpu_training.main(["--small", "--seconds", "-1", *chosen])
+    left_out = r"left out: {'part': '(.*?)', 'attention': '(.*?)'"
+    points = re.findall(left_out, capsys.readouterr().out)
+    for part, count in (("speed", 1), ("memory", 2)):
+        assert [name for p, name in points if p == part] == count * chosen[1:]
+    assert {name for p, name in points if p == "length"} == {"fixed"}
 
 
 def test_errors_are_rows_and_an_end_is_kept(
