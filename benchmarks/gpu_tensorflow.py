@@ -1,12 +1,16 @@
 """The op in TensorFlow on one GPU, beside TensorFlow's dense attention. Started by `gpu.py`.
 
-Each call of a `tf.function` holds CALLS calls of attention on as many sets of tensors, one
-after the other as the layers of a model are: what Python takes to start it is shared by
-all, and no set is in L2 when its turn comes. Milliseconds are of one call: medians over
-0.5 s of such functions, by the clock, from dispatch to the arrival of the last result.
-Dense attention is `attention_impl`: every score in memory, bfloat16, softmax in float32;
-under XLA it is one compiled cluster a call. MB: the peak of TensorFlow's allocator during
-one call, less inputs and results.
+A `tf.function` holds CALLS calls of attention on as many sets of tensors, one after the
+other as the layers of a model are: no set is in L2 when its turn comes. FUNCTIONS of them
+are dispatched without a wait, as the steps of a training loop are, and timed as a group by
+the clock, from the first dispatch to the arrival of the last result. Milliseconds are of
+one call: median, 10th and 90th percentile of groups for half a second, at least three; a
+group has fewer functions where it would take longer than a third of that.
+
+Dense attention is `attention_impl`: every score in memory, bfloat16, softmax in float32.
+Plain, a function holds one call, which alone takes gigabytes; under XLA each call is one
+compiled cluster. MB: the peak of TensorFlow's allocator during one call, less inputs and
+results. The longest sequences under `all` come last.
 """
 
 import pathlib
@@ -21,7 +25,7 @@ import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
 
-CALLS = 16
+CALLS, FUNCTIONS = 16, 8
 SECONDS = 0.5
 DENSE_LENGTH = 4096  # the longest that dense attention fits into 80 GB with
 
@@ -72,12 +76,12 @@ def wait(results):
     return results[-1][-1][0, 0, 0].numpy()
 
 
-def measure(case, contender, attention, jit_compile=None):
+def measure(case, contender, attention, calls=CALLS, jit_compile=None):
     run, shape = attention, [case.batch, case.q_len, case.heads * case.head_dim]
     for phase in ("fwd", "fwd+bwd"):
         sets = [
             [tf.cast(tf.random.normal(shape), tf.bfloat16) for _ in range(3)]
-            for _ in range(CALLS)
+            for _ in range(calls)
         ]
         in_sets = in_turn(tf.function(run, jit_compile=jit_compile))
         row = dict(case._asdict(), phase=phase, contender=contender)
@@ -93,13 +97,20 @@ def measure(case, contender, attention, jit_compile=None):
 
 def timed(run, sets):
     wait(run(sets))
-    wait(run(sets))
+    functions = min(FUNCTIONS, 1 + int(SECONDS / 3 / seconds(run, sets, 1)))
     times, end = [], time.perf_counter() + SECONDS
     while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        wait(run(sets))
-        times.append(1e3 * (time.perf_counter() - start) / CALLS)
+        group = seconds(run, sets, functions)
+        times.append(1e3 * group / functions / len(sets))
     return dict(zip(("ms", "ms_low", "ms_high"), np.percentile(times, [50, 10, 90])))
+
+
+def seconds(run, sets, functions):
+    start = time.perf_counter()
+    for _ in range(functions):
+        results = run(sets)  # those before go: the stream is done with them in time
+    wait(results)
+    return time.perf_counter() - start
 
 
 def peak_mb(run, sets):
@@ -124,12 +135,13 @@ def main():
     tf.config.experimental.set_memory_growth(device, True)
     name = tf.config.experimental.get_device_details(device)["device_name"]
     gpu.emit({"framework": f"TensorFlow {tf.__version__}", "gpu": name, **ceiling()})
-    for group in gpu.cases("tensorflow", args.modes, args.lengths):
-        for case in group:
-            measure(case, "ours, in TensorFlow", fused(case))
-            if case.mode == "all" and case.q_len <= DENSE_LENGTH:
-                measure(case, "TF dense", dense(case))
-                measure(case, "TF dense, XLA", dense(case), jit_compile=True)
+    cases = sum(gpu.cases("tensorflow", args.modes, args.lengths), [])
+    cases.sort(key=lambda case: case.mode == "all" and case.q_len > 16384)
+    for case in cases:
+        measure(case, "ours, in TensorFlow", fused(case))
+        if case.mode == "all" and case.q_len <= DENSE_LENGTH:
+            measure(case, "TF dense", dense(case), calls=1)
+            measure(case, "TF dense, XLA", dense(case), jit_compile=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,28 @@ def test_useful_flops_count_the_pairs_that_attend(cpu, mode):
     flops = 3 * 2 * 512**2 * pairs * 2 * 64 * 2
     assert cpu.useful_flops(case, is_training=False) == flops
     assert cpu.useful_flops(case, is_training=True) == 3.5 * flops
+
+
+@pytest.mark.parametrize("ms, functions, groups", [(1, 8, 4), (100, 1, 3)])
+def test_gpu_groups_wait_once(cpu, monkeypatch, ms, functions, groups):
+    """Calls of so many ms, and 5 from the last of them to Python."""
+    gpu_tensorflow = importlib.import_module("gpu_tensorflow")
+    now, runs = [0.0], []
+
+    def run(sets):
+        runs.append("run")
+        now[0] += len(sets) * ms / 1e3
+
+    def wait(results):
+        runs.append("wait")
+        now[0] += 0.005
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(gpu_tensorflow, "time", clock)
+    monkeypatch.setattr(gpu_tensorflow, "wait", wait)
+    row = gpu_tensorflow.timed(run, [None] * 16)
+    assert row["ms"] == pytest.approx(ms + 5 / functions / 16)
+    assert runs == 2 * ["run", "wait"] + groups * [*functions * ["run"], "wait"]
 
 
 PART = """

@@ -5,7 +5,7 @@ SPARSE_ATTENTION_REQUIRE=2gpu python -m pytest tests/gpu/test_multi_gpu.py
 
 import pytest
 
-pytest.importorskip("tensorflow")
+pytest.importorskip("keras")
 
 import mirrored  # noqa: E402
 import test_train_lm as train_lm  # noqa: E402
