@@ -27,7 +27,7 @@ def pytest_runtest_setup(item):
     needed = max(marker.args, default=1)
     required = os.environ.get("SPARSE_ATTENTION_REQUIRE", "").split(",")
     if gpu_count() < needed:
-        message = f"needs {needed} GPU, and the driver shows {gpu_count()}"
+        message = f"GPUs needed: {needed}; the driver shows {gpu_count()}"
         if "2gpu" in required or needed == 1 and "gpu" in required:
             pytest.fail(message)
         pytest.skip(message)

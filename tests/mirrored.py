@@ -32,8 +32,11 @@ def check_training(devices, attention):
 
 
 def trained(strategy, attention, runs):
-    """For each run's tokens, int [steps, batch, time + 1], from the same weights on:
-    the losses of the steps, and all weights after them in one array; float32."""
+    """Yields each run's losses, and all weights after it in one array; float32.
+
+    Args:
+      runs: Tokens, int [steps, batch, time + 1]; all start from the same weights.
+    """
     with strategy.scope():
         keras.utils.set_random_seed(0)
         model = sa.SparseTransformer(VOCAB, TIME, 2, 32, 4, attention, 32, 8)
