@@ -137,17 +137,16 @@ class BlockMask:
 
     def _judge_blocks(self):
         """Block kinds as far as the mask's bounds tell, PARTIAL where they cannot."""
-        kinds = np.full(self.layout.shape, PARTIAL, np.int8)
+        kinds = np.empty(self.layout.shape, np.int8)
+        exists = self._q.exists.any(axis=1)[:, None] & self._kv.exists.any(axis=1)
         head = np.arange(self.heads)[:, None, None] if self._heads_differ else 0
         step = max(1, CHUNK // (self.heads * self.kv_blocks))
         for start in range(0, self.q_blocks, step):
             part = slice(start, start + step)
             q = Span(*(field[part, None] for field in self._q.span))
             all_true, none_true = self.mask.bounds(head, q, self._kv.span)
-            np.copyto(kinds[:, part], FULL, where=all_true)
-            np.copyto(kinds[:, part], EMPTY, where=none_true)
-        exists = self._q.exists.any(axis=1)[:, None] & self._kv.exists.any(axis=1)
-        np.copyto(kinds, EMPTY, where=~(self.layout & exists))
+            some_true = self.layout[:, part] & exists[part] & np.logical_not(none_true)
+            kinds[:, part] = some_true * np.add(all_true, PARTIAL, dtype=np.int8)
         return kinds
 
     def _evaluate_elements(self):
