@@ -169,12 +169,46 @@ def test_kv_tiles_of_every_size_hold_the_exact_pattern(case, is_grouped):
         assert len(set(map(bytes, tiles.mask_bits))) == len(tiles.mask_bits)
 
 
-def test_kv_tiles_gather_what_the_same_queries_read():
-    """The summary blocks of `fixed`, each the last of 4 in a window, lie together."""
-    block_mask = pattern_block_mask("fixed", 2048, 2, 16, 64, num_verts=1)
-    longest = block_mask.kv_tiles(64).tile_blocks[0, 1]
-    assert len(set(longest // 4)) == 4
-    assert (longest % 4 == 3).all()
+@pytest.mark.parametrize("block_size, window", [(8, 16), (16, 4), (32, 32)])
+def test_kv_tiles_gather_what_the_same_queries_read(block_size, window):
+    """The summary blocks of `fixed`, each the last of its window, lie together."""
+    ctx = window * block_size
+    block_mask = pattern_block_mask("fixed", 32 * ctx, 2, block_size, ctx, num_verts=1)
+    longest = block_mask.kv_tiles(128).tile_blocks[0, 0]
+    np.testing.assert_array_equal(longest % window, window - 1)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_kv_tiles_are_full_where_no_two_blocks_share_queries(block_size):
+    """In `strided` with 8 visits to a residue, each kv block is its own q block's."""
+    block_mask = pattern_block_mask("strided", 1024, 8, block_size, 128)
+    np.testing.assert_array_equal(block_mask.layout[0], np.eye(1024 // block_size))
+    for tile_kv in 64, 128:
+        tiles = block_mask.kv_tiles(tile_kv)
+        assert tiles.tile_blocks.shape[1] == 1024 // tile_kv
+        np.testing.assert_array_equal(
+            np.sort(tiles.tile_blocks.ravel()), np.arange(1024 // block_size)
+        )
+
+
+@pytest.mark.parametrize(
+    "readers, expected", [(1, 2), (2, 4), (3, 8), (4, 8), (6, 4), (9, 8), (40, 8)]
+)
+def test_kv_tiles_mix_queries_only_where_that_saves_steps(readers, expected):
+    """Eight kv blocks with as many q blocks each, of which four are a step."""
+    layout = np.kron(np.eye(8), np.ones([readers, 1]))
+    tiles = BlockMask(layout, block_size=32).kv_tiles(128)
+    assert tiles.tile_blocks.shape == (1, expected, 4)
+    assert (tiles.tile_blocks >= 0).sum() == 8
+
+
+def test_kv_tiles_mix_short_lists_into_long_ones_where_that_is_free():
+    """Five q blocks take two steps, so those of three more blocks find a place."""
+    layout = np.kron(np.eye(4), np.ones([5, 1]))[:8]
+    layout[5:, 1:] = np.eye(3)
+    tiles = BlockMask(layout, block_size=32).kv_tiles(128)
+    np.testing.assert_array_equal(tiles.tile_blocks, [[[0, 1, 2, 3]]])
+    assert tiles.q_indptr.tolist() == [0, 8]
 
 
 @given(cases())
@@ -473,7 +507,8 @@ MEASURE = """
 import re, time
 from sparse_attention.block_mask import pattern_block_mask
 start = time.process_time()
-pattern_block_mask({mode!r}, 65536, 8, 32, {ctx}).tiles()
+plan = pattern_block_mask({mode!r}, 65536, 8, 32, {ctx})
+plan.tiles(), plan.kv_tiles(128)
 seconds = time.process_time() - start
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1)
 print(seconds, int(peak) / 1024)
@@ -483,7 +518,7 @@ print(seconds, int(peak) / 1024)
 @pytest.mark.parametrize(
     "mode, ctx", [("fixed", 128), ("all", None), ("local", 128), ("strided", 256)]
 )
-def test_plan_for_65536_positions_takes_2_seconds_and_500_mb_at_most(mode, ctx):
+def test_plan_for_65536_positions_takes_3_seconds_and_500_mb_at_most(mode, ctx):
     code = MEASURE.format(mode=mode, ctx=ctx)
     path = ":".join(filter(None, sys.path))
     output = subprocess.check_output(
@@ -491,7 +526,7 @@ def test_plan_for_65536_positions_takes_2_seconds_and_500_mb_at_most(mode, ctx):
     )
     seconds, peak_mb = map(float, output.split())
     print(f"{mode}: {seconds:.2f} s, {peak_mb:.0f} MB")
-    assert seconds < 2
+    assert seconds < 3
     assert peak_mb < 500
 
 
