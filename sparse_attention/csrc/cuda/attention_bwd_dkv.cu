@@ -131,11 +131,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const int group = problem.heads / problem.kv_heads;
   const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
   const RowMap kv_rows = RowMap::Make(problem.kv_len, problem.row_stride, problem.kv_len);
-  const int kv_length =
-      problem.kv_lengths ? problem.kv_lengths[batch] : static_cast<int>(problem.kv_len);
-  const int32_t* owned =
-      plan.tile_blocks +
-      static_cast<int64_t>((plan.heads == 1 ? 0 : kv_head) * plan.tiles + tile) * kOwned;
+  const int first_owned = ((plan.heads == 1 ? 0 : kv_head) * plan.tiles + tile) * kOwned;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kWarpRows;
   T* k_smem = reinterpret_cast<T*>(smem);
   T* v_smem = reinterpret_cast<T*>(smem + KTile::kBytes);
@@ -148,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                  stats + kBlockQ, reinterpret_cast<uint32_t*>(stats + 2 * kBlockQ)};
   };
   const auto key_row = [&](int r) {
-    const int block = __ldg(owned + r / kPlanBlock);
+    const int block = __ldg(plan.tile_blocks + first_owned + r / kPlanBlock);
     const bool valid = block >= 0 && block <= kv_rows.positions / kPlanBlock;
     return valid ? kv_rows.Row(block * kPlanBlock + r % kPlanBlock) : -1;
   };
@@ -185,9 +181,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       };
       LoadRowPair<kBlockQ, kHeadDim, kHeadDimV, kThreads, !kMasked>(stage.q, q, stage.dout, dout,
                                                                     row_of);
+      const int thread = Anew(threadIdx.x);
 #pragma unroll
       for (int i = 0; i < CeilDiv(kBlockQ, kThreads); ++i) {
-        const int r = threadIdx.x + i * kThreads;
+        const int r = thread + i * kThreads;
         if (r >= kBlockQ) break;  // whole warps
         const int row = row_of(r);
         CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
@@ -209,11 +206,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                 *do_sub = stage.dout + sub * DoTile::kRowPitch;
         float s_frag[kM][kN][4], dp_frag[kM][kN][4];
         MatmulABt<QTile>(s_frag, k_operand, q_sub, scratch);
-        MatmulABt<DoTile>(dp_frag, v_operand, do_sub, scratch);
+        // With wgmma both are under way at once; else dp would only hold registers.
+        if (kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, do_sub, scratch);
         MatmulWait<1>(s_frag);
         Probabilities<kMasked>(s_frag, scale_exp, stage, sub);
         MatmulWait<0>(dp_frag);
         MatmulPB<DoTile>(dv_frag, s_frag, do_sub + DoTile::Offset(0, first_v), scratch);
+        if (!kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, do_sub, scratch);
         ScoreGradient<kMasked>(dp_frag, s_frag, stage, sub);
         MatmulPB<QTile>(dk_frag, dp_frag, q_sub + QTile::Offset(0, first_k), scratch);
         MatmulWait<1>(dv_frag);
@@ -228,6 +227,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
 #pragma unroll
   for (int i = 0; i < kM * kOutK * 4; ++i)
     dk_frag[i / (kOutK * 4)][i / 4 % kOutK][i % 4] *= problem.softmax_scale;
+  const int kv_length =
+      problem.kv_lengths ? problem.kv_lengths[batch] : static_cast<int>(problem.kv_len);
   const auto row_of = [&](int r) { return key_row(warp_row + r); };
   const auto zero_of = [&](int r) { return key_row(warp_row + r) >= kv_length; };
   T* dk_smem = reinterpret_cast<T*>(smem) + warp_row * StorePitch(kOutK * 8);

@@ -29,6 +29,7 @@ SpattnCudaKernel Begin(const char* name, int threads, int dtype, int block_size)
   Define(&kernel, "DTYPE", dtype);
   Define(&kernel, "BLOCK", block_size);
   Define(&kernel, "ROW_STRIDED", 0);
+  Define(&kernel, "ANEW", 0);
   Define(&kernel, "WGMMA", 0);
   return kernel;
 }

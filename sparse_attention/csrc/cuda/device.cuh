@@ -5,6 +5,7 @@
 // Macros that the compiling side sets, beside each kernel's own:
 //   SPATTN_DTYPE        0 float32, 1 float16, 2 bfloat16      (SpattnDtype)
 //   SPATTN_ROW_STRIDED  1 where problem.row_stride > 1
+//   SPATTN_ANEW         1 to derive addresses anew for each tile (Anew)
 //   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; dims in whole 64s;
 //                       streamed and owned tiles of whole 64 rows)
 #pragma once
@@ -264,28 +265,50 @@ struct RowSpan {
   }
 };
 
+// The value; with SPATTN_ANEW unknown to the compiler, which then derives from it anew in every turn
+// of a loop what it would keep in registers through all of them.
+DEVICE int Anew(int value) {
+  if (SPATTN_ANEW) asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Chunks of 16 bytes of a tile, shared among the threads of a CTA: the i-th of this thread.
+template <int kRows, int kDim, int kThreads>
+struct ThreadChunk {
+  static constexpr int kRowChunks = PaddedDim(kDim) / kVector, kPassRows = kThreads / kRowChunks;
+  static constexpr int kCount = CeilDiv(kRows * kRowChunks, kThreads);
+  // Where a pass is whole rows, a thread keeps its column and steps a fixed way through the tile.
+  static constexpr bool kSteady = kThreads % kRowChunks == 0 && kPassRows % 8 == 0;
+  int row, column, offset;
+
+  DEVICE ThreadChunk Make(int i, int thread) {
+    const int index = thread + (kSteady ? 0 : i * kThreads);
+    const int row = index / kRowChunks, column = index % kRowChunks * kVector;
+    const int steps = kSteady ? i * kPassRows : 0;
+    return {row + steps, column,
+            Tile<kRows, kDim>::Offset(row, column) + steps * Tile<kRows, kDim>::kRowPitch};
+  }
+  __forceinline__ bool IsInTile() const {
+    return kRows * kRowChunks % kThreads == 0 || row < kRows;
+  }
+};
+
 template <int kRows, int kDim, int kThreads, bool kAllExist, int kTensors, typename RowOf>
 DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTensors], RowOf row_of) {
-  constexpr int kChunks = PaddedDim(kDim) / kVector, kPassRows = kThreads / kChunks;
-  // Where a pass is whole rows, a thread keeps its column and steps a fixed way through the tile.
-  constexpr bool kSteady = kThreads % kChunks == 0 && kPassRows % 8 == 0 && kDim % kVector == 0;
+  using Chunk = ThreadChunk<kRows, kDim, kThreads>;
+  const int thread = Anew(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < CeilDiv(kRows * kChunks, kThreads); ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    const int r = kSteady ? threadIdx.x / kChunks + i * kPassRows : index / kChunks;
-    const int column = (kSteady ? threadIdx.x : index) % kChunks * kVector;
-    const int offset = kSteady ? Tile<kRows, kDim>::Offset(threadIdx.x / kChunks, column) +
-                                     i * kPassRows * Tile<kRows, kDim>::kRowPitch
-                               : Tile<kRows, kDim>::Offset(r, column);
-    const bool is_row = kRows * kChunks % kThreads == 0 || r < kRows;
-    const bool is_column = kDim % 16 == 0 || column < kDim;
-    const int row = row_of(is_row ? r : 0);
+  for (int i = 0; i < Chunk::kCount; ++i) {
+    const Chunk chunk = Chunk::Make(i, thread);
+    const bool is_column = kDim % 16 == 0 || chunk.column < kDim;
+    const int row = row_of(chunk.IsInTile() ? chunk.row : 0);
     const bool exists = (kAllExist || row >= 0) && is_column;
-    if (!is_row) continue;
+    if (!chunk.IsInTile()) continue;
 #pragma unroll
     for (int t = 0; t < kTensors; ++t) {
-      CopyAsync<16>(tiles[t] + offset,
-                    from[t].Row(kAllExist ? row : Max(row, 0)) + (is_column ? column : 0), exists);
+      CopyAsync<16>(tiles[t] + chunk.offset,
+                    from[t].Row(kAllExist ? row : Max(row, 0)) + (is_column ? chunk.column : 0),
+                    exists);
     }
   }
 }
@@ -313,15 +336,13 @@ DEVICE void LoadRowPair(T* tile_a, const RowSpan& a, T* tile_b, const RowSpan& b
 // its own copies are visible to it once it has waited for them); true if there were any.
 template <int kRows, int kDim, int kThreads>
 DEVICE bool ZeroNonfiniteRows(T* tile) {
-  constexpr int kChunks = PaddedDim(kDim) / kVector;
+  using Chunk = ThreadChunk<kRows, kDim, kThreads>;
+  const int thread = Anew(threadIdx.x);
   bool found = false;
 #pragma unroll
-  for (int i = 0; i < CeilDiv(kRows * kChunks, kThreads); ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    if (kRows * kChunks % kThreads == 0 || index < kRows * kChunks) {
-      T* at = tile + Tile<kRows, kDim>::Offset(index / kChunks, index % kChunks * kVector);
-      found |= ZeroNonfinite(reinterpret_cast<uint4*>(at));
-    }
+  for (int i = 0; i < Chunk::kCount; ++i) {
+    const Chunk chunk = Chunk::Make(i, thread);
+    if (chunk.IsInTile()) found |= ZeroNonfinite(reinterpret_cast<uint4*>(tile + chunk.offset));
   }
   return found;
 }
@@ -360,7 +381,7 @@ struct BlockList {
   // back.
   __forceinline__ Blocks Fetch(int n) const {
     Blocks fetched{-1, -1, n % kSplit};
-    const int lane = threadIdx.x % 32;
+    const int lane = Anew(threadIdx.x) % 32;
     const int at = begin + (kSplit > 1 ? n / kSplit : n * kGather + lane);
     if (lane < kGather && at < end) {
       fetched.block = __ldg(indices + at);
@@ -401,10 +422,11 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
                      const uint8_t* mask_bits, const RowMap& rows) {
   constexpr int kBytes = kPlanTile / 8, kWords = MaskWords(kPlanTile),
                 kTile = List::kRun * List::kGather;
+  const int thread = Anew(threadIdx.x);
   const int first = list.FirstPosition(blocks), mask_row = list.MaskRow(blocks);
 #pragma unroll
   for (int i = 0; i < CeilDiv(kTile, kThreads); ++i) {
-    const int r = threadIdx.x + i * kThreads;
+    const int r = thread + i * kThreads;
     if (r >= kTile) break;  // whole warps: kTile is a multiple of 32
     const int run_first = __shfl_sync(kFullWarp, first, r / List::kRun);
     const int run_mask = __shfl_sync(kFullWarp, mask_row, r / List::kRun);

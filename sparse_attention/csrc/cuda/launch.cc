@@ -102,9 +102,14 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
   const int64_t q_blocks = blocks(problem.q_len), kv_blocks = blocks(problem.kv_len);
   SPATTN_RETURN_IF(plan.q_blocks != q_blocks, "q_blocks must be %lld for q_len=%lld, got %lld",
                    (LongLong)q_blocks, (LongLong)problem.q_len, (LongLong)plan.q_blocks);
-  SPATTN_RETURN_IF(plan.kv_tiles * (plan.tile_kv / plan.block_size) < kv_blocks,
+  const int tile_blocks = plan.tile_kv / plan.block_size;
+  SPATTN_RETURN_IF(plan.kv_tiles * tile_blocks < kv_blocks,
                    "kv_tiles of tile_kv=%d must hold %lld kv blocks, got %lld", plan.tile_kv,
                    (LongLong)kv_blocks, (LongLong)plan.kv_tiles);
+  SPATTN_RETURN_IF(problem.heads * plan.kv_tiles > kMaxPositions / tile_blocks,
+                   "heads * kv_tiles of %d blocks must be at most %lld on a GPU, got %d * %lld",
+                   tile_blocks, (LongLong)(kMaxPositions / tile_blocks), problem.heads,
+                   (LongLong)plan.kv_tiles);
   SPATTN_RETURN_IF_ERROR(
       CheckIntArrays({plan.tile_blocks, plan.q_indptr, plan.q_indices, plan.mask_ids}));
   SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.kv_tiles, plan.entries, plan.mask_blocks,
