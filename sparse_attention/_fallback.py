@@ -144,7 +144,7 @@ def _pairs(block_mask, heads, kv_heads):
     mask_ids = np.where(mask_ids < 0, len(masks) - 1, mask_ids)
     kv_block = kv_head * len(kv_rows) + kv_indices
     is_attended = np.zeros([kv_heads * len(kv_rows), block_kv], bool)
-    np.logical_or.at(is_attended, kv_block, masks.any(axis=2)[mask_ids])
+    np.logical_or.at(is_attended, kv_block, np.any(masks, axis=2)[mask_ids])
     is_attended = is_attended.reshape(kv_heads, -1)[:, kv_positions]
     return Pairs(
         q_tile,

@@ -10,7 +10,7 @@ import blocks_oracle as oracle
 import numpy as np
 import pytest
 from blocks_oracle import f32
-from cases import BLOCKS_CASES, VOLTA_BLOCKS_CASES
+from cases import BLOCKS_CASES
 from helpers import assert_close, to_dtype
 
 from sparse_attention.blocksparse_tables import BlocksparseTables
@@ -102,7 +102,7 @@ def test_kernels_match_oracle(case):
     Run(case).check()
 
 
-@pytest.mark.parametrize("case", VOLTA_BLOCKS_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", BLOCKS_CASES, ids=lambda case: case.name)
 def test_volta_kernels_match_oracle(case):
     """The sm_70 path as PTX, through the driver's own compiler."""
     Run(case, ptx_arch=70).check()
