@@ -5,25 +5,11 @@ Runs on Keras 3 with the TensorFlow backend and on TensorFlow's own Keras 2.
 
 import tensorflow as tf
 
+from ._keras import keras
 from .attention import MAX_HEAD_DIM, block_sparse_attention
 from .block_mask import BlockMask, pattern_block_mask
+from .fused import Dense
 from .masks import check_positive
-
-try:
-    from tensorflow import keras
-
-    backend = keras.backend.backend()
-except (ImportError, RecursionError) as error:  # TensorFlow raises the second again
-    raise ImportError(
-        "sparse_attention's layers and models need Keras, which does not import "
-        f"({error.__context__ or error}); `pip install keras`, and leave the "
-        "environment variable KERAS_BACKEND unset or 'tensorflow'"
-    ) from error
-if backend != "tensorflow":
-    raise ImportError(
-        "sparse_attention's layers and models need Keras on TensorFlow, got "
-        f"{backend!r}; set the environment variable KERAS_BACKEND=tensorflow"
-    )
 
 
 def serializable(cls):
@@ -166,7 +152,7 @@ class SparseSelfAttention(keras.layers.Layer):
         self.built = True
 
     def _projection(self, name, input_width, width, initializer):
-        dense = keras.layers.Dense(
+        dense = Dense(
             width,
             use_bias=self.use_bias,
             # A copy of it: Keras 3 draws the same values for all that share one.

@@ -1,49 +1,17 @@
 """The Sparse Transformer as a Keras model: a language model over long sequences."""
 
-import functools
 import itertools
 import json
 
 import numpy as np
 import tensorflow as tf
 
+from ._keras import keras
 from .block_mask import pattern_block_mask
-from .keras_layer import SparseSelfAttention, keras, serializable
+from .fused import Dense, fused_on_gpu
+from .keras_layer import SparseSelfAttention, serializable
 from .masks import check_positive
 from .recompute import recomputable
-
-
-def fused_on_gpu(function):
-    """Has XLA make one kernel of many where TensorFlow sees a GPU.
-
-    There every op by itself reads and writes all of a tensor, which in a norm takes
-    longer than the matrix products beside it. The gradient keeps the arguments alone.
-    """
-
-    @functools.lru_cache(maxsize=None)
-    def fused():  # not before it is needed: TensorFlow 1.15 has no jit_compile
-        forward = tf.function(function, jit_compile=True, autograph=False)
-
-        @functools.partial(tf.function, jit_compile=True, autograph=False)
-        def backward(args, dy):
-            with tf.GradientTape() as tape:
-                tape.watch(args)
-                y = function(*args)
-            return tape.gradient(y, args, dy)
-
-        return tf.custom_gradient(
-            lambda *args: (forward(*args), lambda dy: backward(args, dy))
-        )
-
-    @functools.wraps(function)
-    def wrapper(*args):
-        return fused()(*args) if _sees_gpu() else function(*args)
-
-    return wrapper
-
-
-def _sees_gpu():
-    return bool(tf.config.get_visible_devices("GPU"))
 
 
 @fused_on_gpu
@@ -370,9 +338,7 @@ def _layer_norm(name, policy):
 
 
 def _dense(name, width, scale, policy):
-    return keras.layers.Dense(
-        width, kernel_initializer=_normal(scale), dtype=policy, name=name
-    )
+    return Dense(width, kernel_initializer=_normal(scale), dtype=policy, name=name)
 
 
 def _normal(scale):

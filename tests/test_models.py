@@ -12,7 +12,7 @@ from keras_helpers import model_by_hand
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
-from sparse_attention import models
+from sparse_attention import fused, models
 from sparse_attention.reference import attention_fwd
 
 TIME, WIDTH, LAYERS, VOCAB = 64, 32, 2, 50
@@ -61,7 +61,7 @@ def test_what_a_gpu_fuses_has_the_same_numbers(monkeypatch):
     x, dy, gamma, beta = (random.randn(*shape) for shape in 2 * [(6, 40)] + 2 * [(40,)])
 
     def results(dtype, is_fused):
-        monkeypatch.setattr(models, "_sees_gpu", lambda: is_fused)
+        monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
         args, arrays = [tf.constant(a, dtype) for a in (x, gamma, beta)], []
         for function, *inputs in (models.layer_norm, *args), (models.gelu, args[0]):
             with tf.GradientTape() as tape:
@@ -73,6 +73,35 @@ def test_what_a_gpu_fuses_has_the_same_numbers(monkeypatch):
     oracle, plain = (results(dtype, False) for dtype in (tf.float64, tf.float32))
     for arrays in zip(results(tf.float32, True), oracle, plain):
         assert_close(*arrays, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, monkeypatch):
+    layer = fused.Dense(24, dtype=dtype)
+    random = np.random.RandomState(0)
+    x, dy, kernel, bias = (
+        tf.cast(random.randn(*shape), dtype)
+        for shape in ([2, 300, 40], [2, 300, 24], [40, 24], [24])
+    )
+    layer.build([None, None, 40])
+    layer.set_weights([kernel, bias])
+
+    def results(is_fused):
+        monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return [y, *tape.gradient(y, [x, *layer.trainable_weights], dy)]
+
+    x64, dy64, kernel64, bias64 = (np.float64(a) for a in (x, dy, kernel, bias))
+    exact = [
+        x64 @ kernel64 + bias64,
+        dy64 @ kernel64.T,
+        np.einsum("bti,bto->io", x64, dy64),
+        dy64.sum((0, 1)),
+    ]
+    for got, oracle, plain in zip(results(True), exact, results(False)):
+        assert_close(got.numpy(), oracle, plain.numpy(), 2)
 
 
 def test_no_token_sees_a_later_one():
@@ -139,7 +168,7 @@ def test_a_training_step_makes_no_tensor_larger_than_its_widest_layer():
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_recompute_trains_to_the_same_bits_with_dropout(is_fused, monkeypatch):
-    monkeypatch.setattr(models, "_sees_gpu", lambda: is_fused)
+    monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
     plain, again = (trained(recompute=r, dropout=0.25) for r in (False, True))
     assert_same_bits(plain.get_weights(), again.get_weights())
 

@@ -1,0 +1,17 @@
+"""Keras on TensorFlow, or an error that says what is in its way."""
+
+try:
+    from tensorflow import keras
+
+    backend = keras.backend.backend()
+except (ImportError, RecursionError) as error:  # TensorFlow raises the second again
+    raise ImportError(
+        "sparse_attention's layers and models need Keras, which does not import "
+        f"({error.__context__ or error}); `pip install keras`, and leave the "
+        "environment variable KERAS_BACKEND unset or 'tensorflow'"
+    ) from error
+if backend != "tensorflow":
+    raise ImportError(
+        "sparse_attention's layers and models need Keras on TensorFlow, got "
+        f"{backend!r}; set the environment variable KERAS_BACKEND=tensorflow"
+    )
