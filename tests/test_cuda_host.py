@@ -443,6 +443,7 @@ def bad_calls(core):
         "tile_kv": change("tile_kv", lambda tile_kv: 16),
         "q_indices": change("q_indices", lambda data: data + 2),
         "kv_tiles": change("kv_tiles", lambda tiles: 0),
+        "many kv_tiles": change("kv_tiles", lambda tiles: 2**28),
     }
 
 
@@ -466,6 +467,7 @@ def test_bad_calls_are_refused_before_a_launch(machine):
         "tile_kv": "tile_kv must be 32, 64 or 128, at least block_size=32, got 16",
         "q_indices": "a plan's arrays must begin at multiples of 4 bytes, got 0x",
         "kv_tiles": "must hold 13 kv blocks, got 0",
+        "many kv_tiles": "must be at most 1073741696 on a GPU, got 6 * 268435456",
     }
     for name, message in expected.items():
         assert all(error and message in error for error in got[name]), (name, got[name])
