@@ -49,8 +49,7 @@ FULL = {
     "memory": {"lengths": [65536, 16384, 4096], "layers": 12},
     "length": {
         "layers": 30,
-        "strided": LENGTHS,
-        "fixed": LENGTHS,
+        "lengths": LENGTHS,
         "first": {False: 131072, True: 262144},  # where the search begins
     },
 }
@@ -59,7 +58,7 @@ SMALL = {
     "speed": {"length": 128, "batch": 2, "layers": 2, "steps": 2},
     "memory": {"lengths": [128, 64], "layers": 1},
     "length": {
-        **{"layers": 1, "strided": [64, 96, 128], "fixed": [64, 128]},
+        **{"layers": 1, "lengths": [64, 96, 128]},
         "first": {False: 96, True: 128},
     },
 }
@@ -110,7 +109,7 @@ class Benchmark:
     def longest(self, contender, recompute):
         """The largest of the lengths that trains, or None."""
         sizes = self.sizes["length"]
-        lengths, first = sizes[contender], sizes["first"][recompute]
+        lengths, first = sizes["lengths"], sizes["first"][recompute]
 
         def trains(length):
             point = "length", contender, length, sizes["layers"]

@@ -69,7 +69,7 @@ def test_errors_are_rows_and_an_end_is_kept(
 def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, first):
     bench = gpu_training.Benchmark.__new__(gpu_training.Benchmark)
     lengths = [100, 200, 300, 400, 800, 1600, 3200]
-    sizes = {"layers": 1, "fixed": lengths, "first": {True: first}}
+    sizes = {"layers": 1, "lengths": lengths, "first": {True: first}}
     measured = []
 
     def measure(part, contender, length, layers, recompute):
