@@ -15,3 +15,5 @@ if backend != "tensorflow":
         "sparse_attention's layers and models need Keras on TensorFlow, got "
         f"{backend!r}; set the environment variable KERAS_BACKEND=tensorflow"
     )
+
+IS_KERAS_3 = keras.__version__.startswith("3.")

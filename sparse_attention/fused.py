@@ -8,7 +8,7 @@ import functools
 
 import tensorflow as tf
 
-from ._keras import keras
+from ._keras import IS_KERAS_3, keras
 
 
 def compiled(function):
@@ -44,8 +44,7 @@ def fused_on_gpu(function):
 
 
 def sees_gpu():
-    is_keras_3 = keras.__version__.startswith("3.")
-    return is_keras_3 and bool(tf.config.get_visible_devices("GPU"))
+    return IS_KERAS_3 and bool(tf.config.get_visible_devices("GPU"))
 
 
 _add = compiled(lambda x, bias: x + bias)

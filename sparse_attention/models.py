@@ -6,7 +6,7 @@ import json
 import numpy as np
 import tensorflow as tf
 
-from ._keras import keras
+from ._keras import IS_KERAS_3, keras
 from .block_mask import pattern_block_mask
 from .fused import Dense, fused_on_gpu
 from .keras_layer import SparseSelfAttention, serializable
@@ -164,7 +164,7 @@ class SparseTransformer(keras.Model):
         recompute=False,
         **kwargs,
     ):
-        if not keras.__version__.startswith("3."):
+        if not IS_KERAS_3:
             raise ImportError(
                 "SparseTransformer needs Keras 3, as TensorFlow 2.16 and newer have, "
                 f"got Keras {keras.__version__}"
