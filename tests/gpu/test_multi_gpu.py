@@ -3,12 +3,9 @@
 SPARSE_ATTENTION_REQUIRE=2gpu python -m pytest tests/gpu/test_multi_gpu.py
 """
 
+import mirrored
 import pytest
-
-pytest.importorskip("keras")
-
-import mirrored  # noqa: E402
-import test_train_lm as train_lm  # noqa: E402
+import test_train_lm as train_lm
 
 pytestmark = pytest.mark.gpu(2)
 
