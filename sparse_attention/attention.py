@@ -12,10 +12,11 @@ from . import (
     _gradients,  # noqa: F401 - registers them
     _ops,
 )
-from .block_mask import BlockMask, KvTiles, pattern_block_mask
+from .block_mask import BlockMask, pattern_block_mask
 from .blocksparse_ops import load_blocksparse_ops
 from .masks import check_positive, fixed_mask
 from .recompute import recomputable
+from .tile_plans import KvTiles
 from .transformer import get_blocksparse_obj
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)

@@ -7,7 +7,6 @@ no mask). All of this is decided here, once, on the host.
 import base64
 import io
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,44 +20,21 @@ from .masks import (
     local_mask,
     strided_mask,
 )
+from .tile_plans import (
+    EFFICIENCY,
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Blocks,
+    cheapest,
+    csr,
+    freeze,
+    kv_tiles_of,
+    number,
+    tiles_of,
+)
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
-
-# Block sizes, each with the share of its peak a kernel reaches on q tiles that high.
-EFFICIENCY = {8: 0.35, 16: 0.55, 32: 0.75, 64: 0.92, 128: 1.0}
-STREAMED = 128  # queries that a kv tile reads at a time, at most
 CHUNK = 1 << 20  # blocks judged, or elements evaluated, at a time: bounds the memory
-
-
-class Tiles(NamedTuple):
-    """Which keys each q tile reads: the arrays of `SpattnPlan` in csrc/core.h.
-
-    Bit q % 8 of `mask_bits[i, kv, q // 8]` is set where query q of the tile attends to
-    key kv of the block.
-    """
-
-    block_q: int  # positions in a q tile
-    block_kv: int  # positions in a kv block
-    kv_indptr: np.ndarray  # int32 [heads * q_tiles + 1], offsets into kv_indices
-    kv_indices: np.ndarray  # int32 [entries], kv blocks, increasing within a q tile
-    mask_ids: np.ndarray  # int32 [entries], index into mask_bits; -1: FULL
-    mask_bits: np.ndarray  # uint8 [mask_blocks, block_kv, block_q / 8]
-
-
-class KvTiles(NamedTuple):
-    """Which queries each kv tile reads: the arrays of `SpattnKvPlan` in csrc/core.h.
-
-    Bit k % 8 of `mask_bits[i, q, k // 8]` is set where query q of the block attends to
-    key k of the tile.
-    """
-
-    tile_kv: int  # positions in a kv tile
-    block_size: int  # positions in a q block and in a kv block
-    tile_blocks: np.ndarray  # int32 [shares, kv_tiles, tile_kv / block_size], -1: none
-    q_indptr: np.ndarray  # int32 [heads * kv_tiles + 1], offsets into q_indices
-    q_indices: np.ndarray  # int32 [entries], q blocks, increasing within a kv tile
-    mask_ids: np.ndarray  # int32 [entries], index into mask_bits; -1: FULL
-    mask_bits: np.ndarray  # uint8 [mask_blocks, block_size, tile_kv / 8]
 
 
 class BlockMask:
@@ -130,9 +106,9 @@ class BlockMask:
         self._kv = _Axis("kv", self.kv_len, block_size, row_stride, self.kv_blocks)
         self._heads_differ = self.heads > 1 and self.mask.per_head is not False
         self.block_kinds = self._judge_blocks()
-        self._partial, self._mask_ids, self._mask_bits = self._evaluate_elements()
+        self._blocks = Blocks(self.block_kinds, *self._evaluate_elements())
         self._cache = {}
-        _freeze(self.layout, self.block_kinds)
+        freeze(self.layout, self.block_kinds)
 
     # ---- building ----
 
@@ -180,7 +156,7 @@ class BlockMask:
             kinds[part][~allowed.any(axis=(1, 2))] = EMPTY
             is_partial = kinds[part] == PARTIAL
             bits = np.packbits(allowed[is_partial], axis=2, bitorder="little")
-            mask_ids[part][is_partial] = _number(bits, seen)
+            mask_ids[part][is_partial] = number(bits, seen)
         kinds, mask_ids = kinds[again], mask_ids[again]
         self.block_kinds.reshape(-1)[undecided] = kinds
         mask_bits = np.frombuffer(b"".join(seen), np.uint8)
@@ -220,7 +196,7 @@ class BlockMask:
 
     def _q_lists(self):
         if "q" not in self._cache:
-            self._cache["q"] = _lists(self.block_kinds.transpose(0, 2, 1) != EMPTY)
+            self._cache["q"] = csr(self.block_kinds.transpose(0, 2, 1) != EMPTY)
         return self._cache["q"]
 
     def tiles(self, block_q=None):
@@ -242,46 +218,13 @@ class BlockMask:
         sizes = [size for size in EFFICIENCY if size >= self.block_size]
         if block_q is None:
             if None not in self._cache:
-                self._cache[None] = min(sizes, key=self._cost)
+                self._cache[None] = cheapest(self._blocks, sizes)
             block_q = self._cache[None]
         if block_q not in sizes:
             raise ValueError(f"block_q must be one of {sizes}, got {block_q!r}")
         if block_q not in self._cache:
-            self._cache[block_q] = self._merge(block_q)
+            self._cache[block_q] = tiles_of(self._blocks, block_q)
         return self._cache[block_q]
-
-    def _cost(self, block_q):
-        entries = np.count_nonzero(self._tile_kinds(block_q).max(axis=2))
-        return entries * block_q / EFFICIENCY[block_q]
-
-    def _tile_kinds(self, block_q):
-        """int8 [heads, q_tiles, q blocks of a tile, kv_blocks]: `block_kinds` by tiles.
-
-        The last q block is repeated until it fills the last tile: only rows that do not
-        exist see the difference.
-        """
-        count = block_q // self.block_size
-        padding = [(0, 0), (0, -self.q_blocks % count), (0, 0)]
-        kinds = np.pad(self.block_kinds, padding, mode="edge")
-        return kinds.reshape(self.heads, -1, count, self.kv_blocks)
-
-    def _merge(self, block_q):
-        kinds = self._tile_kinds(block_q)
-        is_read = kinds.max(axis=2) != EMPTY
-        is_mixed = is_read & (kinds.min(axis=2) != FULL)
-        head, tile, kv_block = (i[:, None] for i in np.nonzero(is_mixed))
-        q_block = tile * kinds.shape[2] + np.arange(kinds.shape[2])
-        codes = self._codes(head, np.minimum(q_block, self.q_blocks - 1), kv_block)
-        seen: dict = {}
-        mask_ids = np.full(np.count_nonzero(is_read), -1, np.int32)
-        mask_ids[is_mixed[is_read]] = _number(codes, seen)
-        codes = np.frombuffer(b"".join(seen), codes.dtype).reshape(-1, kinds.shape[2])
-        mask_bits = self._code_bits()[codes].transpose(0, 2, 1, 3)
-        mask_bits = mask_bits.reshape(-1, self.block_size, block_q // 8)
-        mask_bits = np.ascontiguousarray(mask_bits)  # the kernels read it as it lies
-        _freeze(mask_ids, mask_bits)
-        indptr, indices = _lists(is_read)
-        return Tiles(block_q, self.block_size, indptr, indices, mask_ids, mask_bits)
 
     def kv_tiles(self, tile_kv, group=1):
         """The plan for kv tiles of `tile_kv` positions: what the GPU's backward reads.
@@ -312,61 +255,8 @@ class BlockMask:
             raise ValueError(f"group must divide heads={self.heads}, got {group}")
         key = "kv", tile_kv, self.heads > 1 and group
         if key not in self._cache:
-            self._cache[key] = self._transpose(tile_kv, group)
+            self._cache[key] = kv_tiles_of(self._blocks, tile_kv, group)
         return self._cache[key]
-
-    def _transpose(self, tile_kv, group):
-        count = tile_kv // self.block_size
-        shares = 1 if self.heads == 1 else self.heads // group
-        collected, known = [], {}
-        for kinds in self.block_kinds.reshape(shares, -1, self.kv_blocks):
-            key = np.packbits(kinds != EMPTY).tobytes()
-            if key not in known:
-                lists = _by_key(kinds)[:-1] != EMPTY
-                known[key] = _collect(lists, count, STREAMED // self.block_size)
-            collected.append(known[key])
-        tiles = max(map(len, collected))
-        tile_blocks = np.full((shares, tiles, count), -1, np.int32)
-        for blocks, share in zip(tile_blocks, collected):
-            blocks[: len(share)] = share
-        reads, mask_ids, seen = [], [], {}
-        for head in range(self.heads):
-            blocks = tile_blocks[head * shares // self.heads]
-            kinds = _by_key(self.block_kinds[head])[blocks.T]  # [count, tiles, q]
-            reads.append(kinds.any(axis=0))
-            is_mixed = reads[-1] & (kinds.min(axis=0) != FULL)
-            tile, q_block = np.nonzero(is_mixed)
-            codes = self._codes(head, q_block[:, None], np.maximum(blocks, 0)[tile])
-            codes[blocks[tile] < 0] = 0  # EMPTY
-            mask_ids.append(np.full(np.count_nonzero(reads[-1]), -1, np.int32))
-            mask_ids[-1][is_mixed[reads[-1]]] = _number(codes, seen)
-        codes = np.frombuffer(b"".join(seen), np.int32).reshape(-1, count)
-        elements = np.unpackbits(self._code_bits(), axis=2, bitorder="little")
-        elements = elements[codes].transpose(0, 3, 1, 2)  # [mask_blocks, q, block, kv]
-        elements = np.ascontiguousarray(elements)  # packbits keeps the order in memory
-        elements = elements.reshape(-1, self.block_size, tile_kv)
-        mask_bits = np.packbits(elements, axis=2, bitorder="little")
-        ids = np.concatenate(mask_ids)
-        _freeze(tile_blocks, ids, mask_bits)
-        indptr, indices = _lists(reads)
-        return KvTiles(
-            tile_kv, self.block_size, tile_blocks, indptr, indices, ids, mask_bits
-        )
-
-    def _codes(self, head, q_block, kv_block):
-        """int32, broadcast: where in `_code_bits` a block's elements are."""
-        block = np.ravel_multi_index((head, q_block, kv_block), self.layout.shape)
-        kinds = self.block_kinds[head, q_block, kv_block]
-        codes = np.array([0, 2, 1], np.int32)[kinds]  # by EMPTY, PARTIAL, FULL
-        is_partial = kinds == PARTIAL
-        found = np.searchsorted(self._partial, block[is_partial])
-        codes[is_partial] += self._mask_ids[found]
-        return codes
-
-    def _code_bits(self):
-        """uint8 [codes, block_kv, block_q / 8]: EMPTY, FULL, then the mask blocks."""
-        empty = np.zeros((1, self.block_size, self.block_size // 8), np.uint8)
-        return np.concatenate([empty, ~empty, self._mask_bits])
 
     def to_dense(self):
         """The exact pattern, element by element, in rows.
@@ -378,8 +268,8 @@ class BlockMask:
         Returns:
           bool [heads, q_len, kv_len], True = attend.
         """
-        codes = self._codes(*np.indices(self.layout.shape, sparse=True))
-        code_bits = np.unpackbits(self._code_bits(), axis=2, bitorder="little")
+        codes = self._blocks.codes(*np.indices(self.layout.shape, sparse=True))
+        code_bits = np.unpackbits(self._blocks.code_bits(), axis=2, bitorder="little")
         dense = code_bits.astype(bool)[codes]  # [heads, q_blocks, kv_blocks, kv, q]
         dense = dense.transpose(0, 1, 4, 2, 3).reshape(
             self.heads, self._q.exists.size, self._kv.exists.size
@@ -435,8 +325,8 @@ class BlockMask:
         np.savez_compressed(
             file,
             block_kinds=self.block_kinds,
-            mask_ids=self._mask_ids,
-            mask_bits=self._mask_bits,
+            mask_ids=self._blocks.mask_ids,
+            mask_bits=self._blocks.mask_bits,
         )
         names = ("block_size", "q_len", "kv_len", "row_stride")
         config = {name: int(getattr(self, name)) for name in names}
@@ -459,11 +349,13 @@ class BlockMask:
         with np.load(file) as arrays:
             block_kinds = arrays["block_kinds"]
             plan = cls(np.zeros(block_kinds.shape, bool), **sizes)
-            plan._mask_ids, plan._mask_bits = arrays["mask_ids"], arrays["mask_bits"]
+            partial = np.flatnonzero(block_kinds == PARTIAL)
+            plan._blocks = Blocks(
+                block_kinds, partial, arrays["mask_ids"], arrays["mask_bits"]
+            )
         plan.mask = None
         plan.layout, plan.block_kinds = block_kinds != EMPTY, block_kinds
-        plan._partial = np.flatnonzero(block_kinds == PARTIAL)
-        _freeze(plan.layout, plan.block_kinds)
+        freeze(plan.layout, plan.block_kinds)
         return plan
 
     # ---- showing ----
@@ -512,88 +404,6 @@ class _Axis:
         )
         visit, residue = np.divmod(np.arange(length), row_stride)
         self.positions = residue * visits + visit  # of each row
-
-
-def _lists(is_read):
-    """Offsets and indices, int32, of the True elements of each row of each head."""
-    counts = [np.count_nonzero(head, axis=1) for head in is_read]
-    offsets = np.cumsum(np.concatenate(counts), dtype=np.int32)
-    indptr = np.concatenate([np.zeros(1, np.int32), offsets])
-    indices = np.concatenate([np.nonzero(head)[1].astype(np.int32) for head in is_read])
-    _freeze(indptr, indices)
-    return indptr, indices
-
-
-def _by_key(kinds):
-    """int8 [kv_blocks + 1, q_blocks]: `kinds` transposed, all EMPTY in the last row."""
-    by_key = np.full((kinds.shape[1] + 1, len(kinds)), EMPTY, np.int8)
-    for start in range(0, len(kinds), 16):  # 4 times as fast as at once
-        by_key[:-1, start : start + 16] = kinds[start : start + 16].T
-    return by_key
-
-
-def _collect(lists, count, gather):
-    """Puts kv blocks into tiles of up to `count`; longest lists first.
-
-    Greedy, in two passes. At first every block is a tile. In turn, each tile takes, of
-    the next `32 * count`, the one that fits and shares most q blocks with it, until none
-    fits: it must find room, and half of its q blocks at least must be the tile's too.
-    (Summary columns of `fixed` meet where a window has 32 blocks at most.)
-
-    In the second pass the longest list comes first, and steps count in place of q blocks:
-    the kernel streams `gather` q blocks a step, so that short lists may share a step. A
-    tile fits that adds at most half of the steps it takes alone. No mask is new: tiles
-    with room have masks everywhere.
-
-    Args:
-      lists: bool [kv_blocks, q_blocks], the q blocks reading each kv block, those of all
-        heads that share the tiles; overwritten.
-      count: kv blocks in a tile.
-      gather: q blocks in a step, as if one head had them all.
-
-    Returns:
-      int32 [tiles, count], -1: none.
-    """
-    tiles = [[block] for block in range(len(lists))]
-    sizes, lengths = np.ones(len(lists), int), np.count_nonzero(lists, axis=1)
-    order = np.arange(len(lists))
-    for step in (1, gather):
-        left = order[sizes[order] < count]
-        while len(left):
-            tile, near = left[0], left[1 : 1 + 32 * count]
-            near = near[sizes[tile] + sizes[near] <= count]
-            near_lists, new, shared = lists[near], np.flatnonzero(lists[tile]), 0
-            while True:
-                shared = shared + near_lists.take(new, axis=1).sum(axis=1)
-                union = lengths[tile] + lengths[near] - shared
-                added = -(-union // step) + -lengths[tile] // step
-                fits = 2 * added <= -(-lengths[near] // step)
-                fits &= (sizes[near] > 0) & (sizes[tile] + sizes[near] <= count)
-                if not fits.any():
-                    break
-                best = near[np.argmax(np.where(fits, shared, -1))]
-                new = np.flatnonzero(lists[best] > lists[tile])
-                lists[tile, new] = True
-                lengths[tile] += len(new)
-                tiles[tile] += tiles[best]
-                sizes[tile] += sizes[best]
-                sizes[best] = 0
-            left = left[1:]
-            left = left[sizes[left] > 0]
-        order = np.argsort(-lengths, kind="stable")
-        order = order[sizes[order] > 0]
-    filled = [sorted(tiles[i]) + [-1] * (count - sizes[i]) for i in order]
-    return np.array(filled, np.int32)
-
-
-def _number(arrays, seen):
-    """Gives equal arrays equal numbers, from 0; `seen` maps their bytes to them."""
-    return [seen.setdefault(array.tobytes(), len(seen)) for array in arrays]
-
-
-def _freeze(*arrays):
-    for array in arrays:
-        array.setflags(write=False)
 
 
 # ---- the patterns of the Sparse Transformer ----

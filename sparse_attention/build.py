@@ -14,7 +14,8 @@ import itertools
 import sys
 
 from . import _build, _cuda
-from .block_mask import EFFICIENCY, BlockMask
+from .block_mask import BlockMask
+from .tile_plans import EFFICIENCY
 
 
 def main(arguments=None):
