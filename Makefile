@@ -6,7 +6,7 @@
 
 export PYTHONPATH := $(CURDIR)
 PYTEST = -m pytest $(ARGS)
-NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks block_mask reference))
+NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks block_mask tile_plans reference))
 CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 .PHONY: example test test-tf1 test-numpy test-cuda test-sanitized lint format

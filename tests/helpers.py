@@ -214,3 +214,39 @@ def cases(draw, block_sizes=(8, 16, 32), max_len=100, max_heads=3):
     blocks = [-(-(-(-n // row_stride) * row_stride) // block_size) for n in lengths]
     layout = random.random_sample([heads] + blocks) < density
     return Case(layout, mask, block_size, q_len, kv_len, row_stride)
+
+
+# ---- what a case's plan is to hold ----
+
+NO_ROWS_IN_A_BLOCK = Case(np.ones([1, 2, 2], bool), masks.dense_mask(), 8, 1, 1, 12)
+
+
+def visited_rows(case):
+    """The rows that the q and the kv positions visit, in order; -1: none."""
+    for length, blocks in zip((case.q_len, case.kv_len), case.layout.shape[1:]):
+        visits = -(-length // case.row_stride)
+        residues = range(case.row_stride)
+        rows = [n * case.row_stride + b for b in residues for n in range(visits)]
+        rows += [length] * (blocks * case.block_size - len(rows))
+        yield np.array([row if row < length else -1 for row in rows])
+
+
+def in_positions(case):
+    """allowed and exists, bool [heads, q positions, kv positions]: the definition."""
+    q, kv = visited_rows(case)
+    computed = case.layout.repeat(case.block_size, 1).repeat(case.block_size, 2)
+    exists = np.ones_like(computed) & (q >= 0)[:, None] & (kv >= 0)
+    allowed = computed & exists
+    for head in range(len(allowed)):
+        allowed[head] &= np.asarray(case.mask(head, q[:, None], kv), bool)
+    return allowed, exists
+
+
+def in_blocks(elements, q_size, kv_size):
+    """[heads, q_blocks, kv_blocks, q_size, kv_size]; False past the end."""
+    heads, q, kv = elements.shape
+    padded = np.pad(
+        elements, [(0, 0), (0, -q % q_size), (0, -kv % kv_size)], "constant"
+    )
+    padded = padded.reshape(heads, -(-q // q_size), q_size, -(-kv // kv_size), kv_size)
+    return padded.transpose(0, 1, 3, 2, 4)
