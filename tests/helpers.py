@@ -18,6 +18,8 @@ settings.register_profile(
 )
 settings.load_profile("fixed")
 
+PATTERNS = ("all", "local", "strided", "fixed")
+DTYPES = ("float32", "float16", "bfloat16")
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 

@@ -13,6 +13,7 @@ from helpers import (
 )
 from tensorflow.python.eager import context
 
+import sparse_attention as sa
 from sparse_attention.reference import attention_bwd, attention_fwd
 
 MODES = ("graph", "eager", "function")
@@ -113,6 +114,30 @@ def check_attention(
     )
     for i, (g, w, p) in enumerate(zip(got, want, plain)):
         assert_close(g.reshape(w.shape), w, p, 2 if i < 2 else 3)
+
+
+def attention_on(block_mask, heads, **options):
+    """(q, k, v) -> o, lse."""
+
+    def attention(q, k, v):
+        return sa.block_sparse_attention(
+            q, k, v, block_mask, heads, return_lse=True, **options
+        )
+
+    return attention
+
+
+def pattern(attn_mode, q_len=72, heads=4, block_size=8, **options):
+    """The BlockMask of a pattern; by default q_len = 9 blocks of 8."""
+    ctx = 3 if attn_mode == "strided" else 4 * block_size
+    return sa.pattern_block_mask(attn_mode, q_len, heads, block_size, ctx, **options)
+
+
+def random_qkv(block_mask, heads=2, head_dim=8, batch=2):
+    """float32 [batch, time, heads * head_dim], as many rows as the plan has."""
+    lengths = block_mask.q_len, block_mask.kv_len
+    inputs = random_inputs(0, batch, *lengths, heads, head_dim=head_dim)
+    return [merged(x) for x in inputs[:3]]
 
 
 def merged(x):
