@@ -52,12 +52,13 @@ SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTen
   return Ok();
 }
 
-// Of a plan in either direction; `block` is a streamed one.
-SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int64_t entries,
-                         int64_t mask_blocks, int32_t block, const uint8_t* mask_bits) {
-  SPATTN_RETURN_IF(tiles < 0 || problem.heads * tiles > kMaxPositions,
+// Of a plan in either direction; a tile lists `tile_blocks` blocks, `block` is a streamed one.
+SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_blocks,
+                         int64_t entries, int64_t mask_blocks, int32_t block,
+                         const uint8_t* mask_bits) {
+  SPATTN_RETURN_IF(tiles < 0 || problem.heads * tiles > kMaxPositions / tile_blocks,
                    "heads * tiles of a plan must be at most %lld on a GPU, got %d * %lld",
-                   (LongLong)kMaxPositions, problem.heads, (LongLong)tiles);
+                   (LongLong)(kMaxPositions / tile_blocks), problem.heads, (LongLong)tiles);
   SPATTN_RETURN_IF(entries < 0 || entries > kMaxEntries,
                    "entries of a plan must be at most 2^28 on a GPU, got %lld", (LongLong)entries);
   SPATTN_RETURN_IF(mask_blocks < 0 || mask_blocks > kMaxPositions / block,
@@ -71,7 +72,7 @@ SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int64_t en
 
 SpattnStatus ReadPlan(SpattnTilePlan* to, const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF_ERROR(CheckPlanSizes(problem, plan));
-  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, plan.entries, plan.mask_blocks,
+  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, 1, plan.entries, plan.mask_blocks,
                                      plan.block_kv, plan.mask_bits));
   to->heads = plan.heads;
   to->tiles = static_cast<int32_t>(plan.q_tiles);
@@ -106,14 +107,10 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
   SPATTN_RETURN_IF(plan.kv_tiles * tile_blocks < kv_blocks,
                    "kv_tiles of tile_kv=%d must hold %lld kv blocks, got %lld", plan.tile_kv,
                    (LongLong)kv_blocks, (LongLong)plan.kv_tiles);
-  SPATTN_RETURN_IF(problem.heads * plan.kv_tiles > kMaxPositions / tile_blocks,
-                   "heads * kv_tiles of %d blocks must be at most %lld on a GPU, got %d * %lld",
-                   tile_blocks, (LongLong)(kMaxPositions / tile_blocks), problem.heads,
-                   (LongLong)plan.kv_tiles);
   SPATTN_RETURN_IF_ERROR(
       CheckIntArrays({plan.tile_blocks, plan.q_indptr, plan.q_indices, plan.mask_ids}));
-  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.kv_tiles, plan.entries, plan.mask_blocks,
-                                     plan.block_size, plan.mask_bits));
+  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.kv_tiles, tile_blocks, plan.entries,
+                                     plan.mask_blocks, plan.block_size, plan.mask_bits));
   to->heads = plan.heads;
   to->tiles = static_cast<int32_t>(plan.kv_tiles);
   to->blocks = static_cast<int32_t>(q_blocks);
