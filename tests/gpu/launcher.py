@@ -1,6 +1,7 @@
 """Runs the core's CUDA functions on PyTorch tensors: no TensorFlow, no CUDA toolkit."""
 
 import ctypes
+import functools
 import shutil
 import tempfile
 
@@ -21,14 +22,28 @@ from core_abi import (
 from sparse_attention import _build, _cuda
 
 
+@functools.lru_cache(maxsize=None)
 def load_core(ptx_arch=0):
-    """A `Core` of its own that gets its kernels from `_cuda`; see `_cuda.attach`."""
+    """A `Core` for each `ptx_arch`, its kernels from `_cuda`; see `_cuda.attach`."""
     with tempfile.NamedTemporaryFile(suffix=".so") as copy:
         shutil.copy(_build.build_core(), copy.name)
         core = Core(copy.name)
     _cuda.attach(core.library, ptx_arch)
     torch.zeros(1, device="cuda")  # makes the context current
     return core
+
+
+def on_device(x):
+    """NumPy to the GPU, by way of float32."""
+    tensor = torch.from_numpy(np.array(x, np.float32)).cuda()
+    return tensor.to(getattr(torch, x.dtype.name))
+
+
+def on_host(x):
+    """A tensor to NumPy, by way of float32."""
+    from helpers import to_dtype  # not for benchmarks, which have no Hypothesis
+
+    return to_dtype(x.float().cpu().numpy(), _dtype(x))
 
 
 def _stream():

@@ -4,7 +4,6 @@ SPARSE_ATTENTION_REQUIRE=gpu python -m pytest tests/gpu
 """
 
 import concurrent.futures
-import functools
 import zlib
 
 import numpy as np
@@ -20,36 +19,20 @@ from helpers import (
 
 from sparse_attention import reference
 
-torch = pytest.importorskip(
-    "torch", reason="the CUDA kernels are tested with PyTorch tensors"
-)
-launcher = pytest.importorskip("launcher")
+torch = pytest.importorskip("torch")
+
+from launcher import Attention, load_core, on_device, on_host  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 
-@functools.lru_cache(maxsize=None)
-def core(ptx_arch):
-    return launcher.load_core(ptx_arch)
-
-
 def attention_of(case, block_mask, ptx_arch=0):
-    major, minor = torch.cuda.get_device_capability()
-    return launcher.Attention(
-        *(core(ptx_arch), block_mask),
-        *plans_of(core(ptx_arch).library, case, ptx_arch or major * 10 + minor),
+    core, (major, minor) = load_core(ptx_arch), torch.cuda.get_device_capability()
+    return Attention(
+        *(core, block_mask),
+        *plans_of(core.library, case, ptx_arch or major * 10 + minor),
         *(case.heads, case.kv_heads, case.softmax_scale),
     )
-
-
-def on_device(x, dtype=None):
-    """NumPy to the GPU; bfloat16 by way of float32."""
-    tensor = torch.from_numpy(np.array(x, np.float32)).cuda()
-    return tensor.to(getattr(torch, dtype)) if dtype else tensor
-
-
-def on_host(x, dtype):
-    return to_dtype(x.float().cpu().numpy(), dtype)
 
 
 class Run:
@@ -70,16 +53,15 @@ class Run:
             case.dtype,
         )
         attention = attention_of(case, self.block_mask, ptx_arch)
-        q, k, v, do = (on_device(x, case.dtype) for x in self.inputs[:4])
+        q, k, v, do, dlse = map(on_device, self.inputs)
         lengths = case.kv_lengths
         if lengths is not None:
             lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         o, lse = attention.forward(q, k, v, lengths)
-        dlse = on_device(self.inputs.dlse)
         gradients = attention.backward(q, k, v, o, lse, do, dlse, lengths)
         torch.cuda.synchronize()
         self.results = dict(zip(("o", "dq", "dk", "dv"), (o, *gradients)))
-        self.results = {n: on_host(x, case.dtype) for n, x in self.results.items()}
+        self.results = {n: on_host(x) for n, x in self.results.items()}
         self.results["lse"] = lse.cpu().numpy()
 
     def expected(self, fwd, bwd):
@@ -205,7 +187,7 @@ def test_corrupt_plans_stay_in_bounds(seed):
             values = np.where(which < 0.1, bad, np.where(which < 0.3, near, values))
             array.copy_(torch.from_numpy(values.astype(np.int32)))
     inputs = random_inputs(seed, BATCH, 150, 200, 2, 2, 32, 32, "float16")
-    q, k, v, do = (on_device(x, "float16") for x in inputs[:4])
+    q, k, v, do = map(on_device, inputs[:4])
     o, lse = attention.forward(q, k, v)
     attention.backward(q, k, v, o, lse, do)
     torch.cuda.synchronize()

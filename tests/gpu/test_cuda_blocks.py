@@ -3,7 +3,6 @@
 SPARSE_ATTENTION_REQUIRE=gpu python -m pytest tests/gpu/test_cuda_blocks.py
 """
 
-import functools
 import zlib
 
 import blocks_oracle as oracle
@@ -15,28 +14,13 @@ from helpers import assert_close, to_dtype
 
 from sparse_attention.blocksparse_tables import BlocksparseTables
 
-torch = pytest.importorskip(
-    "torch", reason="the CUDA kernels are tested with PyTorch tensors"
-)
-launcher = pytest.importorskip("launcher")
+torch = pytest.importorskip("torch")
+
+from launcher import Blocks, load_core, on_device, on_host  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 SCALE = 0.3
-
-
-@functools.lru_cache(maxsize=None)
-def core(ptx_arch=0):
-    return launcher.load_core(ptx_arch)
-
-
-def on_device(x):
-    """NumPy to the GPU, by way of float32."""
-    return torch.from_numpy(f32(x)).cuda().to(getattr(torch, x.dtype.name))
-
-
-def on_host(x):
-    return to_dtype(x.float().cpu().numpy(), str(x.dtype).split(".")[1])
 
 
 def tables_of(case):
@@ -58,7 +42,7 @@ class Run:
         )
         self.w = oracle.blocks_of(self.tables, case.scores, seed + 1)
         self.dy = oracle.blocks_of(self.tables, case.weights, seed + 2)
-        blocks = launcher.Blocks(core(ptx_arch), self.tables)
+        blocks = Blocks(load_core(ptx_arch), self.tables)
         q, kv, w, dy = map(on_device, (self.q, self.kv, self.w, self.dy))
         scores, weights = (getattr(torch, d) for d in (case.scores, case.weights))
         y = blocks.softmax(w, SCALE, weights, blocks.mask)
@@ -120,7 +104,7 @@ def test_long_lists_match_oracle(block_size):
     """Lists that take several tiles, and one that ends in the middle of one."""
     layout = np.tri(9, 11) + np.eye(9, 11, 2) > 0
     tables = BlocksparseTables(layout, block_size, 2)
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     for dtype in ("float32", "float16"):
         q, kv = (oracle.rows(tables, side, 64, dtype, 1) for side in ("q", "kv"))
         w = oracle.blocks_of(tables, dtype, 2)
@@ -146,7 +130,7 @@ def test_long_lists_match_oracle(block_size):
 
 def test_masked_softmax_ignores_masked_scores():
     tables = tables_of(next(c for c in BLOCKS_CASES if c.has_mask))
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     x = oracle.blocks_of(tables, "float32", 1)
     poisoned = x.copy()
     hidden = ~oracle.from_dense(tables, oracle.attends(tables)[None])[0]
@@ -160,7 +144,7 @@ def test_masked_softmax_ignores_masked_scores():
 
 def test_softmax_of_query_without_allowed_keys_is_even():
     tables = BlocksparseTables([[[1, 1, 1]]], 8, 1, lambda *_: np.zeros([8, 8], bool))
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     x = on_device(oracle.blocks_of(tables, "bfloat16", 1))
     y = on_host(blocks.softmax(x, 1.0, torch.bfloat16, blocks.mask))
     np.testing.assert_array_equal(
@@ -170,7 +154,7 @@ def test_softmax_of_query_without_allowed_keys_is_even():
 
 def test_softmax_takes_negative_and_huge_scores():
     tables = BlocksparseTables(oracle.random_layout(3), 16, 3)
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     x = oracle.blocks_of(tables, "float32", 1) * np.float32(1e30)
     for scale in (-1.0, 0.0, 1e7):
         y = on_host(blocks.softmax(on_device(x), scale, torch.float32))
@@ -189,7 +173,7 @@ def test_one_mask_serves_all_heads():
         tables = BlocksparseTables(
             layout if shares else layout.repeat(3, 0), 16, 3, mask
         )
-        blocks = launcher.Blocks(core(), tables)
+        blocks = Blocks(load_core(), tables)
         x = on_device(oracle.blocks_of(tables, "float32", 1))
         for words in (blocks.mask[:1], blocks.mask[:1].expand(3, -1, -1).contiguous()):
             results.append(on_host(blocks.softmax(x, SCALE, torch.float32, words)))
@@ -202,7 +186,7 @@ def test_one_mask_serves_all_heads():
 def test_autoregressive_mask_matches_oracle(block_size, shared):
     layout = oracle.random_layout(1 if shared else 3)
     tables = BlocksparseTables(layout, block_size, 3, oracle.random_mask)
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     last = 4 * block_size - 1
     for key in (0, 1, block_size - 1, block_size, 2 * block_size + 3, last):
         words = blocks.autoregressive_mask(key).cpu().numpy()
@@ -237,7 +221,7 @@ def test_corrupt_tables_stay_in_bounds(seed):
     tables = BlocksparseTables(
         *(oracle.random_layout(3, seed), case.block_size, 3, oracle.random_mask)
     )
-    blocks = launcher.Blocks(core(), tables)
+    blocks = Blocks(load_core(), tables)
     for name, lut in blocks.luts.items():
         blocks.luts[name] = corrupted(lut, random)
     q, kv = (
