@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from fake_cuda import fakes, machine  # noqa: F401
+from require import is_required
 
 # They need Keras 3, which Python 3.7 and its TensorFlow 1.15 are too old for.
 KERAS_3_TESTS = [
@@ -25,10 +26,9 @@ def pytest_runtest_setup(item):
     if marker is None:
         return
     needed = max(marker.args, default=1)
-    required = os.environ.get("SPARSE_ATTENTION_REQUIRE", "").split(",")
     if gpu_count() < needed:
         message = f"GPUs needed: {needed}; the driver shows {gpu_count()}"
-        if "2gpu" in required or needed == 1 and "gpu" in required:
+        if is_required(needed):
             pytest.fail(message)
         pytest.skip(message)
 

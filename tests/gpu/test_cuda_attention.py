@@ -16,10 +16,11 @@ from helpers import (
     random_inputs,
     to_dtype,
 )
+from require import import_or_skip
 
 from sparse_attention import reference
 
-torch = pytest.importorskip("torch")
+torch = import_or_skip("torch")
 
 from launcher import Attention, load_core, on_device, on_host  # noqa: E402
 

@@ -11,10 +11,11 @@ import pytest
 from blocks_oracle import f32
 from cases import BLOCKS_CASES
 from helpers import assert_close, to_dtype
+from require import import_or_skip
 
 from sparse_attention.blocksparse_tables import BlocksparseTables
 
-torch = pytest.importorskip("torch")
+torch = import_or_skip("torch")
 
 from launcher import Blocks, load_core, on_device, on_host  # noqa: E402
 

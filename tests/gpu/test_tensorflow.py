@@ -7,15 +7,14 @@ import blocks_oracle as oracle
 import blocks_runner
 import numpy as np
 import pytest
+import tensorflow as tf
 from blocks_oracle import f32, random_layout, random_mask
 from helpers import assert_close
 from tf_helpers import MODES, assert_same_bits, check_attention, run_with_gradients
 
-tf = pytest.importorskip("tensorflow")
-sa = pytest.importorskip("sparse_attention")
-
-from sparse_attention import reference  # noqa: E402
-from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
+import sparse_attention as sa
+from sparse_attention import reference
+from sparse_attention.block_mask import pattern_block_mask
 
 pytestmark = pytest.mark.gpu
 
