@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from tf_helpers import (
     MODES,
     assert_same_bits,
+    attention_on,
     check_attention,
     merged,
     run,
@@ -27,15 +28,6 @@ def no_compiled_ops(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-def attention_on(block_mask, heads, **options):
-    def attention(q, k, v):
-        return sa.block_sparse_attention(
-            q, k, v, block_mask, heads, return_lse=True, **options
-        )
-
-    return attention
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

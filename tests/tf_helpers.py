@@ -116,13 +116,14 @@ def check_attention(
         assert_close(g.reshape(w.shape), w, p, 2 if i < 2 else 3)
 
 
-def attention_on(block_mask, heads, **options):
+def attention_on(block_mask, heads, device=None, **options):
     """(q, k, v) -> o, lse."""
 
     def attention(q, k, v):
-        return sa.block_sparse_attention(
-            q, k, v, block_mask, heads, return_lse=True, **options
-        )
+        with tf.device(device):
+            return sa.block_sparse_attention(
+                q, k, v, block_mask, heads, return_lse=True, **options
+            )
 
     return attention
 

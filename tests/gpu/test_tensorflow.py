@@ -10,23 +10,19 @@ import pytest
 import tensorflow as tf
 from blocks_oracle import f32, random_layout, random_mask
 from helpers import assert_close
-from tf_helpers import MODES, assert_same_bits, check_attention, run_with_gradients
+from tf_helpers import (
+    MODES,
+    assert_same_bits,
+    attention_on,
+    check_attention,
+    run_with_gradients,
+)
 
 import sparse_attention as sa
 from sparse_attention import reference
 from sparse_attention.block_mask import pattern_block_mask
 
 pytestmark = pytest.mark.gpu
-
-
-def on(device, block_mask, heads=2, **options):
-    def attention(q, k, v):
-        with tf.device(device):
-            return sa.block_sparse_attention(
-                q, k, v, block_mask, heads, return_lse=True, **options
-            )
-
-    return attention
 
 
 def patterns():
@@ -40,7 +36,7 @@ def patterns():
 @pytest.mark.parametrize("mode", MODES)
 def test_attention_matches_oracle(mode, dtype):
     for block_mask in patterns():
-        attention = on("/gpu:0", block_mask)
+        attention = attention_on(block_mask, 2, "/gpu:0")
         check_attention(attention, block_mask, mode, True, head_dim=64, dtype=dtype)
 
 
@@ -48,7 +44,7 @@ def test_every_option_matches_oracle():
     block_mask = next(patterns())
     lengths = {"kv_lengths": [200, 0], "softmax_scale": -0.3}
     check_attention(
-        on("/gpu:0", block_mask, heads=4, kv_heads=2, **lengths),
+        attention_on(block_mask, 4, "/gpu:0", kv_heads=2, **lengths),
         block_mask,
         "function",
         **dict(heads=4, kv_heads=2, head_dim=64, head_dim_v=128, **lengths),
@@ -61,7 +57,7 @@ def test_two_runs_are_bitwise_equal():
         inputs = [q.astype(np.float16)] * 3
         d_outputs = [do.astype(np.float16), np.ones([2, 2, 300], np.float32)]
         first, second = (
-            run_with_gradients(on("/gpu:0", block_mask), inputs, d_outputs)
+            run_with_gradients(attention_on(block_mask, 2, "/gpu:0"), inputs, d_outputs)
             for _ in range(2)
         )
         assert_same_bits(first, second)
@@ -182,7 +178,7 @@ def test_cpu_and_gpu_agree():
         dlse = np.zeros([2, 2, 300], np.float32)
         cpu, gpu = (
             run_with_gradients(
-                on(device, block_mask),
+                attention_on(block_mask, 2, device),
                 [x.reshape(2, 300, 128) for x in (q, k, v)],
                 [do.reshape(2, 300, 128), dlse],
             )
