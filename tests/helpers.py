@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sparse_attention import masks
+from sparse_attention import masks, reference
 
 settings.register_profile(
     "fixed",
@@ -70,6 +70,8 @@ def assert_close(got, oracle64, plain_same_dtype, factor):
     assert error <= bound, f"error {error:.3e} is above {bound:.3e}"
 
 
+RESULTS = ("o", "lse", "dq", "dk", "dv")
+
 # ---- plain dense attention ----
 
 
@@ -111,6 +113,32 @@ def plain_attention_bwd(
         return _round(dx, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3)
 
     return collect(dq, q.shape[2]), collect(dk, k.shape[2]), collect(dv, v.shape[2])
+
+
+def assert_attention_close(results, inputs, mask, **options):
+    """Holds attention to the one tolerance.
+
+    Args:
+      results: {name: array}, of RESULTS those that are to be checked.
+      inputs: `Inputs`; without dlse, if it is None.
+      mask: bool [heads or 1, q_len, kv_len].
+      options: `softmax_scale`, `kv_lengths`.
+    """
+    *qkv, do, dlse = inputs
+    oracle, plain = (
+        [*fwd(*qkv, mask, **options), *bwd(*qkv, mask, do, dlse, **options)]
+        for fwd, bwd in (
+            (reference.attention_fwd, reference.attention_bwd),
+            (plain_attention_fwd, plain_attention_bwd),
+        )
+    )
+    for i, name in enumerate(RESULTS):
+        if name in results:
+            factor = 2 if i < 2 else 3
+            try:
+                assert_close(results[name], oracle[i], plain[i], factor)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
 
 
 def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths):

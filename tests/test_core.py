@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from core_abi import Core, InvalidArgument, plan_of
 from helpers import (
-    assert_close,
+    RESULTS,
+    assert_attention_close,
     cases,
-    plain_attention_bwd,
-    plain_attention_fwd,
     random_inputs,
     to_dtype,
 )
@@ -22,7 +21,6 @@ from hypothesis import strategies as st
 
 from sparse_attention import _build, layouts
 from sparse_attention.block_mask import BlockMask, pattern_block_mask
-from sparse_attention.reference import attention_bwd, attention_fwd
 
 
 def instruction_sets():
@@ -95,15 +93,9 @@ class Case:
         return (o, lse) + self.core.bwd(q, k, v, o, lse, do, dlse=dlse, **kwargs)
 
     def check(self, workers=1):
-        q, k, v, do, dlse = self.arrays
-        fwd, bwd = (q, k, v, self.mask), (q, k, v, self.mask, do, dlse)
-        kwargs = {"kv_lengths": self.kv_lengths}
-        oracle = attention_fwd(*fwd, **kwargs) + attention_bwd(*bwd, **kwargs)
-        plain = plain_attention_fwd(*fwd, **kwargs) + plain_attention_bwd(
-            *bwd, **kwargs
-        )
-        for i, got in enumerate(self.run(workers)):
-            assert_close(got, oracle[i], plain[i], factor=2 if i < 2 else 3)
+        results = dict(zip(RESULTS, self.run(workers)))
+        options = {"kv_lengths": self.kv_lengths}
+        assert_attention_close(results, self.arrays, self.mask, **options)
 
 
 def as_float(x):

@@ -5,16 +5,10 @@ import subprocess
 import sys
 
 import tensorflow as tf
-from helpers import (
-    assert_close,
-    plain_attention_bwd,
-    plain_attention_fwd,
-    random_inputs,
-)
+from helpers import RESULTS, assert_attention_close, random_inputs
 from tensorflow.python.eager import context
 
 import sparse_attention as sa
-from sparse_attention.reference import attention_bwd, attention_fwd
 
 MODES = ("graph", "eager", "function")
 
@@ -96,24 +90,21 @@ def check_attention(
         head_dim_v,
         dtype,
     )
-    qkv, d_outputs = inputs[:3], inputs[3:]
     if not with_dlse:
         inputs.dlse[:] = 0
-    mask = block_mask.to_dense()
     options = {"softmax_scale": softmax_scale, "kv_lengths": kv_lengths}
     outputs, grads = run_with_gradients(
-        attention, [merged(x) for x in qkv], [merged(inputs.do), inputs.dlse], mode
+        attention,
+        [merged(x) for x in inputs[:3]],
+        [merged(inputs.do), inputs.dlse],
+        mode,
     )
-    got = [*outputs, *grads]
-    want, plain = (
-        [*fwd(*qkv, mask, **options), *bwd(*qkv, mask, *d_outputs, **options)]
-        for fwd, bwd in (
-            (attention_fwd, attention_bwd),
-            (plain_attention_fwd, plain_attention_bwd),
-        )
-    )
-    for i, (g, w, p) in enumerate(zip(got, want, plain)):
-        assert_close(g.reshape(w.shape), w, p, 2 if i < 2 else 3)
+    like = (inputs.do, inputs.dlse, *inputs[:3])
+    results = {
+        name: x.reshape(y.shape)
+        for name, x, y in zip(RESULTS, [*outputs, *grads], like)
+    }
+    assert_attention_close(results, inputs, block_mask.to_dense(), **options)
 
 
 def attention_on(block_mask, heads, device=None, **options):

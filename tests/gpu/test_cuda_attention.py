@@ -9,16 +9,8 @@ import zlib
 import numpy as np
 import pytest
 from cases import BATCH, CASES, VOLTA_CASES, case, plans_of, random_block_mask
-from helpers import (
-    assert_close,
-    plain_attention_bwd,
-    plain_attention_fwd,
-    random_inputs,
-    to_dtype,
-)
+from helpers import assert_attention_close, random_inputs, to_dtype
 from require import import_or_skip
-
-from sparse_attention import reference
 
 torch = import_or_skip("torch")
 
@@ -65,25 +57,12 @@ class Run:
         self.results = {n: on_host(x) for n, x in self.results.items()}
         self.results["lse"] = lse.cpu().numpy()
 
-    def expected(self, fwd, bwd):
-        q, k, v, do, dlse = self.inputs
-        options = {"kv_lengths": self.case.kv_lengths}
-        if self.case.softmax_scale is not None:
-            options["softmax_scale"] = self.case.softmax_scale
-        mask = self.block_mask.to_dense()
-        results = fwd(q, k, v, mask, **options)
-        return [*results, *bwd(q, k, v, mask, do, dlse, **options)]
-
     def check(self):
-        oracle = self.expected(reference.attention_fwd, reference.attention_bwd)
-        plain = self.expected(plain_attention_fwd, plain_attention_bwd)
-        names = ("o", "lse", "dq", "dk", "dv")
-        for name, exact, dense in zip(names, oracle, plain):
-            factor = 2 if name in ("o", "lse") else 3
-            try:
-                assert_close(self.results[name], exact, dense, factor)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
+        assert_attention_close(
+            *(self.results, self.inputs, self.block_mask.to_dense()),
+            kv_lengths=self.case.kv_lengths,
+            softmax_scale=self.case.softmax_scale,
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
