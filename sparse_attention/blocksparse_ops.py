@@ -38,53 +38,47 @@ def _load_ours():
     return module
 
 
-def _matmul_attrs(op, q_blocks, kv_blocks):
-    """Attributes for a gradient's products, and its block counts."""
+def _products(op, q_blocks, kv_blocks):
+    """nt, nn and tn in the blocks of an op, given the attributes that count its blocks."""
+    ops, luts = load_blocksparse_ops(), op.inputs[2:]
     names = ("heads", "blocks", "blk_size", "nn_max", "tn_max", "bench")
     attrs = {name: op.get_attr(name) for name in names}
-    return attrs, op.get_attr(q_blocks), op.get_attr(kv_blocks)
+    q_blocks, kv_blocks = op.get_attr(q_blocks), op.get_attr(kv_blocks)
+
+    def nt(q, kv, dtype):
+        sizes = {"ctx_blks_a": q_blocks, "ctx_blks_b": kv_blocks}
+        return ops.blocksparse_transformer_nt(q, kv, *luts, CT=dtype, **sizes, **attrs)
+
+    def nn(w, kv):
+        sizes = {"ctx_blks_b": kv_blocks, "ctx_blks_c": q_blocks}
+        return ops.blocksparse_transformer_nn(w, kv, *luts, **sizes, **attrs)
+
+    def tn(w, q):
+        sizes = {"ctx_blks_b": q_blocks, "ctx_blks_c": kv_blocks}
+        return ops.blocksparse_transformer_tn(w, q, *luts, **sizes, **attrs)
+
+    return nt, nn, tn
 
 
 def _nt_gradient(op, dw):
     """w = q k^T: dq = dw k, dk = dw^T q."""
     q, k = op.inputs[:2]
-    luts = op.inputs[2:]
-    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_a", "ctx_blks_b")
-    dq = load_blocksparse_ops().blocksparse_transformer_nn(
-        dw, k, *luts, ctx_blks_b=kv_blocks, ctx_blks_c=q_blocks, **attrs
-    )
-    dk = load_blocksparse_ops().blocksparse_transformer_tn(
-        dw, q, *luts, ctx_blks_b=q_blocks, ctx_blks_c=kv_blocks, **attrs
-    )
-    return dq, dk, None, None, None
+    _, nn, tn = _products(op, "ctx_blks_a", "ctx_blks_b")
+    return nn(dw, k), tn(dw, q), None, None, None
 
 
 def _nn_gradient(op, dy):
     """y = w v: dw = dy v^T, dv = w^T dy."""
     w, v = op.inputs[:2]
-    luts = op.inputs[2:]
-    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_c", "ctx_blks_b")
-    dw = load_blocksparse_ops().blocksparse_transformer_nt(
-        dy, v, *luts, CT=w.dtype, ctx_blks_a=q_blocks, ctx_blks_b=kv_blocks, **attrs
-    )
-    dv = load_blocksparse_ops().blocksparse_transformer_tn(
-        w, dy, *luts, ctx_blks_b=q_blocks, ctx_blks_c=kv_blocks, **attrs
-    )
-    return dw, dv, None, None, None
+    nt, _, tn = _products(op, "ctx_blks_c", "ctx_blks_b")
+    return nt(dy, v, w.dtype), tn(w, dy), None, None, None
 
 
 def _tn_gradient(op, dy):
     """y = w^T v: dw = v dy^T, dv = w dy."""
     w, v = op.inputs[:2]
-    luts = op.inputs[2:]
-    attrs, q_blocks, kv_blocks = _matmul_attrs(op, "ctx_blks_b", "ctx_blks_c")
-    dw = load_blocksparse_ops().blocksparse_transformer_nt(
-        v, dy, *luts, CT=w.dtype, ctx_blks_a=q_blocks, ctx_blks_b=kv_blocks, **attrs
-    )
-    dv = load_blocksparse_ops().blocksparse_transformer_nn(
-        w, dy, *luts, ctx_blks_b=kv_blocks, ctx_blks_c=q_blocks, **attrs
-    )
-    return dw, dv, None, None, None
+    nt, nn, _ = _products(op, "ctx_blks_b", "ctx_blks_c")
+    return nt(v, dy, w.dtype), nn(w, dy), None, None, None
 
 
 def _softmax_gradient(op, dy):
