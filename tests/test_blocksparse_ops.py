@@ -170,26 +170,19 @@ def test_gradients_of_products_match_oracle(mode, dtype):
     q, k = (rows(bst, side, 24, dtype, 1) for side in ("q", "kv"))
     w = blocks_of(bst, "bfloat16", 2)
 
-    dw = blocks_of(bst, "bfloat16", 3)
-    dq, dk = evaluate(mode, lambda q, k: [bst.nt_op(q, k)], [q, k], dw)[1:]
-    plain = to_dtype(bst.nn_test(f32(dw), f32(k)), dtype)
-    assert_close(dq, oracle.nn(bst, dw, k), plain, 3)
-    plain = to_dtype(bst.tn_test(f32(dw), f32(q)), dtype)
-    assert_close(dk, oracle.tn(bst, dw, q), plain, 3)
+    def check(product, inputs, d_output, *expected):
+        grads = evaluate(mode, lambda a, b: [product(a, b)], inputs, d_output)[1:]
+        for got, x, (name, *operands) in zip(grads, inputs, expected):
+            assert got.dtype == x.dtype
+            plain = getattr(bst, name + "_test")(*map(f32, operands))
+            exact = getattr(oracle, name)(bst, *operands)
+            assert_close(got, exact, to_dtype(plain, x.dtype.name), 3)
 
-    dy = rows(bst, "q", 24, dtype, 4)
-    dw, dv = evaluate(mode, lambda w, v: [bst.nn_op(w, v)], [w, k], dy)[1:]
-    plain = to_dtype(bst.nt_test(f32(dy), f32(k)), "bfloat16")
-    assert_close(dw, oracle.nt(bst, dy, k), plain, 3)
-    plain = to_dtype(bst.tn_test(f32(w), f32(dy)), dtype)
-    assert_close(dv, oracle.tn(bst, w, dy), plain, 3)
-
+    dw, dy = blocks_of(bst, "bfloat16", 3), rows(bst, "q", 24, dtype, 4)
+    check(bst.nt_op, [q, k], dw, ("nn", dw, k), ("tn", dw, q))
+    check(bst.nn_op, [w, k], dy, ("nt", dy, k), ("tn", w, dy))
     dy = rows(bst, "kv", 24, dtype, 5)
-    dw, dv = evaluate(mode, lambda w, v: [bst.tn_op(w, v)], [w, q], dy)[1:]
-    plain = to_dtype(bst.nt_test(f32(q), f32(dy)), "bfloat16")
-    assert_close(dw, oracle.nt(bst, q, dy), plain, 3)
-    plain = to_dtype(bst.nn_test(f32(w), f32(dy)), dtype)
-    assert_close(dv, oracle.nn(bst, w, dy), plain, 3)
+    check(bst.tn_op, [w, q], dy, ("nt", q, dy), ("nn", w, dy))
 
 
 # ---- determinism, sizes ----
