@@ -11,12 +11,10 @@ import pytest
 import tensorflow as tf
 from blocks_oracle import blocks_of, f32, random_layout, random_mask, rows
 from blocks_runner import MODES, evaluate
-from helpers import assert_close, to_dtype
+from helpers import DTYPES, assert_close, to_dtype
 
 from sparse_attention.blocksparse_ops import load_blocksparse_ops
 from sparse_attention.transformer import BlocksparseTransformer
-
-DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def transformer(

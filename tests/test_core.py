@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from core_abi import Core, InvalidArgument, plan_of
 from helpers import (
+    DTYPES,
+    PATTERNS,
     RESULTS,
     assert_attention_close,
     cases,
@@ -109,8 +111,8 @@ def same_bits(got, expected):
 # ---- against the oracle ----
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("attn_mode", ["all", "local", "strided", "fixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("attn_mode", PATTERNS)
 def test_patterns_match_oracle(core, attn_mode, dtype):
     for block_size in (8, 16, 32, 64, 128):
         stride = 8 if attn_mode == "strided" else max(2 * block_size, 32)
@@ -181,7 +183,7 @@ def test_many_heads_match_oracle(core):
 
 
 @settings(max_examples=40)
-@given(cases(), st.sampled_from(["float32", "float16", "bfloat16"]))
+@given(cases(), st.sampled_from(DTYPES))
 def test_random_plans_match_oracle(core, case, dtype):
     heads = max(case.layout.shape[0], 2)
     layout = case.layout
@@ -220,7 +222,7 @@ def test_results_are_bitwise_equal_for_any_number_of_workers(core):
 # ---- NaN, Inf and extremes ----
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_keys_do_not_leak(core, dtype):
     """A bad key reaches those who attend to it, and changes no bit elsewhere."""
     for attn_mode, bad in itertools.product(
@@ -284,7 +286,7 @@ def test_rows_without_keys_give_zero(core):
 
 def test_rows_with_one_key_return_its_value(core):
     block_mask = pattern_block_mask("local", 50, 2, 16, 1)
-    for dtype in ("float32", "float16", "bfloat16"):
+    for dtype in DTYPES:
         case = Case(core, block_mask, dtype)
         assert same_bits([case.run()[0]], [case.arrays.v])
         no_dlse = np.zeros_like(case.arrays.dlse)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import cases, random_inputs
+from helpers import DTYPES, PATTERNS, cases, random_inputs
 from hypothesis import given, settings
 from tf_helpers import (
     MODES,
@@ -30,8 +30,8 @@ def no_compiled_ops(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("attn_mode", ["all", "local", "strided", "fixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("attn_mode", PATTERNS)
 def test_fallback_matches_oracle_in_every_pattern(attn_mode, dtype):
     block_mask = sa.pattern_block_mask(attn_mode, 75, 4, 8, local_attn_ctx=32)
     options = {"kv_heads": 2, "kv_lengths": [75, 31]}

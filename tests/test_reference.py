@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from helpers import (
+    DTYPES,
     assert_close,
     np_dtype,
     plain_attention_bwd,
@@ -215,7 +216,7 @@ def test_reference_docstrings_run():
 # ---- the tolerance ----
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_plain_attention_is_right_within_its_dtype(dtype, shape):
     x = random_inputs(seed=8, dtype=dtype, **SHAPES[shape])
@@ -233,7 +234,7 @@ def test_plain_attention_is_right_within_its_dtype(dtype, shape):
         assert_close(got, oracle, to_dtype(oracle, dtype), factor=3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_assert_close_draws_the_line_at_two_roundings(dtype):
     oracle = np.array([1.0, -0.5, -np.inf])
     eps = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import random_inputs
+from helpers import PATTERNS, random_inputs
 from tf_helpers import MODES, run
 
 import sparse_attention as sa
@@ -85,7 +85,7 @@ def test_attn_mask_refuses(message, arguments):
         run(lambda: sa.get_attn_mask(256, *arguments))
 
 
-@pytest.mark.parametrize("attn_mode", ["all", "local", "strided", "fixed"])
+@pytest.mark.parametrize("attn_mode", PATTERNS)
 def test_callback_gives_the_seeds_blocks(attn_mode):
     size, ctx = 4, 6
     callback = sa.get_callback(attn_mode, ctx)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from blocks_oracle import f32, random_layout, random_mask
-from helpers import assert_close
+from helpers import DTYPES, PATTERNS, assert_close
 from tf_helpers import (
     MODES,
     assert_same_bits,
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.gpu
 
 
 def patterns():
-    for mode in ("all", "local", "strided", "fixed"):
+    for mode in PATTERNS:
         context = None if mode == "all" else 7 if mode == "strided" else 64
         verts = 2 if mode == "fixed" else None
         yield pattern_block_mask(mode, 300, 2, 32, context, verts)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_attention_matches_oracle(mode, dtype):
     for block_mask in patterns():
@@ -193,7 +193,7 @@ def test_cpu_and_gpu_agree():
             assert_close(g, c.astype(np.float64), e.reshape(g.shape), 2 if i < 2 else 3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
 def test_cpu_and_gpu_agree_on_the_three_ops(block_size, dtype):
     bst = sa.BlocksparseTransformer(random_layout(3), block_size, 3, random_mask)
