@@ -185,7 +185,7 @@ class Benchmark:
         model.build((None, row["length"]))
         self.variables = list(model.trainable_variables)
         model.compile(
-            "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            sa.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
         model.optimizer.build(model.trainable_variables)
         tokens = np.random.randint(0, 256, [row["batch"], row["length"] + 1], np.int32)

@@ -242,7 +242,7 @@ def train(name, config, data, folder, strategy):
         model = sa.SparseTransformer(**config["model"])
         model.build((None, time_))
         model.compile(
-            keras.optimizers.Adam(learning_rate(training)),
+            sa.Adam(learning_rate(training)),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=[BitsPerByte(name="bits_per_byte")],
         )

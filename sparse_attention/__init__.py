@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
+    "Adam": "optimizer",
     "BlocksparseTransformer": "transformer",
     "Decoder": "generation",
     "SparseSelfAttention": "keras_layer",

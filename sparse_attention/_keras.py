@@ -17,3 +17,11 @@ if backend != "tensorflow":
     )
 
 IS_KERAS_3 = keras.__version__.startswith("3.")
+
+
+def require_keras_3(name):
+    if not IS_KERAS_3:
+        raise ImportError(
+            f"{name} needs Keras 3, as TensorFlow 2.16 and newer have, "
+            f"got Keras {keras.__version__}"
+        )

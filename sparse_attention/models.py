@@ -6,7 +6,7 @@ import json
 import numpy as np
 import tensorflow as tf
 
-from ._keras import IS_KERAS_3, keras
+from ._keras import keras, require_keras_3
 from .block_mask import pattern_block_mask
 from .fused import Dense, fused_on_gpu
 from .keras_layer import SparseSelfAttention, serializable
@@ -164,11 +164,7 @@ class SparseTransformer(keras.Model):
         recompute=False,
         **kwargs,
     ):
-        if not IS_KERAS_3:
-            raise ImportError(
-                "SparseTransformer needs Keras 3, as TensorFlow 2.16 and newer have, "
-                f"got Keras {keras.__version__}"
-            )
+        require_keras_3("SparseTransformer")
         super().__init__(**kwargs)
         check_positive(
             vocab_size=vocab_size, time=time, layers=layers, width=width, heads=heads

@@ -218,3 +218,10 @@ def test_a_block_mask_that_is_none_is_an_error():
 def test_an_unknown_time_is_an_error():
     with pytest.raises(ValueError, match="x must have a time and a width"):
         attention()(keras.Input([None, WIDTH]))
+
+
+@pytest.mark.skipif(keras.__version__ >= "3", reason="has what they need")
+def test_what_needs_keras_3_says_so():
+    for name in ("Adam", "SparseTransformer"):
+        with pytest.raises(ImportError, match=name + " needs Keras 3, .* got Keras 2"):
+            getattr(sa, name)(*range(5))

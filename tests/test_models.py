@@ -40,7 +40,7 @@ def tokens(batch=2, seed=0):
 def trained(**options):
     model = transformer(**options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss)
+    model.compile(sa.Adam(), loss)
     x = tokens(batch=6)
     model.fit(x, np.roll(x, -1, axis=1), batch_size=2, shuffle=False, verbose=0)
     return model

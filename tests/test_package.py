@@ -25,6 +25,7 @@ for name in sa.__all__:
 """
 
 TENSORFLOW_NAMES = [
+    "Adam",
     "Decoder",
     "SparseSelfAttention",
     "SparseTransformer",

@@ -1,0 +1,64 @@
+"""Adam as one op a variable, of which Keras makes about twenty."""
+
+import tensorflow as tf
+
+from ._keras import keras, require_keras_3
+from .keras_layer import serializable
+
+
+@serializable
+class Adam(keras.optimizers.Adam):
+    """Keras's Adam, which updates each variable by TensorFlow's one op for it.
+
+        model.compile(sa.Adam(5e-4), loss)
+
+    A GPU launches a kernel for each of Keras's ops, and of a small variable the launches
+    take longer than the update. Variables, names and config are Keras's: files of either
+    load into the other. Keras still decays and averages weights, clips gradients and
+    scales losses, and alone updates what the op cannot: with `amsgrad`, a variable that
+    is not float32, or by a gradient of some rows (`tf.IndexedSlices`).
+
+    Args:
+      *args, **kwargs: As for `keras.optimizers.Adam`.
+
+    Raises:
+      ImportError: If Keras is older than 3.
+
+    Numerics: Keras's formula in float32, but 1 - beta_2 is taken there, too: for 0.999
+      it is 1.3e-5 of itself below 0.001, and an update up to 7e-6 of itself off Keras's.
+      Bitwise deterministic: each element is updated by itself.
+
+    Reference: Kingma and Ba 2014, "Adam: A Method for Stochastic Optimization",
+      arXiv:1412.6980.
+    """
+
+    def __init__(self, *args, **kwargs):
+        require_keras_3("Adam")
+        super().__init__(*args, **kwargs)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """Hands on the powers of the betas, too: one of each for all variables."""
+        step = tf.cast(self.iterations + 1, tf.float32)
+        scalars = learning_rate, self.beta_1**step, self.beta_2**step
+        super()._backend_update_step(grads, trainable_variables, scalars)
+
+    def update_step(self, gradient, variable, learning_rate):
+        learning_rate, beta1_power, beta2_power = learning_rate
+        is_sparse = isinstance(gradient, tf.IndexedSlices)
+        if self.amsgrad or is_sparse or variable.dtype != tf.float32:
+            return super().update_step(gradient, variable, learning_rate)
+        index = self._get_variable_index(variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=beta1_power,
+            beta2_power=beta2_power,
+            lr=tf.cast(learning_rate, tf.float32),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=tf.cast(gradient, tf.float32),
+            # The op takes the locks of resource variables in any case.
+            use_locking=False,
+        )
