@@ -14,7 +14,6 @@ from .masks import check_positive
 from .recompute import recomputable
 
 
-@fused_on_gpu
 def gelu(x):
     """x times the sigmoid of 1.702 x, as the paper has it."""
     return x * tf.sigmoid(1.702 * x)
@@ -37,7 +36,7 @@ class SparseTransformerBlock(keras.layers.Layer):
     """Attention and a feed-forward network, each added to what it reads.
 
         x = x + dropout(attention(norm_attention(x)))
-        x = x + dropout(contract(gelu(expand(norm_feed_forward(x)))))
+        x = x + dropout(contract(expand(norm_feed_forward(x))))  # expand ends in gelu
 
     Args:
       attention: `SparseSelfAttention`.
@@ -72,7 +71,7 @@ class SparseTransformerBlock(keras.layers.Layer):
         self.norm_attention = _layer_norm("norm_attention", policy)
         self.attention = attention
         self.norm_feed_forward = _layer_norm("norm_feed_forward", policy)
-        self.expand = _dense("expand", 4 * width, 1.0, policy)
+        self.expand = _dense("expand", 4 * width, 1.0, policy, gelu)
         self.contract = _dense("contract", width, residual_scale, policy)
 
     def build(self, input_shape):
@@ -94,7 +93,7 @@ class SparseTransformerBlock(keras.layers.Layer):
         return self._add(x, self.feed_forward(self.norm_feed_forward(x)), seeds, 1)
 
     def feed_forward(self, x):
-        return self.contract(gelu(self.expand(x)))
+        return self.contract(self.expand(x))
 
     def _add(self, x, h, seeds, i):
         if seeds is not None:
@@ -333,8 +332,14 @@ def _layer_norm(name, policy):
     return LayerNorm(epsilon=1e-5, dtype=policy, name=name)
 
 
-def _dense(name, width, scale, policy):
-    return Dense(width, kernel_initializer=_normal(scale), dtype=policy, name=name)
+def _dense(name, width, scale, policy, activation=None):
+    return Dense(
+        width,
+        activation,
+        kernel_initializer=_normal(scale),
+        dtype=policy,
+        name=name,
+    )
 
 
 def _normal(scale):

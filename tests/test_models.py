@@ -56,31 +56,30 @@ def test_logits_equal_the_paper_written_out():
     assert_close(model(x).numpy(), oracle, plain, 2)
 
 
-def test_what_a_gpu_fuses_has_the_same_numbers(monkeypatch):
+def test_a_norm_on_a_gpu_has_the_same_numbers(monkeypatch):
     random = np.random.RandomState(0)
-    x, dy, gamma, beta = (random.randn(*shape) for shape in 2 * [(6, 40)] + 2 * [(40,)])
+    arrays = [random.randn(*shape) for shape in 2 * [(6, 40)] + 2 * [(40,)]]
 
     def results(dtype, is_fused):
         monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
-        args, arrays = [tf.constant(a, dtype) for a in (x, gamma, beta)], []
-        for function, *inputs in (models.layer_norm, *args), (models.gelu, args[0]):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                y = function(*inputs)
-            arrays += [y, *tape.gradient(y, inputs, tf.constant(dy, dtype))]
-        return [array.numpy() for array in arrays]
+        dy, *args = (tf.constant(a, dtype) for a in arrays)
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            y = models.layer_norm(*args)
+        return [array.numpy() for array in (y, *tape.gradient(y, args, dy))]
 
     oracle, plain = (results(dtype, False) for dtype in (tf.float64, tf.float32))
     for arrays in zip(results(tf.float32, True), oracle, plain):
         assert_close(*arrays, 3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, monkeypatch):
-    layer = fused.Dense(24, dtype=dtype)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("activation", [None, models.gelu])
+def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, activation, monkeypatch):
+    layer = fused.Dense(24, activation, dtype=dtype)
     random = np.random.RandomState(0)
     x, dy, kernel, bias = (
-        tf.cast(random.randn(*shape), dtype)
+        tf.cast(random.randn(*shape), layer.compute_dtype)
         for shape in ([2, 300, 40], [2, 300, 24], [40, 24], [24])
     )
     layer.build([None, None, 40])
@@ -94,14 +93,24 @@ def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, monkeypatch):
         return [y, *tape.gradient(y, [x, *layer.trainable_weights], dy)]
 
     x64, dy64, kernel64, bias64 = (np.float64(a) for a in (x, dy, kernel, bias))
+    y64, dz64 = x64 @ kernel64 + bias64, dy64
+    if activation:
+        gate = 1 / (1 + np.exp(-1.702 * y64))
+        dz64 = dy64 * gate * (1 + 1.702 * y64 * (1 - gate))
+        y64 = y64 * gate
     exact = [
-        x64 @ kernel64 + bias64,
-        dy64 @ kernel64.T,
-        np.einsum("bti,bto->io", x64, dy64),
-        dy64.sum((0, 1)),
+        y64,
+        dz64 @ kernel64.T,
+        np.einsum("bti,bto->io", x64, dz64),
+        dz64.sum((0, 1)),
     ]
-    for got, oracle, plain in zip(results(True), exact, results(False)):
-        assert_close(got.numpy(), oracle, plain.numpy(), 2)
+    got, plain = results(True), results(False)
+    assert [a.dtype for a in got] == [a.dtype for a in plain]
+    for arrays in zip(got, exact, plain):
+        assert_close(arrays[0].numpy(), arrays[1], arrays[2].numpy(), 2)
+    if not activation:  # nothing that has been rounded before
+        plain = dy64.astype(np.float32).sum((0, 1))
+        assert_close(got[3].numpy(), exact[3], plain, 2)
 
 
 def test_no_token_sees_a_later_one():
