@@ -355,6 +355,12 @@ class Nvrtc:
 
     def __init__(self, path):
         self.path = path
+        if os.path.isabs(
+            path
+        ):  # NVRTC 13.0 of pip does not look for this beside itself
+            folder = glob.escape(os.path.dirname(path))
+            for builtins in glob.glob(os.path.join(folder, "libnvrtc-builtins.so.*")):
+                ctypes.CDLL(builtins)
         self._library = ctypes.CDLL(path)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor, count = (ctypes.c_int() for _ in range(3))

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import sys
 import threading
 
@@ -349,10 +350,24 @@ def found_in(core, folder):
         return str(error)
 
 
-def test_nvrtc_is_found_in_pips_folders(machine):
+def loaded_from(core, folder):
+    found_in(core, folder)
+    with open("/proc/self/maps") as maps:
+        return sorted(
+            {os.path.basename(line.split()[-1]) for line in maps if folder in line}
+        )
+
+
+def test_nvrtc_is_found_in_pips_folders(machine, tmp_path):
     folder = str(machine.fakes / "nvrtc")
     found = machine.run(found_in, folder, libraries=[])
     assert found == os.path.join(folder, "libnvrtc.so.12")
+    pip = tmp_path / "pip"
+    pip.mkdir()
+    names = ["libnvrtc-builtins.so.12.9", "libnvrtc.so.12"]
+    for name in names:  # NVRTC opens the first by its name alone
+        shutil.copy(found, pip / name)
+    assert machine.run(loaded_from, str(pip), libraries=[]) == names
 
 
 @pytest.mark.parametrize(

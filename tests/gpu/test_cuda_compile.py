@@ -56,6 +56,7 @@ def reports(arch):
             *(_cuda.sources(kernel.name.decode()), kernel.name.decode()),
             [*_cuda.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
         )
+        assert "serialized" not in log, log  # wgmma that ptxas must wait for one by one
         registers = int(re.search(r"Used (\d+) registers", log).group(1))
         spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
         found[key] = {"registers": registers, "spilled": spilled}

@@ -76,22 +76,34 @@ struct Stage {
   uint32_t* mask;
 };
 
+// What a lane needs of the queries of a sub-tile, a number for each of its columns.
+struct ColumnStats {
+  float2 at[kN];
+
+  DEVICE ColumnStats Read(const float* stats, int first_query) {
+    ColumnStats columns;
+    const float* from = stats + first_query + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) columns.at[n] = *reinterpret_cast<const float2*>(from + n * 8);
+    return columns;
+  }
+  __forceinline__ float Of(int n, int j) const { return j == 0 ? at[n].x : at[n].y; }
+};
+
 // s becomes p. Where a pair is not allowed p is 0, whatever s was.
 template <bool kMasked>
-DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const Stage& stage,
-                          int first_query) {
-  const int lane = threadIdx.x % 32;
+DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const ColumnStats& lse_exp,
+                          const uint32_t* mask_smem, int first_query) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t allowed =
-          kMasked ? FragmentMask<kBlockKV, kWarpRows>(stage.mask, first_query, n, j) : kFullWarp;
-      const float lse_exp = stage.lse_exp[first_query + n * 8 + lane % 4 * 2 + j];
+          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
 #pragma unroll
       for (int i = 0; i < kM * 2; ++i) {
         float& at = s[i / 2][n][i % 2 * 2 + j];
-        at = allowed >> (i * 8) & 1 ? Exp(fmaf(at, scale_exp, -lse_exp)) : 0;
+        at = allowed >> (i * 8) & 1 ? Exp(fmaf(at, scale_exp, -lse_exp.Of(n, j))) : 0;
       }
     }
   }
@@ -99,20 +111,18 @@ DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const Stage& s
 
 // dp becomes ds = p * (dp - delta), 0 where a pair is not allowed.
 template <bool kMasked>
-DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4], const Stage& stage,
-                          int first_query) {
-  const int lane = threadIdx.x % 32;
+DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
+                          const ColumnStats& delta, const uint32_t* mask_smem, int first_query) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t allowed =
-          kMasked ? FragmentMask<kBlockKV, kWarpRows>(stage.mask, first_query, n, j) : kFullWarp;
-      const float delta = stage.delta[first_query + n * 8 + lane % 4 * 2 + j];
+          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
 #pragma unroll
       for (int i = 0; i < kM * 2; ++i) {
         float& at = dp[i / 2][n][i % 2 * 2 + j];
-        at = allowed >> (i * 8) & 1 ? p[i / 2][n][i % 2 * 2 + j] * (at - delta) : 0;
+        at = allowed >> (i * 8) & 1 ? p[i / 2][n][i % 2 * 2 + j] * (at - delta.Of(n, j)) : 0;
       }
     }
   }
@@ -181,10 +191,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       };
       LoadRowPair<kBlockQ, kHeadDim, kHeadDimV, kThreads, !kMasked>(stage.q, q, stage.dout, dout,
                                                                     row_of);
-      const int thread = Anew(threadIdx.x);
+      const unsigned thread = Opaque(threadIdx.x);
 #pragma unroll
       for (int i = 0; i < CeilDiv(kBlockQ, kThreads); ++i) {
-        const int r = thread + i * kThreads;
+        const unsigned r = thread + i * kThreads;
         if (r >= kBlockQ) break;  // whole warps
         const int row = row_of(r);
         CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
@@ -193,31 +203,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       if (kMasked) LoadMask<kBlockKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
     };
     const auto step = [&](auto masked, int n, int buffer, bool) {
+      constexpr bool kMasked = decltype(masked)::kValue;
       const Stage stage = stage_of(buffer);
       if (n == 0) {
         k_operand.Load(k_smem, warp_row);
         v_operand.Load(v_smem, warp_row);
       }
-#pragma unroll 1
+      // With wgmma the next sub-tile's products are queued behind those for dv and dk.
+      constexpr bool kQueues = kHasWgmma && !kMasked;
+#pragma unroll(kQueues ? kBlockQ / kSubQ : 1)
       for (int sub = 0; sub < kBlockQ; sub += kSubQ) {
-        if (masked && !AnyAllowed<kBlockKV, kWarpRows, kSubQ>(stage.mask, sub)) continue;
-        constexpr bool kMasked = decltype(masked)::kValue;
+        if (kMasked && !AnyAllowed<kBlockKV, kWarpRows, kSubQ>(stage.mask, sub)) continue;
+        k_operand.Locate(k_smem);
+        v_operand.Locate(v_smem);
         const T *q_sub = stage.q + sub * QTile::kRowPitch,
                 *do_sub = stage.dout + sub * DoTile::kRowPitch;
         float s_frag[kM][kN][4], dp_frag[kM][kN][4];
-        MatmulABt<QTile>(s_frag, k_operand, q_sub, scratch);
+        MatmulABt<QTile>(s_frag, k_operand, SmemOperand::Make(q_sub), scratch);
         // With wgmma both are under way at once; else dp would only hold registers.
-        if (kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, do_sub, scratch);
+        if (kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
+        const auto lse_exp = ColumnStats::Read(stage.lse_exp, sub);
         MatmulWait<1>(s_frag);
-        Probabilities<kMasked>(s_frag, scale_exp, stage, sub);
+        Probabilities<kMasked>(s_frag, scale_exp, lse_exp, stage.mask, sub);
+        const auto delta = ColumnStats::Read(stage.delta, sub);
         MatmulWait<0>(dp_frag);
-        MatmulPB<DoTile>(dv_frag, s_frag, do_sub + DoTile::Offset(0, first_v), scratch);
-        if (!kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, do_sub, scratch);
-        ScoreGradient<kMasked>(dp_frag, s_frag, stage, sub);
-        MatmulPB<QTile>(dk_frag, dp_frag, q_sub + QTile::Offset(0, first_k), scratch);
-        MatmulWait<1>(dv_frag);
-        MatmulWait<0>(dk_frag);
+        MatmulPB<DoTile>(dv_frag, s_frag, SmemOperand::Make(do_sub + DoTile::Offset(0, first_v)),
+                         scratch);
+        if (!kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
+        ScoreGradient<kMasked>(dp_frag, s_frag, delta, stage.mask, sub);
+        MatmulPB<QTile>(dk_frag, dp_frag, SmemOperand::Make(q_sub + QTile::Offset(0, first_k)),
+                        scratch);
+        if (!kQueues) MatmulWait<0>(dv_frag, dk_frag);
       }
+      MatmulWait<0>(dv_frag, dk_frag);
     };
     StreamTiles<kStages>(list, needs_mask, load, [](int) { return false; }, step);
   }

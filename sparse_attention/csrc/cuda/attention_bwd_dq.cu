@@ -153,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   float dq_frag[kM][kOut][4] = {};
   const float scale_exp = problem.softmax_scale * kExpScale;
   const auto step = [&](auto masked, int n, int buffer, bool) {
+    constexpr bool kMasked = decltype(masked)::kValue;
     const Stage stage = stage_of(buffer);
     if (n == 0) {
       q_operand.Load(q_smem, warp_row);
@@ -160,15 +161,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     }
 #pragma unroll 1
     for (int sub = 0; sub < kBlockKV; sub += kSubKV) {
-      if (masked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
+      if (kMasked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
+      q_operand.Locate(q_smem);
+      do_operand.Locate(do_smem);
       const T *k_sub = stage.k + sub * KTile::kRowPitch, *v_sub = stage.v + sub * VTile::kRowPitch;
       float s_frag[kM][kN][4], dp_frag[kM][kN][4];
-      MatmulABt<KTile>(s_frag, q_operand, k_sub, scratch);
-      MatmulABt<VTile>(dp_frag, do_operand, v_sub, scratch);
+      MatmulABt<KTile>(s_frag, q_operand, SmemOperand::Make(k_sub), scratch);
+      MatmulABt<VTile>(dp_frag, do_operand, SmemOperand::Make(v_sub), scratch);
       MatmulWait<1>(s_frag);
       MatmulWait<0>(dp_frag);
-      ScoreGradient<decltype(masked)::kValue>(dp_frag, s_frag, rows, scale_exp, stage.mask, sub);
-      MatmulPB<KTile>(dq_frag, dp_frag, k_sub, scratch);
+      ScoreGradient<kMasked>(dp_frag, s_frag, rows, scale_exp, stage.mask, sub);
+      MatmulPB<KTile>(dq_frag, dp_frag, SmemOperand::Make(k_sub), scratch);
       MatmulWait<0>(dq_frag);
     }
   };

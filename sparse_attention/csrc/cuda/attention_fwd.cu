@@ -13,7 +13,8 @@
 //          s_frag [rows of a warp, kSubKV] f32, registers
 //          o_frag [rows of a warp, head_dim_v] f32, registers
 // Stages:  load(n+1) | s = q kT | mask (where a block is PARTIAL or ends early) | online softmax
-//          | o += p v
+//          | o += p v; with wgmma, in tiles without mask, products of one sub-tile beside the
+//          softmax of the other
 // Memory:  smem = (kTileRows * dim + kStages * kBlockKV * both dims) * sizeof(T) and padding (Smem)
 // Cost:    4 * head_dim FLOP per computed pair;
 //          HBM reads: q once, k and v once per q tile that lists them; writes: o, lse.
@@ -86,72 +87,84 @@ DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int firs
   }
 }
 
-// What exponents are shifted by. Rounded, and the same in all places: what the exponentials of a row
-// were shifted by must cancel to the last bit where they meet.
-DEVICE float Shift(float row_max, float scale_exp) { return __fmul_rn(row_max, scale_exp); }
-
-// log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of one
-// unit in the last place.
-DEVICE float LogSumExp(float row_max, float scale, float sum) {
-  if (kIsFloat) return static_cast<float>(Shift(row_max, scale) + log(double(sum)));
-  return fmaf(row_max, scale, logf(sum));
-}
-
 struct OnlineSoftmax {
-  float row_max[kM][2], row_sum[kM][2];  // of raw scores; this lane's share of the sum
+  // Of a row, scaled as exponents are (scale_exp). Rounded once, and the same in all places: what
+  // the exponentials of a row were shifted by must cancel to the last bit where they meet.
+  float shift[kM][2];    // subtracted; 0 as long as there was no key
+  float limit[kM][2];    // the largest score that the shift is good for; -inf: any key is more
+  float row_sum[kM][2];  // this lane's share
+
+  // exp(score - shift) may be up to 2^8: no type here overflows, 16 bits are as exact there, and
+  // once a row has seen some keys its shift hardly moves. float32 takes the maximum itself.
+  static constexpr float kSlack = kIsFloat ? 0 : 8;
 
   __forceinline__ void Init() {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
-      row_max[i / 2][i % 2] = -kInf;
-      row_sum[i / 2][i % 2] = 0;
+      shift[i / 2][i % 2] = row_sum[i / 2][i % 2] = 0;
+      limit[i / 2][i % 2] = -kInf;
     }
   }
 
-  // Turns scores into exp(s - row_max), rescales what came before.
+  // Turns scores into exp(s - shift), after it has rescaled what came before where that must be.
   __forceinline__ void Update(float (&s)[kM][kN][4], float (&o)[kM][kOut][4], float scale_exp) {
-    float corrections[kM][2];
-    bool is_changed = false;
+    float peaks[kM][2];
+    bool is_over = false;
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      // Two chains each for the maximum and the sum: half the latency.
-      float peak = row_max[m][h], other_peak = s[m][0][h * 2 + 1];
+      float peak = s[m][0][h * 2], other_peak = s[m][0][h * 2 + 1];  // two chains: half the latency
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int n = 1; n < kN; ++n) {
         peak = fmaxf(peak, s[m][n][h * 2]);
         other_peak = fmaxf(other_peak, s[m][n][h * 2 + 1]);
       }
-      peak = fmaxf(peak, other_peak);
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
-      const float shift = peak == -kInf ? 0 : Shift(peak, scale_exp);
-      const float correction = Exp(Shift(row_max[m][h], scale_exp) - shift);
-      row_max[m][h] = peak;
-      float sums[2] = {row_sum[m][h] * correction, 0};
+      peaks[m][h] = __fmul_rn(fmaxf(peak, other_peak), scale_exp);
+      is_over |= peaks[m][h] > limit[m][h];
+    }
+    if (__any_sync(kFullWarp, is_over)) Shift(peaks, o);
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      float sums[2] = {row_sum[m][h], 0};
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift));
+          const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift[m][h]));
           s[m][n][h * 2 + j] = p;
           sums[j] += p;
         }
       }
       row_sum[m][h] = sums[0] + sums[1];
-      corrections[m][h] = correction;
-      is_changed |= correction != 1;
     }
-    // Once a row has seen many keys its maximum rarely moves.
-    if (!__any_sync(kFullWarp, is_changed)) return;
+  }
+
+  // Shifts by the maximum of all that came and the peaks, of this lane's columns, to come.
+  __forceinline__ void Shift(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
+    MatmulWait<0>(o);
 #pragma unroll
-    for (int i = 0; i < kM * kOut * 4; ++i) {
-      o[i / (kOut * 4)][i / 4 % kOut][i % 4] *= corrections[i / (kOut * 4)][i % 4 / 2];
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      const bool is_first = limit[m][h] == -kInf;
+      float next = peaks[m][h];
+      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 1));
+      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 2));
+      if (!is_first) next = fmaxf(next, shift[m][h]);
+      const float correction = is_first ? 1 : Exp(shift[m][h] - next);
+      shift[m][h] = next == -kInf ? 0 : next;
+      limit[m][h] = next + kSlack;
+      row_sum[m][h] *= correction;
+#pragma unroll
+      for (int n = 0; n < kOut; ++n) {
+        o[m][n][h * 2] *= correction;
+        o[m][n][h * 2 + 1] *= correction;
+      }
     }
   }
 
   // Divides o by the sums; returns lse of this lane's rows in nats.
-  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2], float scale) {
+  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2]) {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
@@ -160,7 +173,7 @@ struct OnlineSoftmax {
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
       // One rounding, not two, for float32: delta = <do, o> cancels against dp in the backward.
       const float divisor = sum == 0 ? 1 : sum, inverse = 1 / divisor;
-      lse[m][h] = sum == 0 ? -kInf : LogSumExp(row_max[m][h], scale, sum);
+      lse[m][h] = sum == 0 ? -kInf : LogSumExp(shift[m][h], sum);
 #pragma unroll
       for (int n = 0; n < kOut; ++n) {
 #pragma unroll
@@ -169,6 +182,13 @@ struct OnlineSoftmax {
         }
       }
     }
+  }
+
+  // log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of
+  // one unit in the last place.
+  DEVICE float LogSumExp(float shift, float sum) {
+    if (kIsFloat) return static_cast<float>(shift + log(double(sum)));
+    return fmaf(shift, 1 / kExpScale, logf(sum));
   }
 };
 
@@ -181,7 +201,7 @@ DEVICE void AddNonfinite(float (&o)[kM][kOut][4], const uint32_t* mask_smem, con
   for (int key = 0; key < kBlockKV; ++key) {
     const int row = key_row(key);
     const int lane = threadIdx.x % 32;
-    const uint32_t allowed = MaskWord<kTileRows, kWarpRows>(mask_smem, key) >> (lane / 4);
+    const uint32_t allowed = LaneMask<kTileRows, kWarpRows>(mask_smem, key);
 #pragma unroll
     for (int n = 0; n < kOut; ++n) {
 #pragma unroll
@@ -261,23 +281,56 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
               first_scale = problem.softmax_scale;  // the largest score is not the largest <q, k>
 #endif
 
+  using Scores = float[kM][kN][4];
+  const auto scores = [&](Scores& s, const Stage& stage, int sub) {
+    q_operand.Locate(q_smem);
+    const auto k_sub = SmemOperand::Make(stage.k + sub * KTile::kRowPitch);
+    MatmulABt<KTile>(s, q_operand, k_sub, warp.scratch);
+  };
+  const auto scaled = [&](Scores& s) {
+#pragma unroll
+    for (int i = 0; !SPATTN_SCALE_POSITIVE && i < kM * kN * 4; ++i) {
+      s[i / (kN * 4)][i / 4 % kN][i % 4] *= first_scale;
+    }
+  };
+  const auto output = [&](const Scores& p, const Stage& stage, int sub) {
+    const auto v_sub = SmemOperand::Make(stage.v + sub * VTile::kRowPitch);
+    MatmulPB<VTile>(o_frag, p, v_sub, warp.scratch);
+  };
+
   const auto step = [&](auto masked, int n, int buffer, bool has_nonfinite) {
     const Stage stage = stage_of(buffer);
     if (n == 0) q_operand.Load(q_smem, warp.index * kWarpRows);
+    if constexpr (masked || !kHasWgmma) {
 #pragma unroll 1
-    for (int sub = 0; sub < kBlockKV; sub += kSubKV) {
-      if (masked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
-      float s_frag[kM][kN][4];
-      MatmulABt<KTile>(s_frag, q_operand, stage.k + sub * KTile::kRowPitch, warp.scratch);
-      MatmulWait<0>(s_frag);
-      if (!SPATTN_SCALE_POSITIVE) {
-#pragma unroll
-        for (int i = 0; i < kM * kN * 4; ++i)
-          s_frag[i / (kN * 4)][i / 4 % kN][i % 4] *= first_scale;
+      for (int sub = 0; sub < kBlockKV; sub += kSubKV) {
+        if (masked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
+        Scores s_frag;
+        scores(s_frag, stage, sub);
+        MatmulWait<0>(s_frag);
+        scaled(s_frag);
+        if (masked) ApplyMask(s_frag, stage.mask, sub);
+        softmax.Update(s_frag, o_frag, scale * kExpScale);
+        output(s_frag, stage, sub);
+        MatmulWait<0>(o_frag);
       }
-      if (masked) ApplyMask(s_frag, stage.mask, sub);
-      softmax.Update(s_frag, o_frag, scale * kExpScale);
-      MatmulPB<VTile>(o_frag, s_frag, stage.v + sub * VTile::kRowPitch, warp.scratch);
+    } else {
+      // s = q kT of the second sub-tile is queued before the softmax of the first, or behind its
+      // p v where registers hold but one s; that p v goes on beside the softmax of the second.
+      constexpr int kSubs = kBlockKV / kSubKV;
+      constexpr bool kAhead = SPATTN_MIN_CTAS == 1 || !SPATTN_ROW_STRIDED;
+      static_assert(kSubs <= 2, "what is under way at each wait");
+      Scores s_frags[kSubs];
+#pragma unroll
+      for (int i = 0; kAhead && i < kSubs; ++i) scores(s_frags[i], stage, i * kSubKV);
+#pragma unroll
+      for (int i = 0; i < kSubs; ++i) {
+        if (!kAhead) scores(s_frags[i], stage, i * kSubKV);
+        MatmulWait<kAhead ? kSubs - 1 : 0>(s_frags[i]);
+        scaled(s_frags[i]);
+        softmax.Update(s_frags[i], o_frag, scale * kExpScale);
+        output(s_frags[i], stage, i * kSubKV);
+      }
       MatmulWait<0>(o_frag);
     }
     if (masked && has_nonfinite) {
@@ -291,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   // ---- epilogue ----
 
   float lse[kM][2];
-  softmax.Finish(o_frag, lse, scale);
+  softmax.Finish(o_frag, lse);
   const int warp_row = warp.index * kWarpRows;
   if (warp.lane % 4 == 0) {
     float* to = params.lse + (static_cast<int64_t>(batch) * problem.heads + head) * problem.q_len;

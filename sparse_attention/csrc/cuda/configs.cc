@@ -61,7 +61,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   if (t.has_wgmma) {
     // Two CTAs of 128 rows with head_dim 64, one with 128. Streaming 128 rows at a time halves the
     // barriers (all, fwd: 6.1 for 6.7 ms) where shared memory allows two stages of them.
-    t.stream = tile == 64 || (widest > 64 && !is_fwd) ? 64 : 128;
+    t.stream = tile == 64 || (widest > 64 && is_dkv) ? 64 : 128;
     t.sub = 64;
   }
   t.min_ctas = t.has_wgmma && widest <= 64 && !is_dkv ? 2 : 1;
@@ -69,8 +69,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   t.splits =
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
   t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
-  // Else these spill. With wgmma it costs fwd 3 %, dkv with head_dim 64 up to 4 %.
-  t.anew = !t.has_wgmma || phase == SPATTN_BWD_DQ || (is_dkv && widest > 64);
+  t.anew = !t.has_wgmma || (phase == SPATTN_BWD_DQ && widest <= 64);  // else these spill
   t.shared_memory = CountSharedMemory(s, phase, tile, t);
   for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
     if (t.shared_memory <= SharedMemoryOf(s.arch) || t.has_wgmma) break;

@@ -263,14 +263,21 @@ struct RowSpan {
   __forceinline__ T* Row(int row) const {
     return reinterpret_cast<T*>(data + static_cast<int64_t>(row) * row_bytes);
   }
+  // The rows from a column on.
+  __forceinline__ RowSpan From(int column) const {
+    RowSpan span{data + column * static_cast<int>(sizeof(T)), row_bytes};
+    asm("" : "+l"(span.data));  // one sum, not one for every row
+    return span;
+  }
 };
 
-// The value; with SPATTN_ANEW unknown to the compiler, which then derives from it anew in every turn
-// of a loop what it would keep in registers through all of them.
-DEVICE int Anew(int value) {
-  if (SPATTN_ANEW) asm volatile("" : "+r"(value));
+// The value, unknown to the compiler, which then derives from it in every turn of a loop what it
+// would keep in registers through all of them.
+DEVICE unsigned Opaque(unsigned value) {
+  asm volatile("" : "+r"(value));
   return value;
 }
+DEVICE unsigned Anew(unsigned value) { return SPATTN_ANEW ? Opaque(value) : value; }
 
 // Chunks of 16 bytes of a tile, shared among the threads of a CTA: the i-th of this thread.
 template <int kRows, int kDim, int kThreads>
@@ -279,14 +286,13 @@ struct ThreadChunk {
   static constexpr int kCount = CeilDiv(kRows * kRowChunks, kThreads);
   // Where a pass is whole rows, a thread keeps its column and steps a fixed way through the tile.
   static constexpr bool kSteady = kThreads % kRowChunks == 0 && kPassRows % 8 == 0;
-  int row, column, offset;
+  static constexpr int kStep = kSteady ? kPassRows * Tile<kRows, kDim>::kRowPitch : 0;
+  int row, column, offset;  // the offset without i * kStep
 
-  DEVICE ThreadChunk Make(int i, int thread) {
-    const int index = thread + (kSteady ? 0 : i * kThreads);
+  DEVICE ThreadChunk Make(int i, unsigned thread) {
+    const unsigned index = thread + (kSteady ? 0 : i * kThreads);
     const int row = index / kRowChunks, column = index % kRowChunks * kVector;
-    const int steps = kSteady ? i * kPassRows : 0;
-    return {row + steps, column,
-            Tile<kRows, kDim>::Offset(row, column) + steps * Tile<kRows, kDim>::kRowPitch};
+    return {row + (kSteady ? i * kPassRows : 0), column, Tile<kRows, kDim>::Offset(row, column)};
   }
   __forceinline__ bool IsInTile() const {
     return kRows * kRowChunks % kThreads == 0 || row < kRows;
@@ -296,7 +302,7 @@ struct ThreadChunk {
 template <int kRows, int kDim, int kThreads, bool kAllExist, int kTensors, typename RowOf>
 DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTensors], RowOf row_of) {
   using Chunk = ThreadChunk<kRows, kDim, kThreads>;
-  const int thread = Anew(threadIdx.x);
+  const unsigned thread = Anew(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < Chunk::kCount; ++i) {
     const Chunk chunk = Chunk::Make(i, thread);
@@ -306,9 +312,9 @@ DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTenso
     if (!chunk.IsInTile()) continue;
 #pragma unroll
     for (int t = 0; t < kTensors; ++t) {
-      CopyAsync<16>(tiles[t] + chunk.offset,
-                    from[t].Row(kAllExist ? row : Max(row, 0)) + (is_column ? chunk.column : 0),
-                    exists);
+      const RowSpan columns = from[t].From(is_column ? chunk.column : 0);
+      CopyAsync<16>(tiles[t] + chunk.offset + i * Chunk::kStep,
+                    columns.Row(kAllExist ? row : Max(row, 0)), exists);
     }
   }
 }
@@ -337,12 +343,13 @@ DEVICE void LoadRowPair(T* tile_a, const RowSpan& a, T* tile_b, const RowSpan& b
 template <int kRows, int kDim, int kThreads>
 DEVICE bool ZeroNonfiniteRows(T* tile) {
   using Chunk = ThreadChunk<kRows, kDim, kThreads>;
-  const int thread = Anew(threadIdx.x);
+  const unsigned thread = Anew(threadIdx.x);
   bool found = false;
 #pragma unroll
   for (int i = 0; i < Chunk::kCount; ++i) {
     const Chunk chunk = Chunk::Make(i, thread);
-    if (chunk.IsInTile()) found |= ZeroNonfinite(reinterpret_cast<uint4*>(tile + chunk.offset));
+    T* at = tile + chunk.offset + i * Chunk::kStep;
+    if (chunk.IsInTile()) found |= ZeroNonfinite(reinterpret_cast<uint4*>(at));
   }
   return found;
 }
@@ -397,13 +404,14 @@ struct BlockList {
     return valid ? b.block * kPlanBlock + b.sub * kTile : -1;
   }
   // The position of row r of the tile, or -1. Whole warps.
-  __forceinline__ int Position(const Blocks& b, int r) const {
+  __forceinline__ int Position(const Blocks& b, unsigned r) const {
     const int first = __shfl_sync(kFullWarp, FirstPosition(b), r / kRun);
-    return first < 0 ? -1 : first + r % kRun;
+    return first < 0 ? -1 : first + static_cast<int>(r % kRun);
   }
   // The same where every block of the tile is known to be there.
-  __forceinline__ int ExistingPosition(const Blocks& b, int r) const {
-    return __shfl_sync(kFullWarp, b.block, r / kRun) * kPlanBlock + b.sub * kTile + r % kRun;
+  __forceinline__ int ExistingPosition(const Blocks& b, unsigned r) const {
+    return __shfl_sync(kFullWarp, b.block, r / kRun) * kPlanBlock + b.sub * kTile +
+           static_cast<int>(r % kRun);
   }
   __forceinline__ int MaskRow(const Blocks& b) const {
     return b.mask_id < 0 ? -1 : b.mask_id * kPlanBlock + b.sub * kTile;
@@ -422,11 +430,11 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
                      const uint8_t* mask_bits, const RowMap& rows) {
   constexpr int kBytes = kPlanTile / 8, kWords = MaskWords(kPlanTile),
                 kTile = List::kRun * List::kGather;
-  const int thread = Anew(threadIdx.x);
+  const unsigned thread = Anew(threadIdx.x);
   const int first = list.FirstPosition(blocks), mask_row = list.MaskRow(blocks);
 #pragma unroll
   for (int i = 0; i < CeilDiv(kTile, kThreads); ++i) {
-    const int r = thread + i * kThreads;
+    const unsigned r = thread + i * kThreads;
     if (r >= kTile) break;  // whole warps: kTile is a multiple of 32
     const int run_first = __shfl_sync(kFullWarp, first, r / List::kRun);
     const int run_mask = __shfl_sync(kFullWarp, mask_row, r / List::kRun);
@@ -446,20 +454,26 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
   }
 }
 
-// The bits of this warp's kRows rows (16 or 32) for one streamed row; bit r is the warp's row r.
+// The bits of this warp's kRows rows (16 or 32) for one streamed row, from row `first_row` on;
+// those of other warps may follow.
 template <int kPlanTile, int kRows>
-DEVICE uint32_t MaskWord(const uint32_t* mask_smem, int streamed_row) {
+DEVICE uint32_t MaskWord(const uint32_t* mask_smem, int streamed_row, int first_row) {
   const int bit = threadIdx.x / 32 * kRows;
-  return mask_smem[streamed_row * MaskWords(kPlanTile) + bit / 32] >> (bit % 32) &
-         (kRows == 32 ? kFullWarp : (1u << kRows) - 1);
+  return mask_smem[streamed_row * MaskWords(kPlanTile) + bit / 32] >> (bit % 32 + first_row);
 }
 
-// The bits of this lane's accumulator rows for column 8 n + 2 (lane % 4) + j of a matrix fragment
-// that begins at streamed row `first`: bit 16 m + 8 h is row 8 h of fragment m.
+// The bits of this lane's accumulator rows for one streamed row: bit 16 m + 8 h is row 8 h of
+// fragment m.
+template <int kPlanTile, int kRows>
+DEVICE uint32_t LaneMask(const uint32_t* mask_smem, int streamed_row) {
+  return MaskWord<kPlanTile, kRows>(mask_smem, streamed_row, threadIdx.x % 32 / 4);
+}
+
+// The same for column 8 n + 2 (lane % 4) + j of a matrix fragment that begins at streamed row
+// `first`.
 template <int kPlanTile, int kRows>
 DEVICE uint32_t FragmentMask(const uint32_t* mask_smem, int first, int n, int j) {
-  const int lane = threadIdx.x % 32;
-  return MaskWord<kPlanTile, kRows>(mask_smem, first + n * 8 + lane % 4 * 2 + j) >> (lane / 4);
+  return LaneMask<kPlanTile, kRows>(mask_smem, first + n * 8 + threadIdx.x % 4 * 2 + j);
 }
 
 // Whether any of the rows that multiply together (the warp's kRows; with wgmma the warpgroup's 64)
@@ -475,7 +489,7 @@ DEVICE bool AnyAllowed(const uint32_t* mask_smem, int first) {
       const uint32_t* words = mask_smem + row * kWords + threadIdx.x / 128 * 2;
       bits |= words[0] | words[1];
     } else {
-      bits |= MaskWord<kPlanTile, kRows>(mask_smem, row);
+      bits |= MaskWord<kPlanTile, kRows>(mask_smem, row, 0) << (32 - kRows);
     }
   }
   return __any_sync(kFullWarp, bits != 0);

@@ -30,7 +30,29 @@ constexpr int ScratchBytes() {
   return kHasWmma ? 16 * (kScratchPitch * 4 + (kColumns + 8) * 2) : 0;
 }
 
-// ---- the row operand ----
+// ---- operands ----
+
+// The b of a product, or with wgmma its a: in shared memory, in a Tile.
+struct SmemOperand {
+  const T* data;
+  // With wgmma, which finds it by a descriptor, the low half of that: where it begins and, from bit
+  // 16, how far it is to the next panel of 64 columns, in 16 bytes. Whole warps hold the same: from
+  // a shuffle nearby the compiler sees so and computes it for all of them, in uniform registers.
+  uint32_t address;
+
+  DEVICE SmemOperand Make(const T* data) {
+    uint32_t address = 0;
+    if (kHasWgmma) address = __shfl_sync(kFullWarp, SmemAddress(data) >> 4, 0);
+    return {data, address};
+  }
+  __forceinline__ SmemOperand At(int elements) const {
+    return {data + elements, address + elements * static_cast<int>(sizeof(T)) / 16};
+  }
+  // Where b of MatmulPB is wider than a panel.
+  __forceinline__ SmemOperand WithDistance(int panel_elements) const {
+    return {data, address + (panel_elements * static_cast<int>(sizeof(T)) / 16 << 16)};
+  }
+};
 
 // The a of MatmulABt: kM * 16 rows of a warp. kInRegisters: its fragments are read once and kept.
 template <int kM, typename ATile, bool kInRegisters>
@@ -38,16 +60,22 @@ struct RowOperand {
   static constexpr int kSteps = PaddedDim(ATile::kDimension) / 16;
   static constexpr int kPitch = ATile::kRowPitch, kPanel = ATile::kPanel;
   static constexpr bool kKept = kInRegisters && (kHasMma || kHasWgmma);
-  const T *tile, *rows;
+  const T* rows;
+  SmemOperand group;  // with wgmma, the 64 rows of the warpgroup
   uint32_t fragments[kKept ? kSteps : 1][kM][4];
 
   // Called once the rows are in shared memory.
   __forceinline__ void Load(const T* from, int first_row) {
-    tile = from;
     rows = from + first_row * kPitch;
     if constexpr (kKept) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) Read(k, fragments[k]);
+    }
+  }
+  // Called in each turn of a loop of products.
+  __forceinline__ void Locate(const T* from) {
+    if constexpr (kHasWgmma && !kKept) {
+      group = SmemOperand::Make(from + threadIdx.x / 128 * 64 * 64);
     }
   }
   __forceinline__ void Read(int k, uint32_t (&to)[kM][4]) const {
@@ -153,61 +181,89 @@ DEVICE void MmaPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const T*
 
 // ---- sm_90a ----
 
-// Where wgmma finds an operand: swizzled panels of 128-byte rows, 1024 bytes from 8 rows to the
-// next 8.
-DEVICE uint64_t WgmmaDescriptor(const T* p) {
-  return (SmemAddress(p) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-#define SPATTN_WGMMA_C(c)                                                                       \
+// The registers of c, 32 or 64: their names in an instruction, and what they are.
+#define SPATTN_C64_NAMES                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SPATTN_C128_NAMES                                                            \
+  SPATTN_C64_NAMES                                                                   \
+  ", "                                                                               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPATTN_C64(c)                                                                           \
   "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),     \
       "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
       "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
       "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
       "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
       "+f"(c[7][2]), "+f"(c[7][3])
-#define SPATTN_WGMMA_ASM                                                                         \
-  "wgmma.mma_async.sync.aligned.m64n64k16.f32." SPATTN_PTX_TYPE "." SPATTN_PTX_TYPE              \
-  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-  "%20, "                                                                                        \
-  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define SPATTN_C128(c)                                                                             \
+  SPATTN_C64(c), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]),        \
+      "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), \
+      "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),              \
+      "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]),              \
+      "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]),              \
+      "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]),              \
+      "+f"(c[15][3])
+// A descriptor, from its low half; the high half says: 1024 bytes from 8 rows to the next 8,
+// 128-byte swizzle. And the predicate p: whether c is added to.
+#define SPATTN_DESCRIPTOR(name, low) \
+  ".reg .b64 " name ";\n mov.b64 " name ", {" low ", 0x40000040};\n"
+#define SPATTN_IF(accumulates) ".reg .pred p;\n setp.ne.b32 p, " accumulates ", 0;\n"
+#define SPATTN_M64(n) \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." SPATTN_PTX_TYPE "." SPATTN_PTX_TYPE
 
-// c = a b or c += a b for 64 columns, 16 products deep. b: K-major as it lies (scores), or
+// c = a b or c += a b for 64 or 128 columns, 16 products deep. b: K-major as it lies (scores), or
 // transposed.
-template <bool kTransposed>
-DEVICE void Wgmma(float (*c)[4], const uint32_t (&a)[4], uint64_t b, int accumulates) {
-  asm volatile("{.reg .pred p;\n setp.ne.b32 p, %37, 0;\n" SPATTN_WGMMA_ASM
-               "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
-               : SPATTN_WGMMA_C(c)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulates),
-                 "n"(kTransposed ? 1 : 0));
+template <int kColumns, bool kTransposed>
+DEVICE void Wgmma(float (*c)[4], const uint32_t (&a)[4], uint32_t b, int accumulates) {
+  if constexpr (kColumns == 64) {
+    asm volatile("{" SPATTN_IF("%37") SPATTN_DESCRIPTOR("b", "%36")
+                     SPATTN_M64(64) " {" SPATTN_C64_NAMES
+                                    "}, {%32, %33, %34, %35}, b, p, 1, 1, %38;}"
+                 : SPATTN_C64(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulates),
+                   "n"(kTransposed ? 1 : 0));
+  } else {
+    asm volatile("{" SPATTN_IF("%69") SPATTN_DESCRIPTOR("b", "%68")
+                     SPATTN_M64(128) " {" SPATTN_C128_NAMES
+                                     "}, {%64, %65, %66, %67}, b, p, 1, 1, %70;}"
+                 : SPATTN_C128(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulates),
+                   "n"(kTransposed ? 1 : 0));
+  }
 }
-DEVICE void Wgmma(float (*c)[4], uint64_t a, uint64_t b, int accumulates) {
-  asm volatile("{.reg .pred p;\n setp.ne.b32 p, %34, 0;\n" SPATTN_WGMMA_ASM
-               "%32, %33, p, 1, 1, 0, 0;}"
-               : SPATTN_WGMMA_C(c)
-               : "l"(a), "l"(b), "r"(accumulates));
+DEVICE void Wgmma(float (*c)[4], uint32_t a, uint32_t b, int accumulates) {
+  asm volatile("{" SPATTN_IF("%34") SPATTN_DESCRIPTOR("a", "%32") SPATTN_DESCRIPTOR("b", "%33")
+                   SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, 0, 0;}"
+               : SPATTN_C64(c)
+               : "r"(a), "r"(b), "r"(accumulates));
 }
-#undef SPATTN_WGMMA_C
-#undef SPATTN_WGMMA_ASM
+#undef SPATTN_C64_NAMES
+#undef SPATTN_C128_NAMES
+#undef SPATTN_C64
+#undef SPATTN_C128
+#undef SPATTN_DESCRIPTOR
+#undef SPATTN_IF
+#undef SPATTN_M64
 
 DEVICE void WgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void WgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <typename BTile, int kN, typename A>
-DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const T* b) {
+DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const SmemOperand& b) {
   static_assert(kN % 8 == 0, "64 columns at a time");
   WgmmaFence();
 #pragma unroll
   for (int n = 0; n < kN; n += 8) {
 #pragma unroll
     for (int k = 0; k < A::kSteps; ++k) {
-      const uint64_t b_now = WgmmaDescriptor(b + n * 8 * 64 + k / 4 * BTile::kPanel + k % 4 * 16);
+      const SmemOperand b_now = b.At(n * 8 * 64 + k / 4 * BTile::kPanel + k % 4 * 16);
       if constexpr (A::kKept) {
-        Wgmma<false>(&c[0][n], a.fragments[k][0], b_now, k > 0);
+        Wgmma<64, false>(&c[0][n], a.fragments[k][0], b_now.address, k > 0);
       } else {
-        const T* group = a.tile + threadIdx.x / 128 * 64 * 64;  // the warpgroup's rows
-        Wgmma(&c[0][n], WgmmaDescriptor(group + k / 4 * A::kPanel + k % 4 * 16), b_now, k > 0);
+        const SmemOperand a_now = a.group.At(k / 4 * A::kPanel + k % 4 * 16);
+        Wgmma(&c[0][n], a_now.address, b_now.address, k > 0);
       }
     }
   }
@@ -215,18 +271,20 @@ DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const T* b) {
 }
 
 template <typename BTile, int kN, int kOut>
-DEVICE void WgmmaPB(float (&c)[1][kOut][4], const float (&p)[1][kN][4], const T* b) {
-  static_assert(kOut % 8 == 0, "64 columns at a time");
+DEVICE void WgmmaPB(float (&c)[1][kOut][4], const float (&p)[1][kN][4], const SmemOperand& b) {
+  constexpr int kWide = kOut % 16 == 0 ? 16 : 8;  // n8 tiles at a time
+  static_assert(kOut % kWide == 0, "64 or 128 columns at a time");
+  const SmemOperand panels = b.WithDistance(BTile::kPanel);
   uint32_t a[kN / 2][1][4];
 #pragma unroll
   for (int k = 0; k < kN; k += 2) PackFragments(a[k / 2], p, k);
   WgmmaFence();
 #pragma unroll
-  for (int n = 0; n < kOut; n += 8) {
+  for (int n = 0; n < kOut; n += kWide) {
 #pragma unroll
     for (int k = 0; k < kN; k += 2) {
-      Wgmma<true>(&c[0][n], a[k / 2][0], WgmmaDescriptor(b + n / 8 * BTile::kPanel + k * 8 * 64),
-                  1);
+      Wgmma<kWide * 8, true>(&c[0][n], a[k / 2][0],
+                             panels.At(n / 8 * BTile::kPanel + k * 8 * 64).address, 1);
     }
   }
   WgmmaCommit();
@@ -415,38 +473,42 @@ DEVICE void FmaPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const fl
 // ---- the two products ----
 
 template <typename BTile, int kM, int kN, typename A>
-DEVICE void MatmulABt(float (&c)[kM][kN][4], const A& a, const T* b, float* scratch) {
+DEVICE void MatmulABt(float (&c)[kM][kN][4], const A& a, const SmemOperand& b, float* scratch) {
   static_assert(kN % 2 == 0, "two n8 tiles at a time");
   if constexpr (kHasWgmma) {
     WgmmaABt<BTile>(c, a, b);
   } else {
     Clear(c);
-    if constexpr (kIsFloat) FmaABt<BTile>(c, a, b);
-    if constexpr (kHasMma) MmaABt<BTile>(c, a, b);
-    if constexpr (kHasWmma) WmmaABt<BTile>(c, a, b, scratch);
+    if constexpr (kIsFloat) FmaABt<BTile>(c, a, b.data);
+    if constexpr (kHasMma) MmaABt<BTile>(c, a, b.data);
+    if constexpr (kHasWmma) WmmaABt<BTile>(c, a, b.data, scratch);
   }
 }
 
 // c has kOut * 8 columns of b, from the one where b points.
 template <typename BTile, int kM, int kN, int kOut>
-DEVICE void MatmulPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const T* b,
+DEVICE void MatmulPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const SmemOperand& b,
                      float* scratch) {
   static_assert(kN % 2 == 0 && kOut % 2 == 0, "two n8 tiles at a time");
   if constexpr (kHasWgmma) WgmmaPB<BTile>(c, p, b);
-  if constexpr (kIsFloat) FmaPB<BTile>(c, p, b);
-  if constexpr (kHasMma) MmaPB<BTile>(c, p, b);
-  if constexpr (kHasWmma) WmmaPB<BTile>(c, p, b, scratch);
+  if constexpr (kIsFloat) FmaPB<BTile>(c, p, b.data);
+  if constexpr (kHasMma) MmaPB<BTile>(c, p, b.data);
+  if constexpr (kHasWmma) WmmaPB<BTile>(c, p, b.data, scratch);
 }
 
-// Waits until at most kPending of the products are under way; c, a result that is done then, may
-// not be touched before, which the compiler learns here.
-template <int kPending, int kM, int kN>
-DEVICE void MatmulWait(float (&c)[kM][kN][4]) {
+// Waits until at most kPending of the products are under way; results that are done then may not be
+// touched before, which the compiler learns here.
+template <int kPending, int kM, int... kN>
+DEVICE void MatmulWait(float (&... results)[kM][kN][4]) {
   if constexpr (kHasWgmma) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+    const auto settle = [](auto& c) {
+      constexpr int kColumns = sizeof(c[0]) / sizeof(c[0][0]);
 #pragma unroll
-    for (int i = 0; i < kM * kN * 4; ++i)
-      asm volatile("" : "+f"(c[i / (kN * 4)][i / 4 % kN][i % 4])::"memory");
+      for (int i = 0; i < kM * kColumns * 4; ++i)
+        asm volatile("" : "+f"(c[i / (kColumns * 4)][i / 4 % kColumns][i % 4])::"memory");
+    };
+    (settle(results), ...);
   }
 }
 
