@@ -143,7 +143,9 @@ def assert_attention_close(results, inputs, mask, **options):
 
 def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths):
     """Weights, lse, the inputs by head, and the scale; all in float32."""
-    scale = np.float32(softmax_scale or q.shape[3] ** -0.5)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    scale = np.float32(softmax_scale)
     share = q.shape[2] // k.shape[2]
     q32 = _by_head(q)
     k32, v32 = (np.repeat(_by_head(x), share, axis=1) for x in (k, v))

@@ -140,20 +140,20 @@ struct OnlineSoftmax {
     }
   }
 
-  // Shifts by the maximum of all that came and the peaks, of this lane's columns, to come.
+  // Shifts the rows whose limit is exceeded, and those alone: no row may notice another's keys.
+  // peaks: maxima over this lane's columns.
   __forceinline__ void Shift(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
     MatmulWait<0>(o);
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      const bool is_first = limit[m][h] == -kInf;
-      float next = peaks[m][h];
-      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 1));
-      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 2));
-      if (!is_first) next = fmaxf(next, shift[m][h]);
-      const float correction = is_first ? 1 : Exp(shift[m][h] - next);
-      shift[m][h] = next == -kInf ? 0 : next;
-      limit[m][h] = next + kSlack;
+      float peak = peaks[m][h];
+      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
+      if (!(peak > limit[m][h])) continue;
+      const float correction = limit[m][h] == -kInf ? 1 : Exp(shift[m][h] - peak);
+      shift[m][h] = peak;
+      limit[m][h] = peak + kSlack;
       row_sum[m][h] *= correction;
 #pragma unroll
       for (int n = 0; n < kOut; ++n) {

@@ -79,7 +79,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int first_column =
         warp * 16 / kColumns * kColumns;  // the tile's rows of the warp's blocks
     float chunk[1][kN][4];
-    MatmulABt<RowTile>(chunk, rows, kv_smem + first_column * RowTile::kRowPitch, scratch);
+    const auto columns = SmemOperand::Make(kv_smem + first_column * RowTile::kRowPitch);
+    MatmulABt<RowTile>(chunk, rows, columns, scratch);
 #pragma unroll
     for (int j = 0; j < kN * 4; ++j) s[0][j / 4][j % 4] += chunk[0][j / 4][j % 4];
     __syncthreads();  // every warp has left the tiles

@@ -138,11 +138,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     ReadWeights(w_frag, w_smem);
     if constexpr (kIsFloat) {
       float tile_sum[1][kOut][4] = {};
-      MatmulPB<XTile>(tile_sum, w_frag, x_smem, scratch);
+      MatmulPB<XTile>(tile_sum, w_frag, SmemOperand::Make(x_smem), scratch);
 #pragma unroll
       for (int i = 0; i < kOut * 4; ++i) sum[0][i / 4][i % 4] += tile_sum[0][i / 4][i % 4];
     } else {
-      MatmulPB<XTile>(sum, w_frag, x_smem, scratch);
+      MatmulPB<XTile>(sum, w_frag, SmemOperand::Make(x_smem), scratch);
     }
     __syncthreads();  // every warp has left the buffer
   }

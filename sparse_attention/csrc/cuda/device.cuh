@@ -104,27 +104,31 @@ DEVICE float Exp(float x) {
   return r;
 }
 
-// Replaces Inf and NaN elements of 16 bytes by 0; true if there were any.
+// Inf and NaN: all bits of the exponent are set.
+constexpr uint32_t kExponent = SPATTN_DTYPE == 0   ? 0x7f800000u
+                               : SPATTN_DTYPE == 1 ? 0x7c007c00u
+                                                   : 0x7f807f80u;
+constexpr uint32_t kExponentUnit = SPATTN_DTYPE == 0   ? 0x00800000u
+                                   : SPATTN_DTYPE == 1 ? 0x04000400u
+                                                       : 0x00800080u;
+constexpr uint32_t kSigns = kIsFloat ? 0x80000000u : 0x80008000u;
+
+// The signs of elements that are not finite, to which one more carries the exponent.
+DEVICE uint32_t Nonfinite(uint32_t word) { return ((word & kExponent) + kExponentUnit) & kSigns; }
+
+// Replaces Inf and NaN elements of 16 bytes by 0; true if there were any, which is rare.
 DEVICE bool ZeroNonfinite(uint4* vector) {
+  const uint4 v = *vector;
+  const uint32_t found = Nonfinite(v.x) | Nonfinite(v.y) | Nonfinite(v.z) | Nonfinite(v.w);
+  if (found == 0) return false;
   uint32_t* word = reinterpret_cast<uint32_t*>(vector);
-  constexpr uint32_t kExponent = SPATTN_DTYPE == 0   ? 0x7f800000u
-                                 : SPATTN_DTYPE == 1 ? 0x7c00u
-                                                     : 0x7f80u;
-  bool found = false;
+  constexpr int kBits = kIsFloat ? 32 : 16;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t w = word[i];
-    uint32_t keep = kFullWarp;
-    if (kIsFloat) {
-      if ((w & kExponent) == kExponent) keep = 0;
-    } else {
-      if ((w & kExponent) == kExponent) keep &= 0xffff0000u;
-      if ((w >> 16 & kExponent) == kExponent) keep &= 0x0000ffffu;
-    }
-    found |= keep != kFullWarp;
-    word[i] = w & keep;
+    const uint32_t ends = Nonfinite(word[i]) >> (kBits - 1);  // a 1 for each
+    word[i] &= ~(kIsFloat ? 0u - ends : ends * 0xffffu);
   }
-  return found;
+  return true;
 }
 
 // ---- asynchronous copies ----
