@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       if (kMasked) LoadMask<kBlockKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
     };
-    const auto step = [&](auto masked, int n, int buffer, bool) {
+    const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
       constexpr bool kMasked = decltype(masked)::kValue;
       const Stage stage = stage_of(buffer);
       if (n == 0) {
@@ -222,6 +222,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         MatmulABt<QTile>(s_frag, k_operand, SmemOperand::Make(q_sub), scratch);
         // With wgmma both are under way at once; else dp would only hold registers.
         if (kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
+        if (sub == 0) prefetch();
         const auto lse_exp = ColumnStats::Read(stage.lse_exp, sub);
         MatmulWait<1>(s_frag);
         Probabilities<kMasked>(s_frag, scale_exp, lse_exp, stage.mask, sub);
@@ -237,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       MatmulWait<0>(dv_frag, dk_frag);
     };
-    StreamTiles<kStages>(list, needs_mask, load, [](int) { return false; }, step);
+    StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, [](int) { return false; }, step);
   }
 
   // ---- epilogue ----

@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   RowOperand<kM, DoTile, SPATTN_Q_IN_REGISTERS> do_operand;
   float dq_frag[kM][kOut][4] = {};
   const float scale_exp = problem.softmax_scale * kExpScale;
-  const auto step = [&](auto masked, int n, int buffer, bool) {
+  const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
     constexpr bool kMasked = decltype(masked)::kValue;
     const Stage stage = stage_of(buffer);
     if (n == 0) {
@@ -167,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       const T *k_sub = stage.k + sub * KTile::kRowPitch, *v_sub = stage.v + sub * VTile::kRowPitch;
       float s_frag[kM][kN][4], dp_frag[kM][kN][4];
       MatmulABt<KTile>(s_frag, q_operand, SmemOperand::Make(k_sub), scratch);
+      if (sub == 0) prefetch();
       MatmulABt<VTile>(dp_frag, do_operand, SmemOperand::Make(v_sub), scratch);
       MatmulWait<1>(s_frag);
       MatmulWait<0>(dp_frag);
@@ -175,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       MatmulWait<0>(dq_frag);
     }
   };
-  StreamTiles<kStages>(list, needs_mask, load, zero_nonfinite, step);
+  StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
 
   // ---- epilogue ----
 

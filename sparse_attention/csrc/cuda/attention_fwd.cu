@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     MatmulPB<VTile>(o_frag, p, v_sub, warp.scratch);
   };
 
-  const auto step = [&](auto masked, int n, int buffer, bool has_nonfinite) {
+  const auto step = [&](auto masked, int n, int buffer, bool has_nonfinite, auto prefetch) {
     const Stage stage = stage_of(buffer);
     if (n == 0) q_operand.Load(q_smem, warp.index * kWarpRows);
     if constexpr (masked || !kHasWgmma) {
@@ -321,11 +321,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       constexpr bool kAhead = SPATTN_MIN_CTAS == 1 || !SPATTN_ROW_STRIDED;
       static_assert(kSubs <= 2, "what is under way at each wait");
       Scores s_frags[kSubs];
+      scores(s_frags[0], stage, 0);
+      prefetch();
 #pragma unroll
-      for (int i = 0; kAhead && i < kSubs; ++i) scores(s_frags[i], stage, i * kSubKV);
+      for (int i = 1; kAhead && i < kSubs; ++i) scores(s_frags[i], stage, i * kSubKV);
 #pragma unroll
       for (int i = 0; i < kSubs; ++i) {
-        if (!kAhead) scores(s_frags[i], stage, i * kSubKV);
+        if (!kAhead && i > 0) scores(s_frags[i], stage, i * kSubKV);
         MatmulWait<kAhead ? kSubs - 1 : 0>(s_frags[i]);
         scaled(s_frags[i]);
         softmax.Update(s_frags[i], o_frag, scale * kExpScale);
@@ -339,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                    [&](int r) { return kv_rows.Row(list.Position(blocks, r)); });
     }
   };
-  StreamTiles<kStages>(list, needs_mask, load, zero_nonfinite, step);
+  StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
 
   // ---- epilogue ----
 

@@ -52,9 +52,9 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
                 IsWholePanels(s.head_dim_v);
   const bool has_mma = size == 2 && s.arch >= 80 && !t.has_wgmma;
   // A warp of 32 rows reads half as much shared memory per product as one of 16, but holds twice
-  // the accumulators: 255 registers do up to a head_dim of 64, save that the backward spills on
-  // sm_100.
-  const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch != 100);
+  // the accumulators: 255 registers do up to a head_dim of 64, save that the backward spills from
+  // sm_100 on.
+  const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch < 100);
   t.warps = std::max(tile, 16) / (is_tall ? 32 : 16);
   t.stream = size == 2 && widest <= 128 ? 64 : 32;
   t.sub = is_fwd ? t.stream : 32;

@@ -519,9 +519,9 @@ DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load,
     CopyWait<0>();
     const bool flagged = __syncthreads_or(is_masked && prepare(0));
     if (is_masked) {
-      step(True{}, n, 0, flagged);
+      step(True{}, n, 0, flagged, [] {});
     } else {
-      step(False{}, n, 0, false);
+      step(False{}, n, 0, false, [] {});
     }
   }
   CopyCommit();  // of the tile's own rows, where the list is empty
@@ -530,15 +530,16 @@ DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load,
 }
 
 // Streams the tiles of a list through kStages buffers: kStages - 1 tiles are on their way while one
-// is worked on.
+// is worked on. kCtas: how many share an SM.
 //   needs_mask(blocks)             whether the tile must take the masked path
 //   load(masked, buffer, blocks)   starts the copies of a tile; masked is True or False
 //   prepare(buffer)                after this thread's own copies of a masked tile have landed,
 //                                  before the barrier; what any thread returns true for, every step
 //                                  sees as `flagged`
-//   step(masked, n, buffer, flagged)   works on tile n
-template <int kStages, typename List, typename NeedsMask, typename Load, typename Prepare,
-          typename Step>
+//   step(masked, n, buffer, flagged, prefetch)   works on tile n; calls prefetch() once where
+//                                  products are under way: then copies of a tile to come may start
+template <int kStages, int kCtas, typename List, typename NeedsMask, typename Load,
+          typename Prepare, typename Step>
 DEVICE void StreamTiles(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
                         Step step) {
   if constexpr (kStages == 1) {
@@ -578,15 +579,22 @@ DEVICE void StreamTiles(const List& list, NeedsMask needs_mask, Load load, Prepa
     } else {
       __syncthreads();
     }
-    if (n + kAhead < tiles) {  // into the buffer of tile n - 1, which every warp has left
-      start(coming, buffer == 0 ? kAhead : buffer - 1, kAhead - 1);
-      coming = list.Fetch(n + kAhead + 1);
-    }
-    CopyCommit();
+    const auto prefetch = [&] {
+      if (n + kAhead < tiles) {  // into the buffer of tile n - 1, which every warp has left
+        start(coming, buffer == 0 ? kAhead : buffer - 1, kAhead - 1);
+        coming = list.Fetch(n + kAhead + 1);
+      }
+      CopyCommit();
+    };
+    // A CTA that has an SM for itself has no other's products to fill this time.
+    constexpr bool kLate = kHasWgmma && kCtas == 1;
+    if (is_masked || !kLate) prefetch();
     if (is_masked) {
-      step(True{}, n, buffer, flagged);
+      step(True{}, n, buffer, flagged, [] {});
     } else {
-      step(False{}, n, buffer, false);
+      step(False{}, n, buffer, false, [&] {
+        if (kLate) prefetch();
+      });
     }
     buffer = buffer == kAhead ? 0 : buffer + 1;
   }
