@@ -12,8 +12,8 @@ to validate and 5 % to test. Each pattern has a folder in --output, which holds
     curve.json               steps, seconds and bits per byte of each epoch
 
 The same command goes on from there after Ctrl-C or a kill, to the same weights as without:
-the batch of a step depends on nothing but the seed and the step. The curves of all patterns
-are drawn into curves.png.
+the batch of a step depends on nothing but the seed and the step, and TensorFlow is told to
+add in the same order each time. The curves of all patterns are drawn into curves.png.
 
 Several devices: --strategy mirrored takes all GPUs of this machine, or else cuts its CPU in
 two; --strategy multiworker the machines that the environment variable TF_CONFIG lists,
@@ -97,6 +97,7 @@ def main(argv=None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
+    tf.config.experimental.enable_op_determinism()
     try:
         strategy = make_strategy(args.strategy)
         data = read_data(args.data)
