@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, to the registers in registers.json; none spills.
+"""Every kernel compiles for every architecture, as registers.json has it; none spills.
 
 Needs NVRTC 12.9 (`nvidia-cuda-nvrtc-cu12`), no GPU. To write the table anew:
 
@@ -48,7 +48,7 @@ def kernels_of(library, arch):
 
 
 def reports(arch):
-    """{name in the table: registers and spilled bytes} of an architecture's kernels."""
+    """{name in the table: its registers; spilled and dynamic shared bytes} for `arch`."""
     library, name, found = ctypes.CDLL(_build.build_core()), _cuda.name_of(arch), {}
     nvrtc = _cuda.find_nvrtc(name)
     for key, kernel in kernels_of(library, arch):
@@ -59,7 +59,11 @@ def reports(arch):
         assert "serialized" not in log, log  # wgmma that ptxas must wait for one by one
         registers = int(re.search(r"Used (\d+) registers", log).group(1))
         spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
-        found[key] = {"registers": registers, "spilled": spilled}
+        found[key] = {
+            "registers": registers,
+            "spilled": spilled,
+            "shared_memory": kernel.shared_memory,
+        }
     return found
 
 
