@@ -355,9 +355,8 @@ class Nvrtc:
 
     def __init__(self, path):
         self.path = path
-        if os.path.isabs(
-            path
-        ):  # NVRTC 13.0 of pip does not look for this beside itself
+        if os.path.isabs(path):
+            # NVRTC opens these by name; that of pip's 13.0 does not look beside itself.
             folder = glob.escape(os.path.dirname(path))
             for builtins in glob.glob(os.path.join(folder, "libnvrtc-builtins.so.*")):
                 ctypes.CDLL(builtins)

@@ -23,6 +23,7 @@
 // After:   Dao et al. 2022 (arXiv:2205.14135), appendix B.
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "matmul.cuh"
+#include "stream.cuh"
 
 namespace spattn {
 

@@ -27,6 +27,7 @@
 //          Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691).
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "matmul.cuh"
+#include "stream.cuh"
 
 namespace spattn {
 

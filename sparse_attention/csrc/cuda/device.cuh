@@ -113,7 +113,7 @@ constexpr uint32_t kExponentUnit = SPATTN_DTYPE == 0   ? 0x00800000u
                                                        : 0x00800080u;
 constexpr uint32_t kSigns = kIsFloat ? 0x80000000u : 0x80008000u;
 
-// The signs of elements that are not finite, to which one more carries the exponent.
+// The signs of elements that are not finite: one more in the exponent carries into them.
 DEVICE uint32_t Nonfinite(uint32_t word) { return ((word & kExponent) + kExponentUnit) & kSigns; }
 
 // Replaces Inf and NaN elements of 16 bytes by 0; true if there were any, which is rare.
@@ -291,7 +291,7 @@ struct ThreadChunk {
   // Where a pass is whole rows, a thread keeps its column and steps a fixed way through the tile.
   static constexpr bool kSteady = kThreads % kRowChunks == 0 && kPassRows % 8 == 0;
   static constexpr int kStep = kSteady ? kPassRows * Tile<kRows, kDim>::kRowPitch : 0;
-  int row, column, offset;  // the offset without i * kStep
+  int row, column, offset;  // without i * kStep, which is for the instruction to add: registers
 
   DEVICE ThreadChunk Make(int i, unsigned thread) {
     const unsigned index = thread + (kSteady ? 0 : i * kThreads);
@@ -497,109 +497,6 @@ DEVICE bool AnyAllowed(const uint32_t* mask_smem, int first) {
     }
   }
   return __any_sync(kFullWarp, bits != 0);
-}
-
-// ---- the pipeline ----
-
-// StreamTiles where shared memory has room for one buffer: each tile is loaded, then worked on.
-template <typename List, typename NeedsMask, typename Load, typename Prepare, typename Step>
-DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
-                              Step step) {
-#pragma unroll 1
-  for (int n = 0; n < list.Tiles(); ++n) {
-    const Blocks blocks = list.Fetch(n);
-    const bool is_masked = needs_mask(blocks);
-    if (n > 0) __syncthreads();  // every warp has left the buffer
-    if (is_masked) {
-      load(True{}, 0, blocks);
-    } else {
-      load(False{}, 0, blocks);
-    }
-    CopyCommit();
-    CopyWait<0>();
-    const bool flagged = __syncthreads_or(is_masked && prepare(0));
-    if (is_masked) {
-      step(True{}, n, 0, flagged, [] {});
-    } else {
-      step(False{}, n, 0, false, [] {});
-    }
-  }
-  CopyCommit();  // of the tile's own rows, where the list is empty
-  CopyWait<0>();
-  __syncthreads();
-}
-
-// Streams the tiles of a list through kStages buffers: kStages - 1 tiles are on their way while one
-// is worked on. kCtas: how many share an SM.
-//   needs_mask(blocks)             whether the tile must take the masked path
-//   load(masked, buffer, blocks)   starts the copies of a tile; masked is True or False
-//   prepare(buffer)                after this thread's own copies of a masked tile have landed,
-//                                  before the barrier; what any thread returns true for, every step
-//                                  sees as `flagged`
-//   step(masked, n, buffer, flagged, prefetch)   works on tile n; calls prefetch() once where
-//                                  products are under way: then copies of a tile to come may start
-template <int kStages, int kCtas, typename List, typename NeedsMask, typename Load,
-          typename Prepare, typename Step>
-DEVICE void StreamTiles(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
-                        Step step) {
-  if constexpr (kStages == 1) {
-    StreamTilesInTurn(list, needs_mask, load, prepare, step);
-    return;
-  }
-  constexpr int kAhead = Max(kStages - 1, 1);
-  const int tiles = list.Tiles();
-  unsigned masked = 0;  // bit i: tile n + i takes the masked path
-  const auto start = [&](const Blocks& blocks, int buffer, int ahead) {
-    if (needs_mask(blocks)) {
-      masked |= 1u << ahead;
-      load(True{}, buffer, blocks);
-    } else {
-      load(False{}, buffer, blocks);
-    }
-  };
-  Blocks next[kAhead + 1];
-#pragma unroll
-  for (int i = 0; i <= kAhead; ++i) next[i] = list.Fetch(i);
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (i < tiles) start(next[i], i, i);
-    CopyCommit();
-  }
-  Blocks coming = next[kAhead];
-  int buffer = 0;
-#pragma unroll 1
-  for (int n = 0; n < tiles; ++n) {
-    CopyWait<kAhead - 1>();
-    const bool is_masked = masked & 1;
-    masked >>= 1;
-    bool flagged = is_masked && prepare(buffer);
-    FenceForWgmma();
-    if (is_masked) {
-      flagged = __syncthreads_or(flagged);
-    } else {
-      __syncthreads();
-    }
-    const auto prefetch = [&] {
-      if (n + kAhead < tiles) {  // into the buffer of tile n - 1, which every warp has left
-        start(coming, buffer == 0 ? kAhead : buffer - 1, kAhead - 1);
-        coming = list.Fetch(n + kAhead + 1);
-      }
-      CopyCommit();
-    };
-    // A CTA that has an SM for itself has no other's products to fill this time.
-    constexpr bool kLate = kHasWgmma && kCtas == 1;
-    if (is_masked || !kLate) prefetch();
-    if (is_masked) {
-      step(True{}, n, buffer, flagged, [] {});
-    } else {
-      step(False{}, n, buffer, false, [&] {
-        if (kLate) prefetch();
-      });
-    }
-    buffer = buffer == kAhead ? 0 : buffer + 1;
-  }
-  CopyWait<0>();
-  __syncthreads();  // everything in shared memory has landed and is free again
 }
 
 }  // namespace spattn
