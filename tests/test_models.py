@@ -1,7 +1,6 @@
 """SparseTransformer: the paper's architecture, through fit, files and recomputation."""
 
 import json
-import os
 
 import keras
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import tensorflow as tf
 from helpers import assert_close, plain_attention_fwd
 from keras_helpers import model_by_hand
-from tf_helpers import assert_same_bits, run_script
+from tf_helpers import assert_same_bits, run_on_two_cpus
 
 import sparse_attention as sa
 from sparse_attention import fused, models
@@ -210,12 +209,6 @@ def test_dropout_differs_by_call_and_comes_back_with_the_weights():
 # ---- two devices ----
 
 MIRRORED = """
-import sys
-import tensorflow as tf
-halves = 2 * [tf.config.LogicalDeviceConfiguration()]
-(cpu,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, halves)
-sys.path.append(sys.argv[1])
 import mirrored
 mirrored.check_op(["CPU:0", "CPU:1"])
 for attention in ("fixed", "local,strided"):
@@ -224,7 +217,7 @@ for attention in ("fixed", "local,strided"):
 
 
 def test_two_devices_train_as_one():
-    run_script(MIRRORED, os.path.dirname(__file__), CUDA_VISIBLE_DEVICES="")
+    run_on_two_cpus(MIRRORED)
 
 
 # ---- files ----

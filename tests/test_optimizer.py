@@ -1,13 +1,11 @@
 """Adam: Keras's numbers, variables and files, by one op a variable."""
 
-import os
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import assert_close
-from tf_helpers import assert_same_bits, run_script
+from tf_helpers import assert_same_bits, run_on_two_cpus
 
 import sparse_attention as sa
 
@@ -191,17 +189,6 @@ def test_a_run_goes_on_from_its_file_to_the_same_bits(dtype, tmp_path):
 
 # ---- several devices ----
 
-MIRRORED = """
-import sys
-import tensorflow as tf
-halves = 2 * [tf.config.LogicalDeviceConfiguration()]
-(cpu,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, halves)
-sys.path.append(sys.argv[1])
-import test_optimizer
-test_optimizer.check_mirrored(["CPU:0", "CPU:1"])
-"""
-
 
 def check_mirrored(devices):
     """Each device's copies get the bits that one device by itself gets."""
@@ -230,4 +217,6 @@ def check_mirrored(devices):
 
 
 def test_two_devices_update_their_copies():
-    run_script(MIRRORED, os.path.dirname(__file__), CUDA_VISIBLE_DEVICES="")
+    run_on_two_cpus(
+        "import test_optimizer\ntest_optimizer.check_mirrored(['CPU:0', 'CPU:1'])"
+    )

@@ -92,6 +92,14 @@ def read_weights(path):
     return arrays
 
 
+def assert_same_weights(*outputs):
+    """Both runs' checkpoints are equal to the bit."""
+    got, want = (read_weights(o / "fixed/checkpoint.weights.h5") for o in outputs)
+    assert len(want) > 40 and set(got) == set(want)
+    for key in want:
+        np.testing.assert_array_equal(got[key], want[key], key)
+
+
 def assert_same_curve(got, want):
     """Equal but for rounding in float32, which a few steps let grow."""
     assert [row["step"] for row in got] == [row["step"] for row in want]
@@ -126,11 +134,7 @@ def test_ctrl_c_and_a_kill_change_nothing(uninterrupted, data, tmp_path):
     process.communicate()
     assert len(read_curve(tmp_path)) < 6
     assert "step 0 of" not in finish(start(tmp_path, data))
-    name = "fixed/checkpoint.weights.h5"
-    got, want = (read_weights(folder / name) for folder in (tmp_path, uninterrupted))
-    assert len(want) > 40 and set(got) == set(want)
-    for key in want:
-        np.testing.assert_array_equal(got[key], want[key])
+    assert_same_weights(tmp_path, uninterrupted)
 
 
 def test_default_data_are_the_sources_of_python(train_lm):

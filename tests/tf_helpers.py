@@ -154,3 +154,19 @@ def run_script(source, *arguments, **environment):
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout
+
+
+TWO_CPUS = """
+import sys
+import tensorflow as tf
+halves = 2 * [tf.config.LogicalDeviceConfiguration()]
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, halves)
+sys.path.append(sys.argv[1])
+"""
+
+
+def run_on_two_cpus(source):
+    """Runs Python code, which may import tests, where CPU:0 and CPU:1 are halves."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    run_script(TWO_CPUS + source, here, CUDA_VISIBLE_DEVICES="")
