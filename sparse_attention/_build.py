@@ -39,15 +39,19 @@ import sparse_attention
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(PACKAGE, "csrc")
 
-# The sources in cpu/ are compiled once for each of ISAS, those in tf/ for TensorFlow.
+# Sources named *kernels.cc are compiled once for each of ISAS, those in tf/ for TensorFlow.
 ATTENTION = (
-    "core.cc",
+    "cpu/attention.cc",
     "cpu/attention_kernels.cc",
-    "cuda/configs.cc",
-    "cuda/launch.cc",
+    "cuda/host/configs.cc",
+    "cuda/host/launch.cc",
 )
-BLOCKSPARSE = ("blocksparse.cc", "cpu/blocksparse_kernels.cc", "cuda/blocks_launch.cc")
-SHARED = ("isa.cc", "cuda/driver.cc", "cuda/modules.cc")
+BLOCKSPARSE = (
+    "cpu/blocksparse.cc",
+    "cpu/blocksparse_kernels.cc",
+    "cuda/host/blocks_launch.cc",
+)
+SHARED = ("cpu/isa.cc", "cuda/host/driver.cc", "cuda/host/modules.cc")
 LIBRARIES = {
     "spattn_core": (*SHARED, *ATTENTION, *BLOCKSPARSE),
     "attention_ops": (*SHARED, *ATTENTION, "tf/attention_op.cc"),
@@ -92,7 +96,7 @@ def library(name, extra_flags=(), broken=None):
 
 
 def build_core(extra_flags=()):
-    """The path of the kernels behind `csrc/core.h` alone: they need no TensorFlow."""
+    """The path of the kernels behind `csrc/abi/core.h` alone: they need no TensorFlow."""
     return library("spattn_core", extra_flags)
 
 
@@ -170,7 +174,7 @@ def _recipe(name, extra_flags=()):
     for source in LIBRARIES[name]:
         if source.startswith("tf/"):
             objects.append((source, flags + compile_flags))
-        elif source.startswith("cpu/"):
+        elif source.endswith("kernels.cc"):
             for isa in ISAS:
                 isa_flags = f"-std=c++17 -DSPATTN_ISA={isa} {ISAS[isa]}".split()
                 objects.append((source, flags + isa_flags))
@@ -199,7 +203,7 @@ def _fingerprint(recipe, tf_version):
     compiled = {source for source, _ in recipe.objects}
     for path in sorted(glob.glob(os.path.join(CSRC, "**", "*.*"), recursive=True)):
         source = os.path.relpath(path, CSRC)
-        if source in compiled or not source.endswith(".cc"):  # else another library's
+        if source in compiled or source.endswith(".h"):
             with open(path, "rb") as file:
                 parts += [source, hashlib.sha256(file.read()).hexdigest()]
     return hash_of(parts)[:16]

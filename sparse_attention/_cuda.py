@@ -1,7 +1,7 @@
 """CUDA on this machine: its GPUs, NVRTC, and the kernels that NVRTC compiles for them.
 
-The kernels in csrc/cuda are compiled for exactly the GPU and the shapes at hand, when the
-core first needs one: it asks here (`SpattnCudaCode` in csrc/core.h). A cubin lies in the
+The kernels in csrc/cuda/device are compiled for exactly the GPU and the shapes at hand, when the
+core first needs one: it asks here (`SpattnCudaCode` in csrc/abi/core.h). A cubin lies in the
 cache beside the libraries, under the rules of `_build.py`: one process compiles it while
 others wait, and a damaged one is not used. Where there is no NVRTC, or with
 SPARSE_ATTENTION_NO_JIT, those that `python -m sparse_attention.build` made are used,
@@ -20,7 +20,7 @@ import sparse_attention
 
 from . import _build
 
-SOURCES = os.path.join(_build.CSRC, "cuda")
+SOURCES = "cuda/device"  # in csrc
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
 BLOCKS_OPS = (  # in the order of SpattnBlocksOp
@@ -229,7 +229,7 @@ def compiled(kernel, macros, arch):
     """The path of a kernel's cubin or PTX, compiled now if there is none.
 
     Args:
-      kernel: Name of the kernel and of its file in csrc/cuda.
+      kernel: Name of the kernel and of its file in csrc/cuda/device.
       macros: "-DSPATTN_DTYPE=1 ...", all that it wants.
       arch: "sm_90a": a cubin; "compute_70": PTX.
 
@@ -278,12 +278,16 @@ def options(macros, arch):
 
 def sources(kernel):
     """{name: text} of what a kernel is compiled from."""
-    names = [*glob.glob(os.path.join(SOURCES, "*.cuh")), f"{kernel}.cu"]
-    names += ["params.h", "blocks_params.h", "../core.h", "../blocksparse.h"]
+    pattern = os.path.join(glob.escape(_build.CSRC), SOURCES, "*.cuh")
+    names = [os.path.join(SOURCES, os.path.basename(p)) for p in glob.glob(pattern)]
+    names += [f"{SOURCES}/params.h", f"{SOURCES}/blocks_params.h"]
+    names += ["abi/core.h", "abi/blocksparse.h"]
+    places = {name: name for name in names}  # as `#include` says them
+    places[f"{kernel}.cu"] = f"{SOURCES}/{kernel}.cu"
     files = {"stdint.h": STDINT}
-    for path in sorted(os.path.join(SOURCES, name) for name in names):
-        with open(path, "rb") as file:
-            files[os.path.basename(path)] = file.read()
+    for name, place in sorted(places.items()):
+        with open(os.path.join(_build.CSRC, place), "rb") as file:
+            files[name] = file.read()
     return files
 
 

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Which keys each q tile reads: the arrays of `SpattnPlan` in csrc/core.h.
+    """Which keys each q tile reads: the arrays of `SpattnPlan` in csrc/abi/core.h.
 
     Bit q % 8 of `mask_bits[i, kv, q // 8]` is set where query q of the tile attends to
     key kv of the block.
@@ -58,7 +58,7 @@ class Tiles(NamedTuple):
 
 
 class KvTiles(NamedTuple):
-    """Which queries each kv tile reads: the arrays of `SpattnKvPlan` in csrc/core.h.
+    """Which queries each kv tile reads: the arrays of `SpattnKvPlan` in csrc/abi/core.h.
 
     Bit k % 8 of `mask_bits[i, q, k // 8]` is set where query q of the block attends to
     key k of the tile.

@@ -1,4 +1,4 @@
-"""csrc/blocksparse.h through ctypes."""
+"""csrc/abi/blocksparse.h through ctypes."""
 
 import ctypes
 

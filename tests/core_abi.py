@@ -1,4 +1,4 @@
-"""csrc/core.h through ctypes: the kernels without TensorFlow."""
+"""csrc/abi/core.h through ctypes: the kernels without TensorFlow."""
 
 import ctypes
 import threading

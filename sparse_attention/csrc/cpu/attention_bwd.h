@@ -22,8 +22,8 @@
 #ifndef SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_
 #define SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_
 
-#include "attention_fwd.h"
-#include "splits.h"
+#include "cpu/attention_fwd.h"
+#include "cpu/splits.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

@@ -23,9 +23,9 @@
 #ifndef SPARSE_ATTENTION_CPU_ATTENTION_FWD_H_
 #define SPARSE_ATTENTION_CPU_ATTENTION_FWD_H_
 
-#include "leaks.h"
-#include "parallel.h"
-#include "tiles.h"
+#include "cpu/leaks.h"
+#include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

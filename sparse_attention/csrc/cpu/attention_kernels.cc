@@ -1,8 +1,8 @@
 // attention_kernels.cc — fused attention for one instruction set; -DSPATTN_ISA names it.
-#include "attention_kernels.h"
+#include "cpu/attention_kernels.h"
 
-#include "attention_bwd.h"
-#include "attention_fwd.h"
+#include "cpu/attention_bwd.h"
+#include "cpu/attention_fwd.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

@@ -1,8 +1,8 @@
-// attention_kernels.h — what each instruction set offers to core.cc.
+// attention_kernels.h — what each instruction set offers to cpu/attention.cc.
 #ifndef SPARSE_ATTENTION_CPU_ATTENTION_KERNELS_H_
 #define SPARSE_ATTENTION_CPU_ATTENTION_KERNELS_H_
 
-#include "../core.h"
+#include "abi/core.h"
 
 namespace spattn {
 

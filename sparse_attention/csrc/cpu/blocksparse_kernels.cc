@@ -14,10 +14,10 @@
 // Cost:    nt, nn, tn: 2 block_size^2 head_dim FLOP per block, one matmul each.
 // Numerics: float32 inside, one rounding on the way out. Bitwise deterministic: a task owns what it
 //          writes and takes a list in its order.
-#include "blocksparse_kernels.h"
+#include "cpu/blocksparse_kernels.h"
 
-#include "parallel.h"
-#include "tiles.h"
+#include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

@@ -2,7 +2,7 @@
 #ifndef SPARSE_ATTENTION_CPU_BLOCKSPARSE_KERNELS_H_
 #define SPARSE_ATTENTION_CPU_BLOCKSPARSE_KERNELS_H_
 
-#include "../blocksparse.h"
+#include "abi/blocksparse.h"
 
 namespace spattn {
 

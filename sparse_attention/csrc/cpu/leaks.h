@@ -6,7 +6,7 @@
 #ifndef SPARSE_ATTENTION_CPU_LEAKS_H_
 #define SPARSE_ATTENTION_CPU_LEAKS_H_
 
-#include "tiles.h"
+#include "cpu/tiles.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

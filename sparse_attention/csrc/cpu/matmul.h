@@ -20,7 +20,7 @@
 #ifndef SPARSE_ATTENTION_CPU_MATMUL_H_
 #define SPARSE_ATTENTION_CPU_MATMUL_H_
 
-#include "terms.h"
+#include "cpu/terms.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

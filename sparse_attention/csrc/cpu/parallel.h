@@ -6,8 +6,8 @@
 #ifndef SPARSE_ATTENTION_CPU_PARALLEL_H_
 #define SPARSE_ATTENTION_CPU_PARALLEL_H_
 
-#include "../core.h"
-#include "simd.h"
+#include "abi/core.h"
+#include "cpu/simd.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

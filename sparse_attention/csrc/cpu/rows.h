@@ -2,8 +2,8 @@
 #ifndef SPARSE_ATTENTION_CPU_ROWS_H_
 #define SPARSE_ATTENTION_CPU_ROWS_H_
 
-#include "../core.h"
-#include "simd.h"
+#include "abi/core.h"
+#include "cpu/simd.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

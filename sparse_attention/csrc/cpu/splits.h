@@ -2,7 +2,7 @@
 #ifndef SPARSE_ATTENTION_CPU_SPLITS_H_
 #define SPARSE_ATTENTION_CPU_SPLITS_H_
 
-#include "tiles.h"
+#include "cpu/tiles.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

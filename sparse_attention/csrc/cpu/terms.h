@@ -11,7 +11,7 @@
 #ifndef SPARSE_ATTENTION_CPU_TERMS_H_
 #define SPARSE_ATTENTION_CPU_TERMS_H_
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

@@ -10,7 +10,7 @@
 #ifndef SPARSE_ATTENTION_CPU_TILES_H_
 #define SPARSE_ATTENTION_CPU_TILES_H_
 
-#include "matmul.h"
+#include "cpu/matmul.h"
 
 namespace spattn {
 namespace SPATTN_ISA {

@@ -5,10 +5,10 @@
 //
 // A plan's integers come as their bytes, uint8 [..., 4]: TensorFlow keeps int32 constants of a GPU
 // in host memory and would copy a plan to the device at each run.
-#include "binding.h"
-#include "cuda_stream.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tf/binding.h"
+#include "tf/cuda_stream.h"
 
 namespace spattn {
 namespace {

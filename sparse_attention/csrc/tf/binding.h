@@ -4,9 +4,9 @@
 
 #include <string>
 
-#include "../core.h"
+#include "abi/core.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "worker_pool.h"
+#include "tf/worker_pool.h"
 
 #define SPATTN_TF_RETURN_IF_ERROR(expression)          \
   do {                                                 \

@@ -6,13 +6,13 @@
 // This file checks ranks, shapes and attributes and fills the structs of blocksparse.h; the core
 // checks every value in them (on a GPU: the kernels do). It is compiled as C++14 for TF 1.15 and as
 // C++17 for TF 2.
-#include "../blocksparse.h"
-#include "binding.h"
-#include "cuda_stream.h"
+#include "abi/blocksparse.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/overflow.h"
+#include "tf/binding.h"
+#include "tf/cuda_stream.h"
 
 namespace spattn {
 namespace {

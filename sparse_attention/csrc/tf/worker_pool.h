@@ -2,7 +2,7 @@
 #ifndef SPARSE_ATTENTION_TF_WORKER_POOL_H_
 #define SPARSE_ATTENTION_TF_WORKER_POOL_H_
 
-#include "../core.h"
+#include "abi/core.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"

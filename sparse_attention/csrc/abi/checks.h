@@ -1,0 +1,85 @@
+// checks.h — what must hold of a problem's and a plan's sizes, wherever their arrays lie.
+#ifndef SPARSE_ATTENTION_ABI_CHECKS_H_
+#define SPARSE_ATTENTION_ABI_CHECKS_H_
+
+#include <initializer_list>
+
+#include "abi/status.h"
+
+namespace spattn {
+
+constexpr int64_t kMaxLen = int64_t{1} << 31;
+
+struct Named {
+  const char* name;
+  int64_t value;
+};
+
+inline bool IsBlock(int64_t size) {
+  return size == 8 || size == 16 || size == 32 || size == 64 || size == 128;
+}
+
+inline int64_t Positions(int64_t len, int64_t row_stride) {
+  return (len + row_stride - 1) / row_stride * row_stride;
+}
+
+inline SpattnStatus CheckProblem(const SpattnProblem& p) {
+  SPATTN_RETURN_IF(p.batch < 0, "batch must not be negative, got %lld", (LongLong)p.batch);
+  for (const auto& [name, len] : {Named{"q_len", p.q_len}, Named{"kv_len", p.kv_len}}) {
+    SPATTN_RETURN_IF(len < 0 || len >= kMaxLen, "%s must be in [0, 2^31), got %lld", name,
+                     (LongLong)len);
+  }
+  SPATTN_RETURN_IF(p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads != 0,
+                   "kv_heads must divide heads, got kv_heads=%d and heads=%d", p.kv_heads, p.heads);
+  for (const auto& [name, dim] :
+       {Named{"head_dim", p.head_dim}, Named{"head_dim_v", p.head_dim_v}}) {
+    SPATTN_RETURN_IF(dim < 8 || dim > 256 || dim % 8 != 0,
+                     "%s must be a multiple of 8 in [8, 256], got %lld", name, (LongLong)dim);
+  }
+  SPATTN_RETURN_IF(p.dtype < SPATTN_FLOAT32 || p.dtype > SPATTN_BFLOAT16,
+                   "dtype must be 0, 1 or 2 (float32, float16, bfloat16), got %d", p.dtype);
+  SPATTN_RETURN_IF(p.row_stride < 1 || p.row_stride >= kMaxLen,
+                   "row_stride must be in [1, 2^31), got %lld", (LongLong)p.row_stride);
+  return Ok();
+}
+
+inline bool IsAligned(const void* p, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+inline SpattnStatus CheckIntArrays(std::initializer_list<const int32_t*> arrays) {
+  for (const int32_t* array : arrays) {
+    SPATTN_RETURN_IF(!IsAligned(array, sizeof(int32_t)),
+                     "a plan's arrays must begin at multiples of 4 bytes, got %p",
+                     static_cast<const void*>(array));
+  }
+  return Ok();
+}
+
+// The values in the plan's arrays are another matter: CheckPlan in cpu/attention.cc for host memory, each
+// kernel for itself in device memory.
+inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPlan& plan) {
+  SPATTN_RETURN_IF(plan.heads != 1 && plan.heads != problem.heads,
+                   "the plan's heads must be 1 or heads=%d, got %d", problem.heads, plan.heads);
+  for (const auto& [name, size] :
+       {Named{"block_q", plan.block_q}, Named{"block_kv", plan.block_kv}}) {
+    SPATTN_RETURN_IF(!IsBlock(size), "%s must be 8, 16, 32, 64 or 128, got %lld", name,
+                     (LongLong)size);
+  }
+  const int64_t q_tiles =
+      (Positions(problem.q_len, problem.row_stride) + plan.block_q - 1) / plan.block_q;
+  const int64_t kv_blocks =
+      (Positions(problem.kv_len, problem.row_stride) + plan.block_kv - 1) / plan.block_kv;
+  SPATTN_RETURN_IF(plan.q_tiles != q_tiles, "q_tiles must be %lld for q_len=%lld, got %lld",
+                   (LongLong)q_tiles, (LongLong)problem.q_len, (LongLong)plan.q_tiles);
+  SPATTN_RETURN_IF(plan.kv_blocks != kv_blocks, "kv_blocks must be %lld for kv_len=%lld, got %lld",
+                   (LongLong)kv_blocks, (LongLong)problem.kv_len, (LongLong)plan.kv_blocks);
+  SPATTN_RETURN_IF(plan.entries < 0 || plan.entries > INT32_MAX || plan.mask_blocks < 0,
+                   "entries and mask_blocks must be in [0, 2^31), got %lld and %lld",
+                   (LongLong)plan.entries, (LongLong)plan.mask_blocks);
+  return CheckIntArrays({plan.kv_indptr, plan.kv_indices, plan.mask_ids});
+}
+
+}  // namespace spattn
+
+#endif  // SPARSE_ATTENTION_ABI_CHECKS_H_

@@ -1,0 +1,200 @@
+// core.h — the C ABI between the kernels and whoever calls them.
+//
+// The one seam of this project: the kernels below it know no TensorFlow and are C++17 (or CUDA); the
+// binding above it knows no kernel and is compiled as whatever standard its TensorFlow wants.
+//
+// Laws of the core: it allocates nothing (the caller gives the workspace), starts no thread (the
+// caller gives SpattnThreads), prints nothing, and returns a SpattnStatus. No value in a plan, whoever
+// made it, makes it read or write outside the arrays it was given.
+//
+// Words: a *position* is where the plan puts a query or a key; a *row* is where the tensor keeps it.
+// They differ only where row_stride > 1 (see SpattnProblem), which is how `strided` attention runs
+// without a transposed copy.
+#ifndef SPARSE_ATTENTION_ABI_CORE_H_
+#define SPARSE_ATTENTION_ABI_CORE_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPATTN_API __attribute__((visibility("default")))
+
+// ---- status ----
+
+typedef enum {
+  SPATTN_OK = 0,
+  SPATTN_INVALID_ARGUMENT = 1,  // a size, a plan value or a pointer is not what it must be
+  SPATTN_UNSUPPORTED = 2,       // well-formed, but no kernel for it here
+  SPATTN_INTERNAL = 3,          // the device or its driver failed
+} SpattnCode;
+
+typedef struct {
+  int32_t code;       // SpattnCode
+  char message[252];  // what was wrong, the value, what was expected; "" when code is SPATTN_OK
+} SpattnStatus;
+
+// ---- problem ----
+
+typedef enum { SPATTN_FLOAT32 = 0, SPATTN_FLOAT16 = 1, SPATTN_BFLOAT16 = 2 } SpattnDtype;
+
+// Sizes of one attention call. Tensors are [batch, rows, heads, dim] through SpattnTensor's strides.
+typedef struct {
+  int64_t batch, q_len, kv_len;  // rows
+  int32_t heads, kv_heads;  // kv_heads divides heads: head h reads kv head h / (heads / kv_heads)
+  int32_t head_dim, head_dim_v;  // multiples of 8, at most 256
+  int32_t dtype;                 // SpattnDtype of q, k, v, o and their gradients
+  float softmax_scale;           // multiplies QK^T
+  // Positions visit the rows residue by residue: with n = ceil(len / row_stride), position p is row
+  // (p mod n) * row_stride + p / n, and does not exist where that is no row. 1: position = row.
+  int64_t row_stride;
+  const int32_t* kv_lengths;  // [batch] or null: keys in rows at or past it do not exist
+} SpattnProblem;
+
+// A tensor [batch, rows, heads, dim]; strides in elements, dim contiguous.
+typedef struct {
+  void* data;
+  int64_t batch_stride, row_stride, head_stride;
+} SpattnTensor;
+
+// ---- plan ----
+
+// Which keys each q tile reads: a CSR list of kv blocks for every (plan head, q tile).
+typedef struct {
+  int32_t heads;               // heads of the problem, or 1: shared between them
+  int32_t block_q, block_kv;   // positions in a q tile and in a kv block: 8, 16, 32, 64 or 128
+  int64_t q_tiles, kv_blocks;  // ceil(positions / block)
+  int64_t entries;             // length of kv_indices and mask_ids
+  int64_t mask_blocks;         // length of mask_bits' first dimension
+  const int32_t* kv_indptr;    // [heads * q_tiles + 1] offsets into kv_indices, from 0 to entries
+  const int32_t* kv_indices;   // [entries] kv block, increasing within a q tile
+  const int32_t* mask_ids;     // [entries] -1: FULL, no mask; otherwise which block of mask_bits
+  const uint8_t*
+      mask_bits;  // [mask_blocks, block_kv, block_q / 8] bit q mod 8 of byte q / 8 is set
+                  // where the query attends to the key
+} SpattnPlan;
+
+// ---- threads ----
+
+// Calls work(arg, w) once for every w in [0, workers), at the same time where it can, and returns when
+// all are done. workers <= 1 or run == null: the core works in the calling thread.
+typedef struct {
+  int32_t workers;
+  void* pool;  // handed back as run's first argument
+  void (*run)(void* pool, int32_t workers, void (*work)(void* arg, int32_t worker), void* arg);
+} SpattnThreads;
+
+// ---- fused attention ----
+//
+//   s_ij = softmax_scale * <q_i, k_j>          lse_i = log sum_j exp(s_ij)      (allowed j only; nats)
+//   o_i  = sum_j exp(s_ij - lse_i) * v_j       no allowed j: o_i = 0, lse_i = -inf, zero gradients
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnPlan plan;
+  SpattnTensor q, k, v;  // read
+  SpattnTensor o;        // written, every element
+  float* lse;            // [batch, heads, q_len], written, every element
+} SpattnFwdParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnPlan plan;
+  SpattnTensor q, k, v, o, dout;  // read
+  const float* lse;               // [batch, heads, q_len]
+  const float* dlse;              // [batch, heads, q_len] gradient of lse, or null: zero
+  SpattnTensor dq, dk, dv;        // written, every element
+} SpattnBwdParams;
+
+// Bytes of 64-byte aligned workspace that the call needs with that many workers. Results do not
+// depend on the number of workers, bit for bit.
+SPATTN_API SpattnStatus spattn_fwd_cpu_workspace(const SpattnFwdParams* params, int32_t workers,
+                                                 int64_t* bytes);
+SPATTN_API SpattnStatus spattn_bwd_cpu_workspace(const SpattnBwdParams* params, int32_t workers,
+                                                 int64_t* bytes);
+SPATTN_API SpattnStatus spattn_fwd_cpu(const SpattnFwdParams* params, const SpattnThreads* threads,
+                                       void* workspace);
+SPATTN_API SpattnStatus spattn_bwd_cpu(const SpattnBwdParams* params, const SpattnThreads* threads,
+                                       void* workspace);
+
+// ---- fused attention on CUDA ----
+//
+// The same structs; every pointer, kv_lengths and a plan's arrays too, is in memory of the device
+// whose context is current. The calls check sizes, strides and alignment, and return once the
+// kernels are on the stream; of values in device memory, those out of range count as absent.
+//
+// Kernels are found, or compiled, when first needed, by SpattnCudaCode: what there is of CUDA on a
+// machine, where code is cached and who is told is the caller's affair. They stay loaded.
+
+// The transpose of a SpattnPlan, for kernels that own keys: which q blocks each kv tile reads. A
+// tile gathers kv blocks that nearly the same queries read, be they neighbours or not.
+typedef struct {
+  int32_t heads;       // heads of the problem, or 1: shared between them
+  int32_t block_size;  // positions in a kv block and in a q block
+  int32_t tile_kv;     // keys in a tile: 32, 64 or 128, at least block_size
+  int64_t kv_tiles, q_blocks;
+  int64_t entries;             // length of q_indices and mask_ids
+  int64_t mask_blocks;         // length of mask_bits' first dimension
+  const int32_t* tile_blocks;  // [kv_heads (1 if heads is), kv_tiles, tile_kv / block_size] kv
+                               // blocks of a tile, each in one tile of a head; -1: none
+  const int32_t* q_indptr;     // [heads * kv_tiles + 1] offsets into q_indices
+  const int32_t* q_indices;    // [entries] q block, increasing within a tile
+  const int32_t* mask_ids;     // [entries] -1: FULL; otherwise which block of mask_bits
+  const uint8_t* mask_bits;    // [mask_blocks, block_size, tile_kv / 8] bit k mod 8 of byte k / 8
+                               // is set where the query attends to key k of the tile
+} SpattnKvPlan;
+
+// What a kernel is specialised for.
+typedef struct {
+  int32_t arch;                         // compute capability: 80 is sm_80
+  int32_t dtype, head_dim, head_dim_v;  // SpattnProblem's
+  int32_t is_row_strided;               // row_stride > 1
+  int32_t is_scale_positive;            // softmax_scale > 0
+  int32_t block_size;                   // block_kv of the plan, block_size of the transpose
+  int32_t block_q, tile_kv;             // of the plan and of its transpose
+} SpattnCudaShape;
+
+typedef enum {
+  SPATTN_FWD = 0,
+  SPATTN_BWD_DELTA = 1,
+  SPATTN_BWD_DQ = 2,
+  SPATTN_BWD_DKV = 3,
+} SpattnPhase;
+
+typedef struct {
+  char name[32];          // of the kernel, and of its file cuda/device/<name>.cu
+  char macros[512];       // what it is compiled with: "-DSPATTN_DTYPE=1 -DSPATTN_..."
+  int32_t shared_memory;  // bytes of a CTA
+  int32_t threads;        // of a CTA
+  int32_t splits;         // CTAs that share a tile
+} SpattnCudaKernel;
+
+// Gives a kernel's code, as cuModuleLoadData takes it: it stays valid until the next call. Called
+// by one thread at a time, in the middle of spattn_fwd_cuda or spattn_bwd_cuda.
+typedef void (*SpattnCudaCode)(const SpattnCudaKernel* kernel, int32_t arch, const void** code,
+                               SpattnStatus* status);
+
+// Where kernels come from, before the first call. arch: what to compile for; 0: the device's own.
+SPATTN_API void spattn_cuda_set_code(SpattnCudaCode code, int32_t arch);
+
+// Sets block_q and tile_kv to the largest, up to 128, whose kernels fit the device's shared memory.
+SPATTN_API void spattn_cuda_tiles(SpattnCudaShape* shape);
+SPATTN_API void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase,
+                                   SpattnCudaKernel* kernel);
+
+// A null dq, or null dk and dv, is left out.
+SPATTN_API SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream);
+SPATTN_API SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes);
+SPATTN_API SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const SpattnKvPlan* by_kv,
+                                        void* stream, void* workspace);
+
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". The environment variable
+// SPARSE_ATTENTION_ISA names another.
+SPATTN_API const char* spattn_cpu_isa(void);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
+
+#endif  // SPARSE_ATTENTION_ABI_CORE_H_

@@ -1,0 +1,262 @@
+// attention_bwd_dkv.cu — block-sparse attention, gradients of the keys and values.
+//
+// Math, per batch b, kv head g, key row j (sums run over g's heads and the queries i that may
+// attend to j), p_ij and ds_ij as in attention_bwd_dq.cu:
+//   dv_j = sum_i p_ij * do_i            dk_j = softmax_scale * sum_i ds_ij * q_i
+//
+// Mapping: one CTA per (kv tile and split, kv head, batch) = grid (x, y, z), streaming for every
+//          head of the group the queries of the tile's list. The tile's kv blocks need not be
+//          neighbours (params.h). Everything is held transposed, keys as rows, so that p and ds go
+//          from accumulator to operand within registers. Wide heads share the columns of dk and dv
+//          among kSplits CTAs, which repeat the scores.
+// Tiles:   k_smem, v_smem [kBlockKV, dim]
+//          q_smem, do_smem [kStages][kBlockQ, dim], lse_exp, delta and mask words beside them
+//          s_frag, dp_frag [keys of a warp, kSubQ] f32, registers
+//          dk_frag, dv_frag [keys of a warp, dim] f32, registers
+// Stages:  load(n+1) | s = k qT, dp = v doT | p (0 where masked) | dv += p do | ds | dk += ds q
+// Memory:  smem = (kBlockKV + kStages * kBlockQ) * both dims * sizeof(T) and padding (Smem)
+// Cost:    8 * head_dim FLOP per computed pair;
+//          HBM reads: k, v once, q and do once per kv tile that lists them; writes: dk, dv.
+// Numerics: as attention_fwd; p and ds are rounded to T before their second product. The heads of a
+//          group and the list are walked in order by the one CTA that owns the rows: bitwise
+//          deterministic, no atomics.
+// After:   Dao et al. 2022 (arXiv:2205.14135), appendix B.
+// Measured: benchmarks/results/gpu_kernels_h100.txt
+#include "cuda/device/matmul.cuh"
+#include "cuda/device/stream.cuh"
+
+namespace spattn {
+
+// ---- config ----
+
+constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
+constexpr int kBlockKV = SPATTN_BLOCK_KV;  // keys of a plan tile
+constexpr int kPlanBlock =
+    SPATTN_PLAN_BLOCK;  // block_size: keys of an owned, queries of a streamed block
+constexpr int kBlockQ = SPATTN_BLOCK_Q;  // queries of a streamed tile
+constexpr int kSubQ = SPATTN_SUB_Q;      // of which scores are in registers at a time
+constexpr int kWarps = SPATTN_WARPS, kThreads = kWarps * 32;
+constexpr int kStages = SPATTN_STAGES;
+constexpr int kSplits = SPATTN_SPLITS;
+constexpr int kOwned = Max(kBlockKV / kPlanBlock, 1);  // blocks of a tile
+constexpr int kM = kBlockKV / kWarps / 16, kWarpRows = kM * 16;
+constexpr int kN = kSubQ / 8;
+constexpr int kOutK =
+    PaddedDim(CeilDiv(PaddedDim(kHeadDim), kSplits)) / 8;  // n8 columns of a split
+constexpr int kOutV = PaddedDim(CeilDiv(PaddedDim(kHeadDimV), kSplits)) / 8;
+static_assert(kM * 16 * kWarps == kBlockKV && (kM == 1 || kM == 2), "a warp has 16 or 32 rows");
+static_assert(kBlockKV % kPlanBlock == 0, "a tile is whole blocks");
+static_assert(kBlockQ % kSubQ == 0 && kSubQ % 32 == 0, "sub-tiles");
+static_assert(!kHasWgmma || (kOutK % 8 == 0 && kOutV % 8 == 0), "a split is whole panels");
+using List = BlockList<kBlockQ, kPlanBlock>;
+using KTile = Tile<kBlockKV, kHeadDim>;
+using VTile = Tile<kBlockKV, kHeadDimV>;
+using QTile = Tile<kBlockQ, kHeadDim>;
+using DoTile = Tile<kBlockQ, kHeadDimV>;
+
+struct Smem {
+  static constexpr int kRows = RoundUp(KTile::kBytes + VTile::kBytes, kTileAlign);
+  static constexpr int kRow = kBlockQ * 4;  // one float for each query
+  static constexpr int kMask = kBlockQ * MaskWords(kBlockKV) * 4;
+  static constexpr int kStage =
+      RoundUp(QTile::kBytes + DoTile::kBytes + 2 * kRow + kMask, kTileAlign);
+  static constexpr int kScratch = ScratchBytes<kSubQ>();
+  static constexpr int kBytes = kRows + kStages * kStage + kWarps * kScratch;
+  static constexpr int kDk =
+      kBlockKV * StorePitch(kOutK * 8) * sizeof(T);  // where dk leaves; dv behind it
+  static constexpr int kDv = kBlockKV * StorePitch(kOutV * 8) * sizeof(T);
+  static_assert(kDk + kDv <= kBytes, "dk and dv leave through it");
+};
+static_assert(Smem::kBytes == SPATTN_SHARED_MEMORY, "the host counts other bytes");
+
+// ---- device helpers ----
+
+struct Stage {
+  T *q, *dout;
+  float *lse_exp, *delta;
+  uint32_t* mask;
+};
+
+// What a lane needs of the queries of a sub-tile, a number for each of its columns.
+struct ColumnStats {
+  float2 at[kN];
+
+  DEVICE ColumnStats Read(const float* stats, int first_query) {
+    ColumnStats columns;
+    const float* from = stats + first_query + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) columns.at[n] = *reinterpret_cast<const float2*>(from + n * 8);
+    return columns;
+  }
+  __forceinline__ float Of(int n, int j) const { return j == 0 ? at[n].x : at[n].y; }
+};
+
+// s becomes p. Where a pair is not allowed p is 0, whatever s was.
+template <bool kMasked>
+DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const ColumnStats& lse_exp,
+                          const uint32_t* mask_smem, int first_query) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t allowed =
+          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+#pragma unroll
+      for (int i = 0; i < kM * 2; ++i) {
+        float& at = s[i / 2][n][i % 2 * 2 + j];
+        at = allowed >> (i * 8) & 1 ? Exp(fmaf(at, scale_exp, -lse_exp.Of(n, j))) : 0;
+      }
+    }
+  }
+}
+
+// dp becomes ds = p * (dp - delta), 0 where a pair is not allowed.
+template <bool kMasked>
+DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
+                          const ColumnStats& delta, const uint32_t* mask_smem, int first_query) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t allowed =
+          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+#pragma unroll
+      for (int i = 0; i < kM * 2; ++i) {
+        float& at = dp[i / 2][n][i % 2 * 2 + j];
+        at = allowed >> (i * 8) & 1 ? p[i / 2][n][i % 2 * 2 + j] * (at - delta.Of(n, j)) : 0;
+      }
+    }
+  }
+}
+
+// ---- kernel ----
+
+extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
+    attention_bwd_dkv(const __grid_constant__ SpattnCudaBwdParams params) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const SpattnProblem& problem = params.problem;
+  const SpattnTilePlan& plan = params.by_kv;
+
+  const int split = blockIdx.x % kSplits, tile = blockIdx.x / kSplits, kv_head = blockIdx.y,
+            batch = blockIdx.z;
+  const int group = problem.heads / problem.kv_heads;
+  const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
+  const RowMap kv_rows = RowMap::Make(problem.kv_len, problem.row_stride, problem.kv_len);
+  const int first_owned = ((plan.heads == 1 ? 0 : kv_head) * plan.tiles + tile) * kOwned;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp * kWarpRows;
+  T* k_smem = reinterpret_cast<T*>(smem);
+  T* v_smem = reinterpret_cast<T*>(smem + KTile::kBytes);
+  float* scratch =
+      reinterpret_cast<float*>(smem + Smem::kRows + kStages * Smem::kStage + warp * Smem::kScratch);
+  const auto stage_of = [&](int buffer) {
+    unsigned char* at = smem + Smem::kRows + buffer * Smem::kStage;
+    float* stats = reinterpret_cast<float*>(at + QTile::kBytes + DoTile::kBytes);
+    return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + QTile::kBytes), stats,
+                 stats + kBlockQ, reinterpret_cast<uint32_t*>(stats + 2 * kBlockQ)};
+  };
+  const auto key_row = [&](int r) {
+    const int block = __ldg(plan.tile_blocks + first_owned + r / kPlanBlock);
+    const bool valid = block >= 0 && block <= kv_rows.positions / kPlanBlock;
+    return valid ? kv_rows.Row(block * kPlanBlock + r % kPlanBlock) : -1;
+  };
+
+  LoadRowPair<kBlockKV, kHeadDim, kHeadDimV, kThreads, false>(
+      k_smem, RowSpan::Make(params.k, batch, kv_head), v_smem,
+      RowSpan::Make(params.v, batch, kv_head), key_row);
+  RowOperand<kM, KTile, SPATTN_KV_IN_REGISTERS> k_operand;
+  RowOperand<kM, VTile, SPATTN_KV_IN_REGISTERS> v_operand;
+  float dk_frag[kM][kOutK][4] = {}, dv_frag[kM][kOutV][4] = {};
+  // The last split ends with the row; where the columns do not divide, two write the same to some.
+  const int first_k = Min(split * kOutK * 8, PaddedDim(kHeadDim) - kOutK * 8);
+  const int first_v = Min(split * kOutV * 8, PaddedDim(kHeadDimV) - kOutV * 8);
+  const float scale_exp = problem.softmax_scale * kExpScale;
+
+#pragma unroll 1
+  for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const List list = List::Make(plan, plan.heads == 1 ? 0 : head, tile);
+    const RowSpan q = RowSpan::Make(params.q, batch, head),
+                  dout = RowSpan::Make(params.dout, batch, head);
+    const int64_t stats_at = (static_cast<int64_t>(batch) * problem.heads + head) * problem.q_len;
+    // Keys that do not exist gather what nobody reads.
+    const auto needs_mask = [&](const Blocks& blocks) {
+      const int first = list.FirstPosition(blocks);
+      return __any_sync(kFullWarp, lane < List::kGather && (first < 0 || blocks.mask_id >= 0 ||
+                                                            !q_rows.AllExist(first, List::kRun)));
+    };
+    const auto load = [&](auto masked, int buffer, const Blocks& blocks) {
+      constexpr bool kMasked = decltype(masked)::kValue;
+      const Stage stage = stage_of(buffer);
+      const auto row_of = [&](int r) {
+        return kMasked ? q_rows.Row(list.Position(blocks, r))
+                       : q_rows.ExistingRow(list.ExistingPosition(blocks, r));
+      };
+      LoadRowPair<kBlockQ, kHeadDim, kHeadDimV, kThreads, !kMasked>(stage.q, q, stage.dout, dout,
+                                                                    row_of);
+      const unsigned thread = Opaque(threadIdx.x);
+#pragma unroll
+      for (int i = 0; i < CeilDiv(kBlockQ, kThreads); ++i) {
+        const unsigned r = thread + i * kThreads;
+        if (r >= kBlockQ) break;  // whole warps
+        const int row = row_of(r);
+        CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
+        CopyAsync<4>(stage.delta + r, params.delta + stats_at + Max(row, 0), row >= 0);
+      }
+      if (kMasked) LoadMask<kBlockKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
+    };
+    const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
+      constexpr bool kMasked = decltype(masked)::kValue;
+      const Stage stage = stage_of(buffer);
+      if (n == 0) {
+        k_operand.Load(k_smem, warp_row);
+        v_operand.Load(v_smem, warp_row);
+      }
+      // With wgmma the next sub-tile's products are queued behind those for dv and dk.
+      constexpr bool kQueues = kHasWgmma && !kMasked;
+#pragma unroll(kQueues ? kBlockQ / kSubQ : 1)
+      for (int sub = 0; sub < kBlockQ; sub += kSubQ) {
+        if (kMasked && !AnyAllowed<kBlockKV, kWarpRows, kSubQ>(stage.mask, sub)) continue;
+        k_operand.Locate(k_smem);
+        v_operand.Locate(v_smem);
+        const T *q_sub = stage.q + sub * QTile::kRowPitch,
+                *do_sub = stage.dout + sub * DoTile::kRowPitch;
+        float s_frag[kM][kN][4], dp_frag[kM][kN][4];
+        MatmulABt<QTile>(s_frag, k_operand, SmemOperand::Make(q_sub), scratch);
+        // With wgmma both are under way at once; else dp would only hold registers.
+        if (kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
+        if (sub == 0) prefetch();
+        const auto lse_exp = ColumnStats::Read(stage.lse_exp, sub);
+        MatmulWait<1>(s_frag);
+        Probabilities<kMasked>(s_frag, scale_exp, lse_exp, stage.mask, sub);
+        const auto delta = ColumnStats::Read(stage.delta, sub);
+        MatmulWait<0>(dp_frag);
+        MatmulPB<DoTile>(dv_frag, s_frag, SmemOperand::Make(do_sub + DoTile::Offset(0, first_v)),
+                         scratch);
+        if (!kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
+        ScoreGradient<kMasked>(dp_frag, s_frag, delta, stage.mask, sub);
+        MatmulPB<QTile>(dk_frag, dp_frag, SmemOperand::Make(q_sub + QTile::Offset(0, first_k)),
+                        scratch);
+        if (!kQueues) MatmulWait<0>(dv_frag, dk_frag);
+      }
+      MatmulWait<0>(dv_frag, dk_frag);
+    };
+    StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, [](int) { return false; }, step);
+  }
+
+  // ---- epilogue ----
+
+#pragma unroll
+  for (int i = 0; i < kM * kOutK * 4; ++i)
+    dk_frag[i / (kOutK * 4)][i / 4 % kOutK][i % 4] *= problem.softmax_scale;
+  const int kv_length =
+      problem.kv_lengths ? problem.kv_lengths[batch] : static_cast<int>(problem.kv_len);
+  const auto row_of = [&](int r) { return key_row(warp_row + r); };
+  const auto zero_of = [&](int r) { return key_row(warp_row + r) >= kv_length; };
+  T* dk_smem = reinterpret_cast<T*>(smem) + warp_row * StorePitch(kOutK * 8);
+  T* dv_smem = reinterpret_cast<T*>(smem + Smem::kDk) + warp_row * StorePitch(kOutV * 8);
+  StoreRows<kHeadDim>(dk_frag, dk_smem, RowSpan::Make(params.dk, batch, kv_head), first_k, row_of,
+                      zero_of);
+  StoreRows<kHeadDimV>(dv_frag, dv_smem, RowSpan::Make(params.dv, batch, kv_head), first_v, row_of,
+                       zero_of);
+}
+
+}  // namespace spattn

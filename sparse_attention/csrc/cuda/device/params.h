@@ -1,0 +1,55 @@
+// params.h — what the CUDA kernels are given: one struct by value, every pointer in device memory.
+//
+// A kernel owns one *tile* of rows of one side (queries in attention_fwd and attention_bwd_dq, keys
+// in attention_bwd_dkv) and streams *blocks* of the other side past it. SpattnTilePlan says which,
+// in either direction:
+//
+//   by queries  the SpattnPlan of core.h as it is: tiles = q_tiles, blocks = kv_blocks,
+//               tile_blocks = null. Tile t is block_q positions from t * block_q on.
+//   by keys     the transpose, at the layout's block_size: a tile gathers up to G kv blocks that
+//               are wanted by nearly the same queries (they need not be neighbours: `fixed` puts
+//               the summary blocks of four windows into one tile), and its list holds q blocks.
+//
+// Every value of a plan is checked where it is read; what is out of range is treated as absent.
+#ifndef SPARSE_ATTENTION_CUDA_DEVICE_PARAMS_H_
+#define SPARSE_ATTENTION_CUDA_DEVICE_PARAMS_H_
+
+#include "abi/core.h"
+
+typedef struct {
+  int32_t heads;               // heads of the problem, or 1: shared between them
+  int32_t tiles;               // tiles of the owned side
+  int32_t blocks;              // blocks of the streamed side
+  int32_t entries;             // length of indices and mask_ids
+  int32_t mask_blocks;         // length of mask_bits' first dimension
+  const int32_t* tile_blocks;  // [heads * tiles, G] owned blocks of each tile, -1: none; or null
+  const int32_t* indptr;       // [heads * tiles + 1] offsets into indices
+  const int32_t* indices;      // [entries] streamed block
+  const int32_t* mask_ids;     // [entries] -1: FULL; otherwise which block of mask_bits
+  const uint8_t*
+      mask_bits;  // [mask_blocks, streamed rows of a block, tile rows / 8] little-endian bits,
+                  // set where the pair is allowed
+} SpattnTilePlan;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnTilePlan by_q;
+  SpattnTensor q, k, v;  // read
+  SpattnTensor o;        // written
+  float* lse;            // [batch, heads, q_len] written
+} SpattnCudaFwdParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnTilePlan by_q, by_kv;
+  SpattnTensor q, k, v, o, dout;  // read
+  SpattnTensor dq, dk, dv;        // written
+  const float* lse;               // [batch, heads, q_len]
+  const float* dlse;              // [batch, heads, q_len] or null
+  // Workspace, written by attention_bwd_delta, read by the other two:
+  float* lse_exp;  // [batch, heads, q_len] lse in the exponents' base (log2(e) * lse for the
+                   // 16-bit types); +inf for an empty row, so that its p is 0
+  float* delta;    // [batch, heads, q_len] rowsum(dO o O) - dlse
+} SpattnCudaBwdParams;
+
+#endif  // SPARSE_ATTENTION_CUDA_DEVICE_PARAMS_H_

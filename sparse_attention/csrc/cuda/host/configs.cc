@@ -1,0 +1,142 @@
+// configs.cc — chooses tiles, stages and warps of the kernels, and counts their shared memory.
+#include "cuda/host/configs.h"
+
+#include <stdio.h>
+
+#include <algorithm>
+
+#include "cuda/host/modules.h"
+
+namespace spattn {
+namespace {
+
+int RoundUp(int a, int b) { return (a + b - 1) / b * b; }
+
+int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim_v); }
+
+bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
+
+// How a kernel streams one side past a tile of the other.
+struct Tiling {
+  bool has_wgmma;
+  int warps, min_ctas, stages;
+  int stream, sub;    // rows of a streamed tile; of which scores are in registers at a time
+  int splits;         // CTAs that share a tile's columns
+  bool in_registers;  // whether the tile's own rows stay there
+  bool anew;          // addresses are derived for every streamed tile: slower, fewer registers
+  int shared_memory;  // bytes: `Smem::kBytes` of the kernel
+};
+
+int CountSharedMemory(const SpattnCudaShape& s, SpattnPhase phase, int tile, const Tiling& t) {
+  const bool is_fwd = phase == SPATTN_FWD, is_dkv = phase == SPATTN_BWD_DKV;
+  const int size = ElementSize(s.dtype), rows = std::max(tile, 16);
+  const int padded_k = RoundUp(s.head_dim, 16) * size + 16;
+  const int padded_v = RoundUp(s.head_dim_v, 16) * size + 16;  // and the pitch of stored rows
+  const int pitch_k = t.has_wgmma ? s.head_dim * size : padded_k;
+  const int pitch_v = t.has_wgmma ? s.head_dim_v * size : padded_v;
+  const int own = is_fwd ? rows * (t.has_wgmma ? pitch_k : std::max(pitch_k, padded_v))
+                         : rows * (pitch_k + pitch_v);
+  const int mask_words = std::max((rows + 31) / 32, 1);
+  const int stage = t.stream * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0));
+  const int align = t.has_wgmma ? 1024 : 16;
+  const int scratch = ScratchBytes(t.sub, s.dtype, s.arch);
+  const int total = RoundUp(own, align) + t.stages * RoundUp(stage, align) + t.warps * scratch;
+  return is_fwd ? std::max(total, rows * padded_v) : total;
+}
+
+Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
+  const bool is_fwd = phase == SPATTN_FWD, is_dkv = phase == SPATTN_BWD_DKV;
+  const int size = ElementSize(s.dtype), widest = WidestDim(s);
+  Tiling t = {};
+  t.has_wgmma = s.arch == 90 && size == 2 && tile % 64 == 0 && IsWholePanels(s.head_dim) &&
+                IsWholePanels(s.head_dim_v);
+  const bool has_mma = size == 2 && s.arch >= 80 && !t.has_wgmma;
+  // A warp of 32 rows reads half as much shared memory per product as one of 16, but holds twice
+  // the accumulators: 255 registers do up to a head_dim of 64, save that the backward spills from
+  // sm_100 on.
+  const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch < 100);
+  t.warps = std::max(tile, 16) / (is_tall ? 32 : 16);
+  t.stream = size == 2 && widest <= 128 ? 64 : 32;
+  t.sub = is_fwd ? t.stream : 32;
+  if (t.has_wgmma) {
+    // Two CTAs of 128 rows with head_dim 64, one with 128. Streaming 128 rows at a time halves the
+    // barriers (all, fwd: 6.1 for 6.7 ms) where shared memory allows two stages of them.
+    t.stream = tile == 64 || (widest > 64 && is_dkv) ? 64 : 128;
+    t.sub = 64;
+  }
+  t.min_ctas = t.has_wgmma && widest <= 64 && !is_dkv ? 2 : 1;
+  t.stages = t.has_wgmma && t.stream == 64 ? 3 : 2;
+  t.splits =
+      is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
+  t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
+  t.anew = !t.has_wgmma || (phase == SPATTN_BWD_DQ && widest <= 64);  // else these spill
+  t.shared_memory = CountSharedMemory(s, phase, tile, t);
+  for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
+    if (t.shared_memory <= SharedMemoryOf(s.arch) || t.has_wgmma) break;
+    t.stages = stages;
+    t.stream = t.sub = 32;
+    t.shared_memory = CountSharedMemory(s, phase, tile, t);
+  }
+  return t;
+}
+
+// Of two stages, if any.
+int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
+  int tile = 128;
+  const auto fits = [&] {
+    const Tiling t = ChooseTiling(shape, phase, tile);
+    return t.stages > 1 && t.shared_memory <= SharedMemoryOf(shape.arch);
+  };
+  while (tile > 16 && !fits()) tile /= 2;
+  return tile;
+}
+
+SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
+  SpattnCudaKernel kernel = {"attention_bwd_delta", "", 0, 256, 1};
+  snprintf(kernel.macros, sizeof(kernel.macros),
+           "-DSPATTN_DTYPE=%d -DSPATTN_HEAD_DIM_V=%d -DSPATTN_ROW_STRIDED=0 -DSPATTN_ANEW=0 "
+           "-DSPATTN_WGMMA=0",
+           s.dtype, s.head_dim_v);
+  return kernel;
+}
+
+}  // namespace
+
+void ChooseTiles(SpattnCudaShape* shape) {
+  const int largest_q =
+      std::min(LargestTile(*shape, SPATTN_FWD), LargestTile(*shape, SPATTN_BWD_DQ));
+  shape->block_q = std::max(shape->block_size, largest_q);
+  shape->tile_kv = std::max({shape->block_size, 32, LargestTile(*shape, SPATTN_BWD_DKV)});
+}
+
+SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
+  if (phase == SPATTN_BWD_DELTA) return ConfigureDelta(s);
+  const bool is_dkv = phase == SPATTN_BWD_DKV;
+  const Tiling t = ChooseTiling(s, phase, is_dkv ? s.tile_kv : s.block_q);
+  SpattnCudaKernel kernel = {"", "", t.shared_memory, t.warps * 32, t.splits};
+  snprintf(kernel.name, sizeof(kernel.name), "%s",
+           is_dkv                ? "attention_bwd_dkv"
+           : phase == SPATTN_FWD ? "attention_fwd"
+                                 : "attention_bwd_dq");
+  const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
+  define("DTYPE", s.dtype);
+  define("HEAD_DIM", s.head_dim);
+  define("HEAD_DIM_V", s.head_dim_v);
+  define("ROW_STRIDED", s.is_row_strided);
+  define(is_dkv ? "PLAN_BLOCK" : "PLAN_KV", s.block_size);
+  define("BLOCK_Q", is_dkv ? t.stream : s.block_q);
+  define("BLOCK_KV", is_dkv ? s.tile_kv : t.stream);
+  define(is_dkv ? "SUB_Q" : "SUB_KV", t.sub);
+  define(is_dkv ? "KV_IN_REGISTERS" : "Q_IN_REGISTERS", t.in_registers);
+  if (is_dkv) define("SPLITS", t.splits);
+  if (phase == SPATTN_FWD) define("SCALE_POSITIVE", s.is_scale_positive);
+  define("ANEW", t.anew);
+  define("WGMMA", t.has_wgmma);
+  define("WARPS", t.warps);
+  define("MIN_CTAS", t.min_ctas);
+  define("STAGES", t.stages);
+  define("SHARED_MEMORY", t.shared_memory);
+  return kernel;
+}
+
+}  // namespace spattn

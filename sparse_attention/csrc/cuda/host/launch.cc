@@ -1,0 +1,263 @@
+// launch.cc — checks what the host can see, then puts the kernels on a stream.
+#include "abi/checks.h"
+#include "cuda/device/params.h"
+#include "cuda/host/configs.h"
+#include "cuda/host/modules.h"
+
+namespace spattn {
+namespace {
+
+// ---- checks ----
+
+// What the kernels hold in 32 bits.
+constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 256;
+constexpr int64_t kMaxEntries = int64_t{1} << 28;  // times the 4 tiles of a block of 128
+
+SpattnStatus CheckCudaProblem(const SpattnProblem& p) {
+  SPATTN_RETURN_IF_ERROR(CheckProblem(p));
+  for (const auto& [name, size] : {Named{"batch", p.batch}, Named{"heads", p.heads}}) {
+    SPATTN_RETURN_IF(size > kMaxGrid, "%s must be at most %lld on a GPU, got %lld", name,
+                     (LongLong)kMaxGrid, (LongLong)size);
+  }
+  for (const auto& [name, len] : {Named{"q_len", p.q_len}, Named{"kv_len", p.kv_len}}) {
+    SPATTN_RETURN_IF(Positions(len, p.row_stride) > kMaxPositions,
+                     "%s=%lld with row_stride=%lld must have at most %lld positions on a GPU", name,
+                     (LongLong)len, (LongLong)p.row_stride, (LongLong)kMaxPositions);
+  }
+  SPATTN_RETURN_IF(p.batch * p.q_len * p.heads > kMaxPositions,
+                   "batch * q_len * heads must be at most %lld on a GPU, got %lld",
+                   (LongLong)kMaxPositions, (LongLong)(p.batch * p.q_len * p.heads));
+  return Ok();
+}
+
+struct NamedTensor {
+  const char* name;
+  const SpattnTensor& tensor;
+};
+
+// Rows move in pieces of 16 bytes, and their stride is a kernel's int.
+SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTensor> tensors) {
+  const int64_t size = ElementSize(p.dtype), whole = 16 / size;
+  for (const auto& [name, t] : tensors) {
+    SPATTN_RETURN_IF(!IsAligned(t.data, 16), "%s must begin at a multiple of 16 bytes, got %p",
+                     name, t.data);
+    for (const int64_t stride : {t.batch_stride, t.row_stride, t.head_stride}) {
+      SPATTN_RETURN_IF(stride % whole != 0, "%s must have strides in multiples of %lld, got %lld",
+                       name, (LongLong)whole, (LongLong)stride);
+    }
+    SPATTN_RETURN_IF(t.row_stride < 0 || t.row_stride * size >= kMaxLen,
+                     "%s must have a row stride in [0, 2^31) bytes, got %lld elements", name,
+                     (LongLong)t.row_stride);
+  }
+  return Ok();
+}
+
+// Of a plan in either direction; a tile lists `tile_blocks` blocks, `block` is a streamed one.
+SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_blocks,
+                         int64_t entries, int64_t mask_blocks, int32_t block,
+                         const uint8_t* mask_bits) {
+  SPATTN_RETURN_IF(tiles < 0 || problem.heads * tiles > kMaxPositions / tile_blocks,
+                   "heads * tiles of a plan must be at most %lld on a GPU, got %d * %lld",
+                   (LongLong)(kMaxPositions / tile_blocks), problem.heads, (LongLong)tiles);
+  SPATTN_RETURN_IF(entries < 0 || entries > kMaxEntries,
+                   "entries of a plan must be at most 2^28 on a GPU, got %lld", (LongLong)entries);
+  SPATTN_RETURN_IF(mask_blocks < 0 || mask_blocks > kMaxPositions / block,
+                   "mask_blocks of a plan must be at most %lld on a GPU, got %lld",
+                   (LongLong)(kMaxPositions / block), (LongLong)mask_blocks);
+  SPATTN_RETURN_IF(!IsAligned(mask_bits, 16),
+                   "mask_bits must begin at a multiple of 16 bytes, got %p",
+                   static_cast<const void*>(mask_bits));
+  return Ok();
+}
+
+SpattnStatus ReadPlan(SpattnTilePlan* to, const SpattnProblem& problem, const SpattnPlan& plan) {
+  SPATTN_RETURN_IF_ERROR(CheckPlanSizes(problem, plan));
+  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, 1, plan.entries, plan.mask_blocks,
+                                     plan.block_kv, plan.mask_bits));
+  to->heads = plan.heads;
+  to->tiles = static_cast<int32_t>(plan.q_tiles);
+  to->blocks = static_cast<int32_t>(plan.kv_blocks);
+  to->entries = static_cast<int32_t>(plan.entries);
+  to->mask_blocks = static_cast<int32_t>(plan.mask_blocks);
+  to->tile_blocks = nullptr;
+  to->indptr = plan.kv_indptr;
+  to->indices = plan.kv_indices;
+  to->mask_ids = plan.mask_ids;
+  to->mask_bits = plan.mask_bits;
+  return Ok();
+}
+
+SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
+                        const SpattnKvPlan& plan) {
+  SPATTN_RETURN_IF(plan.heads != 1 && plan.heads != problem.heads,
+                   "the heads of the plan by keys must be 1 or heads=%d, got %d", problem.heads,
+                   plan.heads);
+  SPATTN_RETURN_IF(!IsBlock(plan.block_size), "block_size must be 8, 16, 32, 64 or 128, got %d",
+                   plan.block_size);
+  SPATTN_RETURN_IF(!IsBlock(plan.tile_kv) || plan.tile_kv < 32 || plan.tile_kv < plan.block_size,
+                   "tile_kv must be 32, 64 or 128, at least block_size=%d, got %d", plan.block_size,
+                   plan.tile_kv);
+  const auto blocks = [&](int64_t len) {
+    return (Positions(len, problem.row_stride) + plan.block_size - 1) / plan.block_size;
+  };
+  const int64_t q_blocks = blocks(problem.q_len), kv_blocks = blocks(problem.kv_len);
+  SPATTN_RETURN_IF(plan.q_blocks != q_blocks, "q_blocks must be %lld for q_len=%lld, got %lld",
+                   (LongLong)q_blocks, (LongLong)problem.q_len, (LongLong)plan.q_blocks);
+  const int tile_blocks = plan.tile_kv / plan.block_size;
+  SPATTN_RETURN_IF(plan.kv_tiles * tile_blocks < kv_blocks,
+                   "kv_tiles of tile_kv=%d must hold %lld kv blocks, got %lld", plan.tile_kv,
+                   (LongLong)kv_blocks, (LongLong)plan.kv_tiles);
+  SPATTN_RETURN_IF_ERROR(
+      CheckIntArrays({plan.tile_blocks, plan.q_indptr, plan.q_indices, plan.mask_ids}));
+  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.kv_tiles, tile_blocks, plan.entries,
+                                     plan.mask_blocks, plan.block_size, plan.mask_bits));
+  to->heads = plan.heads;
+  to->tiles = static_cast<int32_t>(plan.kv_tiles);
+  to->blocks = static_cast<int32_t>(q_blocks);
+  to->entries = static_cast<int32_t>(plan.entries);
+  to->mask_blocks = static_cast<int32_t>(plan.mask_blocks);
+  to->tile_blocks = plan.tile_blocks;
+  to->indptr = plan.q_indptr;
+  to->indices = plan.q_indices;
+  to->mask_ids = plan.mask_ids;
+  to->mask_bits = plan.mask_bits;
+  return Ok();
+}
+
+// ---- launches ----
+
+// One call's way to the device: a stream, and what kernels are specialised for.
+class Launcher {
+ public:
+  SpattnStatus Init(const SpattnProblem& p, void* stream) {
+    SPATTN_RETURN_IF_ERROR(stream_.Open(stream));
+    shape_.arch = stream_.arch();
+    if (p.dtype == SPATTN_BFLOAT16 && shape_.arch < 80) {
+      return Failed(SPATTN_UNSUPPORTED,
+                    "bfloat16 needs a GPU of compute capability 8.0, this has %d.%d",
+                    shape_.arch / 10, shape_.arch % 10);
+    }
+    shape_.dtype = p.dtype;
+    shape_.head_dim = p.head_dim;
+    shape_.head_dim_v = p.head_dim_v;
+    shape_.is_row_strided = p.row_stride > 1;
+    shape_.is_scale_positive = p.softmax_scale > 0;
+    return Ok();
+  }
+
+  void UsePlan(const SpattnPlan& plan) {
+    shape_.block_size = plan.block_kv;
+    shape_.block_q = plan.block_q;
+  }
+
+  void UsePlan(const SpattnKvPlan& plan) {
+    shape_.block_size = plan.block_size;
+    shape_.tile_kv = plan.tile_kv;
+  }
+
+  // One CTA for each tile, head and sequence; of delta, for the threads' worth of rows.
+  template <class Params>
+  SpattnStatus Launch(SpattnPhase phase, const Params& params, int64_t tiles, int64_t heads,
+                      int64_t batch) {
+    const SpattnCudaKernel kernel = Configure(shape_, phase);
+    const int64_t grid_x = tiles * kernel.splits;
+    if (grid_x == 0 || batch == 0) return Ok();
+    if (kernel.shared_memory > SharedMemoryOf(shape_.arch)) {
+      return Failed(SPATTN_UNSUPPORTED,
+                    "%s with head dims %d and %d, blocks of %d and tiles of %d needs %d bytes of "
+                    "shared memory, this GPU (sm_%d) has %d",
+                    kernel.name, shape_.head_dim, shape_.head_dim_v, shape_.block_size,
+                    phase == SPATTN_BWD_DKV ? shape_.tile_kv : shape_.block_q, kernel.shared_memory,
+                    shape_.arch, SharedMemoryOf(shape_.arch));
+    }
+    return stream_.Launch(kernel, &params, grid_x, heads, batch);
+  }
+
+ private:
+  Stream stream_;
+  SpattnCudaShape shape_ = {};
+};
+
+// CTAs of attention_bwd_delta: 2 to 32 lanes read a row, in pieces of 16 bytes.
+int64_t DeltaTiles(const SpattnProblem& p) {
+  const int pieces = p.head_dim_v * ElementSize(p.dtype) / 16;
+  int lanes = 2;
+  while (lanes < pieces && lanes < 32) lanes *= 2;
+  return (p.batch * p.q_len * p.heads * lanes + 255) / 256;
+}
+
+int64_t LseElements(const SpattnProblem& p) { return p.batch * p.heads * p.q_len; }
+
+SpattnStatus Forward(const SpattnFwdParams& params, void* stream) {
+  const SpattnProblem& problem = params.problem;
+  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(problem));
+  SpattnCudaFwdParams kernel_params = {problem,  {},       params.q,  params.k,
+                                       params.v, params.o, params.lse};
+  SPATTN_RETURN_IF_ERROR(ReadPlan(&kernel_params.by_q, problem, params.plan));
+  SPATTN_RETURN_IF_ERROR(
+      CheckTensors(problem, {{"q", params.q}, {"k", params.k}, {"v", params.v}, {"o", params.o}}));
+  Launcher launcher;
+  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, stream));
+  launcher.UsePlan(params.plan);
+  return launcher.Launch(SPATTN_FWD, kernel_params, params.plan.q_tiles, problem.heads,
+                         problem.batch);
+}
+
+SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, void* stream,
+                      float* workspace) {
+  const SpattnProblem& problem = params.problem;
+  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(problem));
+  SpattnCudaBwdParams kernel_params = {
+      problem,   {},         {},          params.q,  params.k,
+      params.v,  params.o,   params.dout, params.dq, params.dk,
+      params.dv, params.lse, params.dlse, workspace, workspace + LseElements(problem)};
+  SPATTN_RETURN_IF_ERROR(ReadPlan(&kernel_params.by_q, problem, params.plan));
+  SPATTN_RETURN_IF_ERROR(ReadKvPlan(&kernel_params.by_kv, problem, by_kv));
+  SPATTN_RETURN_IF_ERROR(CheckTensors(problem, {{"q", params.q},
+                                                {"k", params.k},
+                                                {"v", params.v},
+                                                {"o", params.o},
+                                                {"do", params.dout},
+                                                {"dq", params.dq},
+                                                {"dk", params.dk},
+                                                {"dv", params.dv}}));
+  Launcher launcher;
+  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, stream));
+  SPATTN_RETURN_IF_ERROR(
+      launcher.Launch(SPATTN_BWD_DELTA, kernel_params, DeltaTiles(problem), 1, 1));
+  if (params.dq.data != nullptr) {
+    launcher.UsePlan(params.plan);
+    SPATTN_RETURN_IF_ERROR(launcher.Launch(SPATTN_BWD_DQ, kernel_params, params.plan.q_tiles,
+                                           problem.heads, problem.batch));
+  }
+  if (params.dk.data == nullptr) return Ok();
+  launcher.UsePlan(by_kv);
+  return launcher.Launch(SPATTN_BWD_DKV, kernel_params, by_kv.kv_tiles, problem.kv_heads,
+                         problem.batch);
+}
+
+}  // namespace
+}  // namespace spattn
+
+// ---- C ABI ----
+
+void spattn_cuda_tiles(SpattnCudaShape* shape) { spattn::ChooseTiles(shape); }
+
+void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase, SpattnCudaKernel* kernel) {
+  *kernel = spattn::Configure(*shape, static_cast<SpattnPhase>(phase));
+}
+
+SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream) {
+  return spattn::Forward(*params, stream);
+}
+
+SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes) {
+  SPATTN_RETURN_IF_ERROR(spattn::CheckCudaProblem(params->problem));
+  *bytes = 2 * spattn::LseElements(params->problem) * static_cast<int64_t>(sizeof(float));
+  return spattn::Ok();
+}
+
+SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const SpattnKvPlan* by_kv, void* stream,
+                             void* workspace) {
+  return spattn::Backward(*params, *by_kv, stream, static_cast<float*>(workspace));
+}
