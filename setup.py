@@ -11,7 +11,7 @@ import shutil
 import sys
 import sysconfig
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -38,13 +38,13 @@ def ship_ops(folder):
     except ImportError:
         return False
     sys.path.insert(0, HERE)
-    from sparse_attention import _build
+    from sparse_attention.native import libraries
 
-    for name in filter(_build.is_for_tensorflow, _build.LIBRARIES):
-        path = _build.library(name)
+    for name in filter(libraries.is_for_tensorflow, libraries.LIBRARIES):
+        path = libraries.library(name)
         if path is None:
             return False
-        shipped = os.path.join(folder, os.path.basename(_build.prebuilt(name)))
+        shipped = os.path.join(folder, os.path.basename(libraries.prebuilt(name)))
         os.makedirs(folder, exist_ok=True)
         shutil.copy(path, shipped)
         shutil.copy(path + ".json", shipped + ".json")
@@ -62,7 +62,7 @@ setup(
     description="Block-sparse fused attention for TensorFlow, on CPUs and GPUs",
     author="sparse_attention authors",
     license="MIT",
-    packages=["sparse_attention"],
+    packages=find_packages(include=["sparse_attention*"]),
     package_data={"sparse_attention": ["csrc/*/*.*", "csrc/cuda/*/*.*"]},
     python_requires=">=3.7",
     install_requires=["numpy"],

@@ -21,8 +21,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 from core_abi import Core  # noqa: E402
 from helpers import to_dtype  # noqa: E402
 
-from sparse_attention import _build  # noqa: E402
-from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
+from sparse_attention.native import libraries  # noqa: E402
+from sparse_attention.plan.patterns import pattern_block_mask  # noqa: E402
 
 T, HEADS, DIM = 4096, 4, 64
 DTYPES = ("float32", "bfloat16")
@@ -45,7 +45,7 @@ class TimedCore(Core):
 
     def __init__(self, isa, folder):
         copy = os.path.join(folder, isa + ".so")  # which reads the variable once
-        shutil.copy(_build.build_core(), copy)
+        shutil.copy(libraries.build_core(), copy)
         os.environ["SPARSE_ATTENTION_ISA"] = isa
         super().__init__(copy)
         self.is_there = self.isa() == isa

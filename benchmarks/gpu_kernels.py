@@ -40,8 +40,8 @@ from torch.nn.attention.flex_attention import (  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
-from sparse_attention import _cuda  # noqa: E402
-from sparse_attention.block_mask import pattern_block_mask  # noqa: E402
+from sparse_attention.native import abi  # noqa: E402
+from sparse_attention.plan.patterns import pattern_block_mask  # noqa: E402
 
 LONGEST_CHECKED = 16384  # positions: dense float32 scores of one head are 1 GB
 
@@ -108,7 +108,7 @@ class Bench:
             1 if case.mode == "fixed" else None,
         )
         major, minor = torch.cuda.get_device_capability()
-        plans = _cuda.plans(
+        plans = abi.plans(
             *(self.core.library, [major * 10 + minor], case.dtype),
             *([case.head_dim] * 2, block_mask, 1),
         )

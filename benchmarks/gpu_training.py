@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
-from sparse_attention import fused  # noqa: E402
+from sparse_attention.keras import xla  # noqa: E402
 
 ATTENTION = {
     "dense": "all",
@@ -241,7 +241,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     benchmark = Benchmark(options)
     if options.unfused:
-        fused.sees_gpu = bool
+        xla.sees_gpu = bool
     for part in options.parts:
         getattr(benchmark, part)()
 

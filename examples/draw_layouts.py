@@ -13,7 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sparse_attention.block_mask import EMPTY, BlockMask, pattern_block_mask
+from sparse_attention.plan.block_mask import EMPTY, BlockMask
+from sparse_attention.plan.patterns import pattern_block_mask
 
 LENGTH, BLOCK_SIZE, STRIDE = 96, 8, 24
 HERE = os.path.dirname(os.path.abspath(__file__))

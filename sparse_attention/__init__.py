@@ -11,9 +11,9 @@ it is first asked for.
 
 import importlib
 
-from . import block_mask, layouts, masks, reference
-from .block_mask import EMPTY, FULL, PARTIAL, BlockMask, pattern_block_mask
-from .layouts import (
+from .plan import block_mask, layouts, masks, reference
+from .plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
+from .plan.layouts import (
     all_layout,
     chunk_layout,
     dense_layout,
@@ -23,7 +23,7 @@ from .layouts import (
     sink_layout,
     strided_layout,
 )
-from .masks import (
+from .plan.masks import (
     Mask,
     callback_mask,
     causal_mask,
@@ -34,31 +34,32 @@ from .masks import (
     sink_mask,
     strided_mask,
 )
+from .plan.patterns import pattern_block_mask
 
 __version__ = "0.1.0"
 
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
-    "Adam": "optimizer",
-    "BlocksparseTransformer": "transformer",
-    "Decoder": "generation",
-    "SparseSelfAttention": "keras_layer",
-    "SparseTransformer": "models",
-    "attention_impl": "attention",
-    "block_sparse_attention": "attention",
-    "blocksparse_attention_impl": "attention",
-    "generate": "generation",
-    "get_attn_mask": "attention",
-    "get_blocksparse_obj": "transformer",
-    "get_callback": "attention",
-    "load_ops": "attention",
-    "merge_heads": "attention",
-    "merge_states": "attention",
-    "recomputable": "recompute",
-    "shape_list": "attention",
-    "split_heads": "attention",
-    "split_states": "attention",
-    "strided_transpose": "attention",
+    "Adam": "keras.optimizer",
+    "BlocksparseTransformer": "compat.transformer",
+    "Decoder": "keras.generation",
+    "SparseSelfAttention": "keras.layers",
+    "SparseTransformer": "keras.model",
+    "attention_impl": "compat.attention",
+    "block_sparse_attention": "ops.attention",
+    "blocksparse_attention_impl": "compat.attention",
+    "generate": "keras.generation",
+    "get_attn_mask": "compat.attention",
+    "get_blocksparse_obj": "compat.transformer",
+    "get_callback": "compat.attention",
+    "load_ops": "compat.ops",
+    "merge_heads": "compat.attention",
+    "merge_states": "compat.attention",
+    "recomputable": "ops.recompute",
+    "shape_list": "compat.attention",
+    "split_heads": "compat.attention",
+    "split_states": "compat.attention",
+    "strided_transpose": "compat.attention",
 }
 
 __all__ = [

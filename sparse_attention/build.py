@@ -13,9 +13,11 @@ import ctypes
 import itertools
 import sys
 
-from . import _build, _cuda
-from .block_mask import BlockMask
-from .tile_plans import EFFICIENCY
+from .native import abi, libraries
+from .native.cuda import kernels
+from .native.cuda.devices import name_of
+from .plan.block_mask import BlockMask
+from .plan.tiling import EFFICIENCY, kv_tile_sizes
 
 
 def main(arguments=None):
@@ -25,7 +27,7 @@ def main(arguments=None):
     every = ["all", "local", "strided", "fixed"]
     for name, parse, default in (
         ("arch", _arch, []),
-        ("dtype", _one_of(_cuda.DTYPES), ["float32", "float16", "bfloat16"]),
+        ("dtype", _one_of(abi.DTYPES), ["float32", "float16", "bfloat16"]),
         ("head-dim", int, [64]),
         ("block-size", _one_of(EFFICIENCY, int), [32]),
         ("pattern", _one_of(every), every),
@@ -41,7 +43,7 @@ def main(arguments=None):
         library = _library()
         for arch in options.arch:
             for kernel, macros in _kernels(library, arch, options):
-                _cuda.compiled(kernel, macros, _cuda.name_of(arch))
+                kernels.compiled(kernel, macros, name_of(arch))
     except RuntimeError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -75,35 +77,35 @@ def _library():
     try:
         import tensorflow  # noqa: F401
     except ImportError:
-        return ctypes.CDLL(_build.build_core())
-    from . import _ops
+        return ctypes.CDLL(libraries.build_core())
+    from .native import loader
 
-    if _ops.attention_ops() is None or _ops.blocksparse_ops() is None:
-        raise RuntimeError(f"nothing can be compiled here: {_build.why_no_compiling()}")
-    return _ops.attention_ops().core
+    if loader.attention_ops() is None or loader.blocksparse_ops() is None:
+        raise RuntimeError(
+            f"nothing can be compiled here: {libraries.why_no_compiling()}"
+        )
+    return loader.attention_ops().core
 
 
 def _kernels(library, arch, options):
     """{(kernel, macros)} of all that the options name."""
-    kernels = []
+    found = []
     strides = {1 + (pattern == "strided") for pattern in options.pattern}
     for dtype, head_dim, block_size in itertools.product(
         options.dtype, options.head_dim, options.block_size
     ):
         if block_size <= 64:  # as the three ops have them
             sizes = arch, block_size, dtype, head_dim
-            kernels += _cuda.blocks_kernels(library, *sizes).values()
+            found += abi.blocks_kernels(library, *sizes).values()
         if dtype == "bfloat16" and arch < 80:
             continue
         for row_stride in strides:
             block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
-            shape = _cuda.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
-            for tile_kv in _cuda.tiles_kv(shape):
+            shape = abi.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
+            for tile_kv in kv_tile_sizes(shape.tile_kv, block_size, [head_dim]):
                 shape.tile_kv = tile_kv
-                kernels += [
-                    _cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES
-                ]
-    return sorted({(k.name.decode(), k.macros.decode()) for k in kernels})
+                found += [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
+    return sorted({(k.name.decode(), k.macros.decode()) for k in found})
 
 
 if __name__ == "__main__":

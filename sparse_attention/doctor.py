@@ -15,13 +15,15 @@ import numpy as np
 
 import sparse_attention
 
-from . import _build, _cuda, reference
-from .block_mask import pattern_block_mask
+from .native import cache, libraries
+from .native.cuda import devices, nvrtc
+from .plan import reference
+from .plan.patterns import pattern_block_mask
 
 
 def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    _tell("sparse_attention", f"{sparse_attention.__version__}, {_build.PACKAGE}")
+    _tell("sparse_attention", f"{sparse_attention.__version__}, {libraries.PACKAGE}")
     _tell("Python", f"{platform.python_version()}, {sys.executable}")
     for subject, text in _gpus():
         _tell(subject, text)
@@ -31,12 +33,12 @@ def main():
         _tell("TensorFlow", f"does not import: {error}")
         return 1
     _tell("TensorFlow", f"{tf.__version__}, {os.path.dirname(tf.__file__)}")
-    compiler = _build.compiler()
-    _tell("compiler", compiler.version if compiler else "none")
-    _tell("cache", ", ".join(_build.cache_folders()))
-    for name in _build.LIBRARIES:
-        if _build.is_for_tensorflow(name):
-            _tell(name, _build.find(name).why)
+    found = libraries.compiler()
+    _tell("compiler", found.version if found else "none")
+    _tell("cache", ", ".join(cache.cache_folders()))
+    for name in libraries.LIBRARIES:
+        if libraries.is_for_tensorflow(name):
+            _tell(name, libraries.find(name).why)
     try:
         _tell("in use", _what_runs())
         largest = _largest_error()
@@ -54,30 +56,30 @@ def _tell(subject, text):
 
 def _gpus():
     """(subject, text) of the driver, the GPUs, NVRTC and the kernels."""
-    version = _cuda.driver_version()
+    version = devices.driver_version()
     has = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
     yield "NVIDIA driver", has
     archs = []
-    for name, arch in _cuda.devices():
-        yield "GPU", f"{name}, {_cuda.name_of(arch)}"
-        archs.append(_cuda.name_of(arch))
+    for name, arch in devices.devices():
+        yield "GPU", f"{name}, {devices.name_of(arch)}"
+        archs.append(devices.name_of(arch))
     for arch in dict.fromkeys(archs):
         try:
-            nvrtc = _cuda.find_nvrtc(arch)
-            yield "NVRTC", f"{nvrtc.version} for {arch}, {nvrtc.path}"
+            found = nvrtc.find_nvrtc(arch)
+            yield "NVRTC", f"{found.version} for {arch}, {found.path}"
         except RuntimeError as error:
             yield "NVRTC", str(error)
     kernels = sum(
         len(glob.glob(os.path.join(glob.escape(folder), "*-nvrtc*", "*.bin")))
-        for folder in _build.cache_folders()
+        for folder in cache.cache_folders()
     )
     yield "GPU kernels", f"{kernels} in the cache"
 
 
 def _what_runs():
-    from . import _ops
+    from .native import loader
 
-    ops = _ops.attention_ops()
+    ops = loader.attention_ops()
     if ops is None:
         return "TensorFlow's own ops, which are slower"
     isa = ctypes.CDLL(ops.path).spattn_cpu_isa
@@ -89,7 +91,7 @@ def _largest_error():
     """Of o, dq, dk and dv, each in units of its largest value, on a small problem."""
     import tensorflow as tf
 
-    from .attention import block_sparse_attention
+    from .ops.attention import block_sparse_attention
 
     batch, length, heads, head_dim = 2, 72, 2, 16  # 72: the last block is not whole
     block_mask = pattern_block_mask("local", length, heads, 16, local_attn_ctx=24)

@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from helpers import assert_close, to_dtype
 
-from sparse_attention import reference
+from sparse_attention.plan import reference
 
 MODES = ["graph"]
 if tf.__version__ >= "2":

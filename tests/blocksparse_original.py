@@ -71,9 +71,9 @@ def save_graph(path):
     """
     from google.protobuf import text_format
 
-    from sparse_attention import _ops
+    from sparse_attention.native import loader
 
-    module = load(_ops.blocksparse_ops(), registers_gradients=True)
+    module = load(loader.blocksparse_ops(), registers_gradients=True)
     layout = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]])
 
     def causal(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from sparse_attention._cuda import DTYPES, Status
+from sparse_attention.native.abi import DTYPES, Status
 
 
 class Problem(ctypes.Structure):
@@ -128,7 +128,7 @@ class Core:
     """A loaded core library.
 
     Args:
-      path: The shared library that `_build.build_core()` made.
+      path: The shared library that `libraries.build_core()` made.
     """
 
     def __init__(self, path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from core_abi import InvalidArgument
 
-from sparse_attention import _build
+from sparse_attention.native import libraries
 
 DRIVER = r"""
 #include <string.h>
@@ -138,15 +138,15 @@ class Machine:
         self.fakes, self.folder = fakes, folder
         self.runs_file = folder / "runs"
         self.cache = folder / "cache"
-        self.core = _build.build_core()
+        self.core = libraries.build_core()
         self.said = ""
 
     def run(self, function, *arguments, libraries=("driver", "nvrtc"), **environment):
         """What `function(core, *arguments)` returns; `said` is what goes to stderr."""
         code = (
             "import importlib, json, sys, core_abi\n"
-            "from sparse_attention import _cuda\n"
-            "_cuda.FOLDERS = ()\n"  # no real NVRTC
+            "from sparse_attention.native.cuda import nvrtc\n"
+            "nvrtc.FOLDERS = ()\n"  # no real NVRTC
             "tests = importlib.import_module(sys.argv[4])\n"
             "core = core_abi.Core(sys.argv[1])\n"
             "result = getattr(tests, sys.argv[2])(core, *json.loads(sys.argv[3]))\n"

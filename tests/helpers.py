@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sparse_attention import masks, reference
+from sparse_attention.plan import masks, reference
 
 settings.register_profile(
     "fixed",

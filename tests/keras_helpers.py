@@ -4,7 +4,7 @@ import numpy as np
 from helpers import plain_attention_bwd, plain_attention_fwd, to_dtype
 from tensorflow import keras
 
-from sparse_attention.reference import attention_bwd, attention_fwd
+from sparse_attention.plan.reference import attention_bwd, attention_fwd
 
 
 def functional(layer, time, width):

@@ -5,9 +5,9 @@ bfloat16 goes in pairs there, as on a CPU that has the instruction for it.
 
 import functools
 
-from sparse_attention import _build
+from sparse_attention.native import libraries
 
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS += ["-DSPATTN_PAIRS_WITHOUT_DPBF16"]
 
-_build.build_core = functools.partial(_build.build_core, extra_flags=FLAGS)
+libraries.build_core = functools.partial(libraries.build_core, extra_flags=FLAGS)

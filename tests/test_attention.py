@@ -144,7 +144,7 @@ def test_plan_is_made_once_for_eager_calls_and_dies_with_its_block_mask():
         arrays = random_qkv(block_mask)
         attention = attention_on(block_mask, 2)
         attention(*arrays)
-        module = sys.modules["sparse_attention.attention"]
+        module = sys.modules["sparse_attention.ops.plan_tensors"]
         (plan,) = module._eager_plans[block_mask].values()
         arrays_of_plan = weakref.ref(plan[2][1])
         attention(*arrays)

@@ -17,7 +17,7 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
-from sparse_attention import _ops
+from sparse_attention.native import loader
 
 
 def test_attention_accepts_arrays_lists_and_variables():
@@ -182,7 +182,7 @@ def test_op_refuses_bad_plans(name, change, message):
     plan.update((n, np.zeros(0, np.uint8)) for n in none)
     attributes = {"heads": 2, "kv_heads": 2, "softmax_scale": 1.0, "row_stride": 1}
     attributes.update(block_q=tiles.block_q, block_kv=tiles.block_kv, tile_kv=0)
-    op = _ops.attention_ops().block_sparse_attention
+    op = loader.attention_ops().block_sparse_attention
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         run(
             lambda q, k, v: op(q, k, v, np.zeros(0, np.int32), **plan, **attributes),

@@ -16,7 +16,7 @@ from helpers import (
 from tf_helpers import MODES, merged, run_with_gradients
 
 import sparse_attention as sa
-from sparse_attention.reference import attention_bwd, attention_fwd
+from sparse_attention.plan.reference import attention_bwd, attention_fwd
 
 PATTERNS = {
     "all": {},

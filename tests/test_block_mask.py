@@ -11,9 +11,9 @@ import pytest
 from helpers import NO_ROWS_IN_A_BLOCK, cases, in_blocks, in_positions, visited_rows
 from hypothesis import example, given, settings
 
-from sparse_attention import block_mask as block_mask_module
-from sparse_attention import layouts, masks
-from sparse_attention.block_mask import (
+from sparse_attention.plan import block_mask as block_mask_module
+from sparse_attention.plan import layouts, masks
+from sparse_attention.plan.block_mask import (
     EMPTY,
     FULL,
     PARTIAL,
@@ -307,7 +307,7 @@ def test_keys_of_a_row_take_no_longer_in_a_longer_sequence():
 # The peak of this process alone: getrusage would count the parent's, too.
 MEASURE = """
 import re, time
-from sparse_attention.block_mask import pattern_block_mask
+from sparse_attention.plan.patterns import pattern_block_mask
 start = time.process_time()
 plan = pattern_block_mask({mode!r}, 65536, 8, 32, {ctx})
 plan.tiles(), plan.kv_tiles(128)

@@ -15,9 +15,9 @@ from helpers import assert_close, to_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attention import _ops
-from sparse_attention.blocksparse_ops import load_blocksparse_ops
-from sparse_attention.transformer import BlocksparseTransformer
+from sparse_attention.compat.ops import load_blocksparse_ops
+from sparse_attention.compat.transformer import BlocksparseTransformer
+from sparse_attention.native import loader
 
 ORIGINAL = blocksparse_original.load().BlocksparseTransformer
 LAYOUT_DTYPES = [bool, np.uint8, np.int8, np.int32, np.int64, np.float32, np.float64]
@@ -147,7 +147,9 @@ def example_inputs(bst, dtype):
 
 def run_original(path):
     """In a process of its own: the original's class and gradients on our ops."""
-    module = blocksparse_original.load(_ops.blocksparse_ops(), registers_gradients=True)
+    module = blocksparse_original.load(
+        loader.blocksparse_ops(), registers_gradients=True
+    )
     load_blocksparse_ops()  # finds the gradients taken
     registry = sys.modules["tensorflow.python.framework.ops"]._gradient_registry
     gradient = registry.lookup("BlocksparseMaskedSoftmax")

@@ -13,8 +13,8 @@ from blocks_oracle import blocks_of, f32, random_layout, random_mask, rows
 from blocks_runner import MODES, evaluate
 from helpers import DTYPES, assert_close, to_dtype
 
-from sparse_attention.blocksparse_ops import load_blocksparse_ops
-from sparse_attention.transformer import BlocksparseTransformer
+from sparse_attention.compat.ops import load_blocksparse_ops
+from sparse_attention.compat.transformer import BlocksparseTransformer
 
 
 def transformer(

@@ -18,11 +18,12 @@ import time
 import numpy as np
 import pytest
 
-from sparse_attention import _build, _ops, doctor
+from sparse_attention import doctor
+from sparse_attention.native import cache, libraries, loader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PARTS = (
-    len(_build.ISAS) + 2
+    len(libraries.ISAS) + 2
 )  # runs of the compiler for the stand-in: kernels, core, link
 STAND_IN = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
 OP_PARTS = PARTS + 6  # and for the op: isa.cc, cuda/ and the binding too
@@ -95,8 +96,8 @@ def stand_in(tmp_path, compiler, monkeypatch):
         "API int answer() { return kAnswer; }\n"
     )
     (csrc / "cpu" / "kernels.cc").write_text("\n")
-    monkeypatch.setattr(_build, "CSRC", str(csrc))
-    monkeypatch.setattr(_build, "LIBRARIES", STAND_IN)
+    monkeypatch.setattr(libraries, "CSRC", str(csrc))
+    monkeypatch.setattr(libraries, "LIBRARIES", STAND_IN)
     monkeypatch.setenv("CXX", compiler.path)
     monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SPARSE_ATTENTION_NO_JIT", raising=False)
@@ -132,7 +133,7 @@ def finish(process):
 
 def fill_cache(environment):
     """Copies the user's library to the cache of `environment`; returns its folder."""
-    folder = os.path.dirname(_build.library("attention_ops"))
+    folder = os.path.dirname(libraries.library("attention_ops"))
     cache = environment["SPARSE_ATTENTION_CACHE_DIR"]
     return shutil.copytree(folder, os.path.join(cache, os.path.basename(folder)))
 
@@ -264,9 +265,9 @@ def test_ops_are_loaded_once_by_many_threads(monkeypatch):
         time.sleep(0.2)
         return name
 
-    monkeypatch.setattr(_ops, "_loaded", {})
-    monkeypatch.setattr(_ops, "_open", slow_open)
-    threads = [threading.Thread(target=_ops.attention_ops) for _ in range(4)]
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(loader, "_open", slow_open)
+    threads = [threading.Thread(target=loader.attention_ops) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -277,15 +278,15 @@ def test_ops_are_loaded_once_by_many_threads(monkeypatch):
 def test_library_that_does_not_load_is_replaced_once(monkeypatch, tmp_path, capsys):
     bad = tmp_path / "bad.so"
     bad.write_text("no library")
-    good = _build.library("attention_ops")
+    good = libraries.library("attention_ops")
     calls = []
 
     def library(name, broken=None):
         calls.append(broken)
         return good if broken else str(bad)
 
-    monkeypatch.setattr(_build, "library", library)
-    assert _ops._open("attention_ops").path == good
+    monkeypatch.setattr(libraries, "library", library)
+    assert loader._open("attention_ops").path == good
     assert calls == [None, str(bad)]
     assert "does not load" in capsys.readouterr().err
 
@@ -294,13 +295,13 @@ def test_library_that_does_not_load_is_replaced_once(monkeypatch, tmp_path, caps
 
 
 def test_library_is_compiled_once_and_then_cached(stand_in, compiler, capsys):
-    path = _build.build_core()
+    path = libraries.build_core()
     assert answer(path) == 42
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sparse_attention: compiling spattn_core with g++")
     assert line.endswith(" s")
-    assert _build.build_core() == path
-    assert _build.find("spattn_core") == (path, "cached")
+    assert libraries.build_core() == path
+    assert libraries.find("spattn_core") == (path, "cached")
     assert compiler.runs() == PARTS
     assert capsys.readouterr().err == ""
 
@@ -309,14 +310,14 @@ def test_library_is_compiled_once_and_then_cached(stand_in, compiler, capsys):
     "part", ["header", "source", "flag", "version", "compiler", "its arguments"]
 )
 def test_fingerprint_follows(part, stand_in, compiler, monkeypatch):
-    before = _build.build_core()
+    before = libraries.build_core()
     if part == "header":
         (stand_in / "core.h").write_text("const int kAnswer = 43;\n")
     elif part == "source":
         with open(str(stand_in / "cpu" / "kernels.cc"), "a") as file:
             file.write("static int unused;\n")
     elif part == "version":
-        monkeypatch.setattr(_build.sparse_attention, "__version__", "0")
+        monkeypatch.setattr(libraries.sparse_attention, "__version__", "0")
     elif part == "compiler":
         with open(compiler.path) as file:
             script = file.read().replace("exec g++ --version", "exec echo another")
@@ -324,21 +325,21 @@ def test_fingerprint_follows(part, stand_in, compiler, monkeypatch):
             file.write(script)
     elif part == "its arguments":
         monkeypatch.setenv("CXX", compiler.path + " -g")
-    after = _build.build_core(["-DFLAG"] if part == "flag" else [])
+    after = libraries.build_core(["-DFLAG"] if part == "flag" else [])
     assert after != before
     assert answer(after) == (43 if part == "header" else 42)
 
 
 def test_fingerprint_ignores_sources_of_other_libraries(stand_in):
-    before = _build.build_core()
+    before = libraries.build_core()
     (stand_in / "another.cc").write_text("\n")
-    assert _build.build_core() == before
+    assert libraries.build_core() == before
 
 
 def test_shipped_library_serves_its_minor_tensorflow_only(monkeypatch):
     def prebuilt(version):
-        monkeypatch.setattr(_build, "_tensorflow", lambda: (version, ["-DX"], []))
-        return _build.prebuilt("attention_ops")
+        monkeypatch.setattr(libraries, "_tensorflow", lambda: (version, ["-DX"], []))
+        return libraries.prebuilt("attention_ops")
 
     assert prebuilt("2.21.0") == prebuilt("2.21.1")
     assert prebuilt("2.21.0") != prebuilt("2.22.0")
@@ -347,21 +348,24 @@ def test_shipped_library_serves_its_minor_tensorflow_only(monkeypatch):
 def test_shipped_library_comes_before_cached_unless_broken(
     stand_in, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(_build, "PACKAGE", str(tmp_path / "package"))
-    cached = _build.build_core()
-    shipped = _build.prebuilt("spattn_core")
+    monkeypatch.setattr(libraries, "PACKAGE", str(tmp_path / "package"))
+    cached = libraries.build_core()
+    shipped = libraries.prebuilt("spattn_core")
     os.makedirs(os.path.dirname(shipped))
     shutil.copy(cached, shipped)
-    assert _build.find("spattn_core") == (cached, "cached")  # until its record is there
+    assert libraries.find("spattn_core") == (
+        cached,
+        "cached",
+    )  # until its record is there
     shutil.copy(cached + ".json", shipped + ".json")
-    assert _build.find("spattn_core") == (shipped, "shipped in the package")
-    assert _build.library("spattn_core", broken=shipped) == cached
-    assert _build.build_core(["-DFLAG"]) not in (shipped, cached)
+    assert libraries.find("spattn_core") == (shipped, "shipped in the package")
+    assert libraries.library("spattn_core", broken=shipped) == cached
+    assert libraries.build_core(["-DFLAG"]) not in (shipped, cached)
 
 
 def test_broken_cached_library_is_replaced(stand_in, compiler):
-    path = _build.build_core()
-    assert _build.library("spattn_core", broken=path) == path
+    path = libraries.build_core()
+    assert libraries.library("spattn_core", broken=path) == path
     assert compiler.runs() == 2 * PARTS
 
 
@@ -386,10 +390,10 @@ def flip_byte(path):
     ids=["truncated", "empty", "flipped", "record truncated", "no record", "no file"],
 )
 def test_damaged_library_is_built_anew(damage, stand_in, compiler):
-    path = _build.build_core()
+    path = libraries.build_core()
     damage(path)
-    assert _build.find("spattn_core").path is None
-    assert _build.build_core() == path
+    assert libraries.find("spattn_core").path is None
+    assert libraries.build_core() == path
     assert answer(path) == 42
     assert compiler.runs() == 2 * PARTS
 
@@ -398,9 +402,9 @@ def test_builder_killed_without_its_compilers_leaves_no_lock(
     stand_in, compiler, environment
 ):
     script = (
-        "from sparse_attention import _build\n"
-        f"_build.CSRC, _build.LIBRARIES = {str(stand_in)!r}, {STAND_IN!r}\n"
-        "print(_build.build_core())"
+        "from sparse_attention.native import libraries\n"
+        f"libraries.CSRC, libraries.LIBRARIES = {str(stand_in)!r}, {STAND_IN!r}\n"
+        "print(libraries.build_core())"
     )
     compiler.hold()
     killed = start(environment, "-c", script)
@@ -416,26 +420,26 @@ def test_builder_killed_without_its_compilers_leaves_no_lock(
 
 def test_no_jit_never_compiles(stand_in, compiler, monkeypatch):
     monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "1")
-    assert _build.build_core() is None
-    assert _build.find("spattn_core") == (None, "SPARSE_ATTENTION_NO_JIT is set")
+    assert libraries.build_core() is None
+    assert libraries.find("spattn_core") == (None, "SPARSE_ATTENTION_NO_JIT is set")
     assert compiler.runs() == 0
     monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "0")
-    path = _build.build_core()
+    path = libraries.build_core()
     monkeypatch.setenv("SPARSE_ATTENTION_NO_JIT", "1")
-    assert _build.build_core() == path
+    assert libraries.build_core() == path
 
 
 def test_cached_library_needs_no_compiler(stand_in, monkeypatch):
-    path = _build.build_core()
+    path = libraries.build_core()
     monkeypatch.setenv("CXX", "missing-g++")
-    assert _build.build_core() == path
+    assert libraries.build_core() == path
 
 
 @pytest.mark.parametrize("command", ["missing-g++", "false", os.devnull])
 def test_no_compiler_is_said(command, stand_in, monkeypatch):
     monkeypatch.setenv("CXX", command)
-    assert _build.build_core() is None
-    why = _build.find("spattn_core").why
+    assert libraries.build_core() is None
+    why = libraries.find("spattn_core").why
     assert why == f"no compiler: {command} does not run"
 
 
@@ -443,7 +447,7 @@ def test_compile_error_shows_command_and_end_of_output(stand_in, capsys):
     with open(str(stand_in / "core.cc"), "a") as file:
         file.write("\n".join(f"wrong{i} line;" for i in range(30)))
     with pytest.raises(RuntimeError) as error:
-        _build.build_core()
+        libraries.build_core()
     first, command, *said = str(error.value).splitlines()
     assert first == "the compiler ended with status 1, expected 0:"
     assert f"-c {stand_in}/core.cc" in command
@@ -454,8 +458,8 @@ def test_compile_error_shows_command_and_end_of_output(stand_in, capsys):
 
 def test_verbose_says_what_runs_and_is_found(stand_in, monkeypatch, capsys):
     monkeypatch.setenv("SPARSE_ATTENTION_VERBOSE", "1")
-    path = _build.build_core()
-    assert _build.build_core() == path
+    path = libraries.build_core()
+    assert libraries.build_core() == path
     err = capsys.readouterr().err
     assert err.count(" -c ") == PARTS - 1 and err.count(" -shared ") == 1
     assert f"spattn_core: compiled, {path}\n" in err
@@ -466,9 +470,9 @@ def test_cache_is_under_xdg_cache_home_or_home(monkeypatch, tmp_path):
     monkeypatch.delenv("SPARSE_ATTENTION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert _build.cache_folders() == [str(tmp_path / "xdg" / "sparse_attention")]
+    assert cache.cache_folders() == [str(tmp_path / "xdg" / "sparse_attention")]
     monkeypatch.setenv("XDG_CACHE_HOME", "not absolute")
-    assert _build.cache_folders() == [str(tmp_path / ".cache" / "sparse_attention")]
+    assert cache.cache_folders() == [str(tmp_path / ".cache" / "sparse_attention")]
 
 
 @pytest.mark.parametrize("trap", ["writable by others", "a link", "a file"])
@@ -483,6 +487,6 @@ def test_temporary_folder_that_is_not_private_is_refused(trap, monkeypatch, tmp_
         folder.mkdir()
         folder.chmod(0o777)
     monkeypatch.setenv("SPARSE_ATTENTION_CACHE_DIR", os.path.join(os.devnull, "cache"))
-    monkeypatch.setattr(_build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="must be a directory of this user"):
-        _build.cache_folders()
+        cache.cache_folders()

@@ -21,8 +21,10 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attention import _build, layouts
-from sparse_attention.block_mask import BlockMask, pattern_block_mask
+from sparse_attention.native import libraries
+from sparse_attention.plan import layouts
+from sparse_attention.plan.block_mask import BlockMask
+from sparse_attention.plan.patterns import pattern_block_mask
 
 
 def instruction_sets():
@@ -44,7 +46,7 @@ def instruction_sets():
 def core(request, tmp_path_factory):
     """The library, made to use one instruction set; it reads the variable once."""
     copy = tmp_path_factory.mktemp(request.param) / "core.so"
-    shutil.copy(_build.build_core(), str(copy))
+    shutil.copy(libraries.build_core(), str(copy))
     previous = os.environ.get("SPARSE_ATTENTION_ISA")
     os.environ["SPARSE_ATTENTION_ISA"] = request.param
     try:

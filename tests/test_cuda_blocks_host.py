@@ -8,8 +8,9 @@ import pytest
 from core_abi import check
 from fake_cuda import Launch, Machine, aligned, error_of, launches_of, set_int
 
-from sparse_attention import _cuda
-from sparse_attention.blocksparse_tables import BlocksparseTables
+from sparse_attention.compat.tables import BlocksparseTables
+from sparse_attention.native import abi
+from sparse_attention.native.cuda import kernels
 
 STREAM, WORKSPACE = 0x5151, 0x10000
 BATCH, HEADS, HEAD_DIM = 2, 3, 72
@@ -21,7 +22,7 @@ class Calls:
     def __init__(self, core, arch=90):
         self.library, self.driver = core.library, ctypes.CDLL("libcuda.so.1")
         set_int(self.driver, "capability", arch)
-        _cuda.attach(core.library)
+        kernels.attach(core.library)
         layout = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
         tables = BlocksparseTables(
             layout, 16, HEADS, lambda *_: np.ones([16, 16], bool)
@@ -187,7 +188,7 @@ def test_bfloat16_is_multiplied_where_the_gpu_can(machine):
 
 def product_dtypes(core, arch):
     kernels = [
-        _cuda.blocks_kernel_of(
+        abi.blocks_kernel_of(
             *(core.library, op, arch, 32, "bfloat16", "bfloat16", "bfloat16", 64)
         )
         for op in ("nt", "nn", "tn")

@@ -20,8 +20,10 @@ from core_abi import (
 )
 from fake_cuda import Launch, aligned, error_of, launches_of, set_int
 
-from sparse_attention import _build, _cuda, build, doctor
-from sparse_attention.block_mask import pattern_block_mask
+from sparse_attention import build, doctor
+from sparse_attention.native import abi, libraries
+from sparse_attention.native.cuda import kernels, nvrtc
+from sparse_attention.plan.patterns import pattern_block_mask
 
 
 class TilePlan(ctypes.Structure):
@@ -59,9 +61,9 @@ class Call:
         self.core = core
         self.driver = ctypes.CDLL("libcuda.so.1")
         set_int(self.driver, "capability", arch)
-        _cuda.attach(core.library, ptx_arch)
+        kernels.attach(core.library, ptx_arch)
         self.block_mask = pattern_block_mask("fixed", 400, 6, 32, 128, num_verts=1)
-        self.tiles, self.kv_tiles = _cuda.plans(
+        self.tiles, self.kv_tiles = abi.plans(
             core.library, [arch], "float16", [64, 64], self.block_mask, 3
         )
         q, o, do, dq = (aligned(batch, 400, 6, 64) for _ in range(4))
@@ -271,7 +273,7 @@ def test_ptx_is_compiled_for_another_architecture(machine):
 
 def build_ahead(core):
     sys.modules["tensorflow"] = None  # does not import
-    _build.build_core = lambda: core.library._name
+    libraries.build_core = lambda: core.library._name
     return build.main(
         "--arch sm_80,sm_90a --dtype float16 --block-size 32 --pattern fixed".split()
     )
@@ -343,9 +345,9 @@ def forward_without_driver(core):
 
 
 def found_in(core, folder):
-    _cuda.FOLDERS = (folder,)
+    nvrtc.FOLDERS = (folder,)
     try:
-        return _cuda.find_nvrtc("sm_80").path
+        return nvrtc.find_nvrtc("sm_80").path
     except RuntimeError as error:
         return str(error)
 

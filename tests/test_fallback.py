@@ -19,12 +19,12 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
-from sparse_attention import _ops
+from sparse_attention.native import loader
 
 
 @pytest.fixture(autouse=True)
 def no_compiled_ops(monkeypatch):
-    monkeypatch.setattr(_ops, "attention_ops", lambda: None)
+    monkeypatch.setattr(loader, "attention_ops", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

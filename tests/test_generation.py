@@ -17,8 +17,8 @@ from helpers import assert_close
 from keras_helpers import model_by_hand
 
 import sparse_attention as sa
-from sparse_attention import generation
-from sparse_attention.reference import attention_fwd
+from sparse_attention.keras import generation
+from sparse_attention.plan.reference import attention_fwd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATTERNS = ("all", "local", "strided", "fixed")

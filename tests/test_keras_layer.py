@@ -221,7 +221,7 @@ def test_an_unknown_time_is_an_error():
 
 
 def test_what_needs_keras_3_says_so(monkeypatch):
-    monkeypatch.setattr("sparse_attention._keras.IS_KERAS_3", False)
+    monkeypatch.setattr("sparse_attention.keras.backend.IS_KERAS_3", False)
     for name in ("Adam", "SparseTransformer"):
         with pytest.raises(ImportError, match=name + " needs Keras 3, .* got Keras "):
             getattr(sa, name)(*range(5))

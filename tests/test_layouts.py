@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attention import layouts, masks
+from sparse_attention.plan import layouts, masks
 
 
 def table(q_blocks, rule):

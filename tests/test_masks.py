@@ -8,8 +8,8 @@ from helpers import element_masks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attention import masks
-from sparse_attention.masks import Span
+from sparse_attention.plan import masks
+from sparse_attention.plan.masks import Span
 
 Q, KV = np.arange(50)[:, None], np.arange(60)
 

@@ -11,8 +11,9 @@ from keras_helpers import model_by_hand
 from tf_helpers import assert_same_bits, run_on_two_cpus
 
 import sparse_attention as sa
-from sparse_attention import fused, models
-from sparse_attention.reference import attention_fwd
+from sparse_attention.keras import xla
+from sparse_attention.keras.model import gelu, layer_norm
+from sparse_attention.plan.reference import attention_fwd
 
 TIME, WIDTH, LAYERS, VOCAB = 64, 32, 2, 50
 
@@ -60,11 +61,11 @@ def test_a_norm_on_a_gpu_has_the_same_numbers(monkeypatch):
     arrays = [random.randn(*shape) for shape in 2 * [(6, 40)] + 2 * [(40,)]]
 
     def results(dtype, is_fused):
-        monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
+        monkeypatch.setattr(xla, "sees_gpu", lambda: is_fused)
         dy, *args = (tf.constant(a, dtype) for a in arrays)
         with tf.GradientTape() as tape:
             tape.watch(args)
-            y = models.layer_norm(*args)
+            y = layer_norm(*args)
         return [array.numpy() for array in (y, *tape.gradient(y, args, dy))]
 
     oracle, plain = (results(dtype, False) for dtype in (tf.float64, tf.float32))
@@ -73,9 +74,9 @@ def test_a_norm_on_a_gpu_has_the_same_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
-@pytest.mark.parametrize("activation", [None, models.gelu])
+@pytest.mark.parametrize("activation", [None, gelu])
 def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, activation, monkeypatch):
-    layer = fused.Dense(24, activation, dtype=dtype)
+    layer = xla.Dense(24, activation, dtype=dtype)
     random = np.random.RandomState(0)
     x, dy, kernel, bias = (
         tf.cast(random.randn(*shape), layer.compute_dtype)
@@ -85,7 +86,7 @@ def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, activation, monkeypa
     layer.set_weights([kernel, bias])
 
     def results(is_fused):
-        monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
+        monkeypatch.setattr(xla, "sees_gpu", lambda: is_fused)
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x)
@@ -176,7 +177,7 @@ def test_a_training_step_makes_no_tensor_larger_than_its_widest_layer():
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_recompute_trains_to_the_same_bits_with_dropout(is_fused, monkeypatch):
-    monkeypatch.setattr(fused, "sees_gpu", lambda: is_fused)
+    monkeypatch.setattr(xla, "sees_gpu", lambda: is_fused)
     plain, again = (trained(recompute=r, dropout=0.25) for r in (False, True))
     assert_same_bits(plain.get_weights(), again.get_weights())
 

@@ -52,7 +52,9 @@ def test_every_name_is_there():
     assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
 
 
-@pytest.mark.parametrize("name", ["attention", "keras_layer", "recompute"])
+@pytest.mark.parametrize(
+    "name", ["ops.attention", "compat.attention", "keras.layers", "ops.recompute"]
+)
 def test_documentation_examples(name):
     module = importlib.import_module("sparse_attention." + name)
     assert doctest.testmod(module).failed == 0
@@ -65,12 +67,12 @@ def test_unknown_names_are_refused():
 
 def test_import_brings_no_tensorflow():
     first, *missing = run_script(WITHOUT_TENSORFLOW).splitlines()
-    assert first == "sparse_attention.reference 1" and not missing
+    assert first == "sparse_attention.plan.reference 1" and not missing
 
 
 def test_plans_work_without_tensorflow_and_the_rest_says_what_to_install():
     first, *missing = run_script(WITHOUT_TENSORFLOW, "hidden").splitlines()
-    assert first == "sparse_attention.reference 1"
+    assert first == "sparse_attention.plan.reference 1"
     names, errors = zip(*(line.split(" | ") for line in missing))
     assert set(TENSORFLOW_NAMES) <= set(names)
     assert all("pip install tensorflow" in error for error in errors)

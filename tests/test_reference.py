@@ -15,8 +15,8 @@ from helpers import (
     to_dtype,
 )
 
-from sparse_attention import reference
-from sparse_attention.reference import attention_bwd, attention_fwd
+from sparse_attention.plan import reference
+from sparse_attention.plan.reference import attention_bwd, attention_fwd
 
 SHAPES = {
     "square": {"q_len": 7, "head_dim": 4},

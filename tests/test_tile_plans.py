@@ -8,8 +8,9 @@ from helpers import NO_ROWS_IN_A_BLOCK, cases, in_blocks, in_positions
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparse_attention import masks
-from sparse_attention.block_mask import BlockMask, pattern_block_mask
+from sparse_attention.plan import masks
+from sparse_attention.plan.block_mask import BlockMask
+from sparse_attention.plan.patterns import pattern_block_mask
 
 
 @settings(max_examples=60)

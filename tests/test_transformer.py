@@ -18,8 +18,11 @@ from blocks_runner import (
 )
 from helpers import assert_close, to_dtype
 
-from sparse_attention.masks import Mask, causal_mask, local_mask
-from sparse_attention.transformer import BlocksparseTransformer, get_blocksparse_obj
+from sparse_attention.compat.transformer import (
+    BlocksparseTransformer,
+    get_blocksparse_obj,
+)
+from sparse_attention.plan.masks import Mask, causal_mask, local_mask
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -13,9 +13,10 @@ from collections import namedtuple
 
 import numpy as np
 
-from sparse_attention import _build, _cuda
-from sparse_attention.block_mask import BlockMask, pattern_block_mask
-from sparse_attention.masks import causal_mask
+from sparse_attention.native import abi, libraries
+from sparse_attention.plan.block_mask import BlockMask
+from sparse_attention.plan.masks import causal_mask
+from sparse_attention.plan.patterns import pattern_block_mask
 
 Case = namedtuple(
     "Case",
@@ -71,7 +72,7 @@ def random_block_mask(
 
 
 def _patterns():
-    for dtype in _cuda.DTYPES:
+    for dtype in abi.DTYPES:
         for size in (8, 16, 32, 64, 128):
             window = 2 * size
             length = 5 * size + size // 2 + 3
@@ -89,7 +90,7 @@ def _patterns():
 
 def _dims():
     dims = [(8, 8), (24, 24), (40, 40), (64, 64), (96, 96), (128, 128), (256, 256)]
-    for dtype in _cuda.DTYPES:
+    for dtype in abi.DTYPES:
         for head_dim, head_dim_v in dims + [(64, 128), (128, 64), (72, 200)]:
             is_wide = dtype == "float32" and max(head_dim, head_dim_v) > 96
             size = 32 if is_wide else 64
@@ -107,7 +108,7 @@ def _dims():
 
 
 def _features():
-    for dtype in _cuda.DTYPES:
+    for dtype in abi.DTYPES:
         for block_q in (8, 16, 32, 64, 128):
             yield case(
                 f"block_q-{block_q}",
@@ -168,17 +169,17 @@ def plans_of(library, case, arch):
     if case.block_q:
         return block_mask.tiles(case.block_q), block_mask.kv_tiles(case.tile_kv, group)
     head_dims = case.head_dim, case.head_dim_v
-    return _cuda.plans(library, [arch], case.dtype, head_dims, block_mask, group)
+    return abi.plans(library, [arch], case.dtype, head_dims, block_mask, group)
 
 
 def kernels_of(library, case, arch):
     """The `Kernel`s that a case runs."""
     tiles, kv_tiles = plans_of(library, case, arch)
     head_dims = case.head_dim, case.head_dim_v
-    shape = _cuda.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
+    shape = abi.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
     shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
     shape.block_q, shape.tile_kv = tiles.block_q, kv_tiles.tile_kv
-    return [_cuda.kernel_of(library, shape, phase) for phase in _cuda.PHASES]
+    return [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
 
 
 # ---- the three-op family ----
@@ -198,10 +199,10 @@ def _blocks_cases():
         )
 
     sizes = 8, 16, 32, 64
-    for dtype in _cuda.DTYPES:
-        for scores in _cuda.DTYPES:
+    for dtype in abi.DTYPES:
+        for scores in abi.DTYPES:
             for i, size in enumerate(sizes):  # weights take all types in turn
-                weights = _cuda.DTYPES[(_cuda.DTYPES.index(scores) + i) % 3]
+                weights = abi.DTYPES[(abi.DTYPES.index(scores) + i) % 3]
                 yield case(dtype, scores, weights, size, 64, i % 2 == 1, i < 3)
         for size in sizes[1:3]:
             yield case(dtype, dtype, dtype, size, 64, size == 32, size == 16)
@@ -216,10 +217,10 @@ def blocks_kernels_of(library, case, arch):
     """The `Kernel`s that a case runs."""
     sizes = arch, case.block_size
     return [
-        _cuda.blocks_kernel_of(
+        abi.blocks_kernel_of(
             *(library, op, *sizes, case.dtype, case.scores, case.weights, case.head_dim)
         )
-        for op in _cuda.BLOCKS_OPS
+        for op in abi.BLOCKS_OPS
     ]
 
 
@@ -228,7 +229,7 @@ def main():
     parser.add_argument("arch", nargs="+", choices=["sm_90a", "compute_70"])
     parser.add_argument("-k", default="", help="parts of the names of the cases")
     options = parser.parse_args()
-    library = ctypes.CDLL(_build.build_core())
+    library = ctypes.CDLL(libraries.build_core())
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for arch in options.arch:
             number, cases = (90, CASES) if arch == "sm_90a" else (70, VOLTA_CASES)
@@ -238,7 +239,7 @@ def main():
                     if any(k in c.name for k in options.k.split(",")):
                         found = find(library, c, number)
                         kernels |= {(k.name.decode(), k.macros.decode()) for k in found}
-            compiled = functools.partial(_cuda.compiled, arch=arch)
+            compiled = functools.partial(kernels.compiled, arch=arch)
             print(len(list(pool.map(compiled, *zip(*kernels)))), "kernels for", arch)
 
 

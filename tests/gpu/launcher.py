@@ -19,16 +19,17 @@ from core_abi import (
     plan_of,
 )
 
-from sparse_attention import _build, _cuda
+from sparse_attention.native import abi, libraries
+from sparse_attention.native.cuda import kernels
 
 
 @functools.lru_cache(maxsize=None)
 def load_core(ptx_arch=0):
-    """A `Core` for each `ptx_arch`, its kernels from `_cuda`; see `_cuda.attach`."""
+    """A `Core` for each `ptx_arch`, its kernels from NVRTC; see `kernels.attach`."""
     with tempfile.NamedTemporaryFile(suffix=".so") as copy:
-        shutil.copy(_build.build_core(), copy.name)
+        shutil.copy(libraries.build_core(), copy.name)
         core = Core(copy.name)
-    _cuda.attach(core.library, ptx_arch)
+    kernels.attach(core.library, ptx_arch)
     torch.zeros(1, device="cuda")  # makes the context current
     return core
 
@@ -69,7 +70,7 @@ class Attention:
     Args:
       core: What `load_core` returns.
       block_mask: `BlockMask`.
-      tiles, kv_tiles: Its plans, as `_cuda.plans` chooses them.
+      tiles, kv_tiles: Its plans, as `abi.plans` chooses them.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Attention:
         scale, head_dim = self.softmax_scale, q.shape[3]
         return Problem(
             *(q.shape[0], q.shape[1], k.shape[1], self.heads, self.kv_heads),
-            *(head_dim, v.shape[3], _cuda.DTYPES.index(_dtype(q))),
+            *(head_dim, v.shape[3], abi.DTYPES.index(_dtype(q))),
             *(head_dim**-0.5 if scale is None else scale, self.block_mask.row_stride),
             _pointer(kv_lengths),
         )

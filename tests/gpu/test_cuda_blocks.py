@@ -13,7 +13,7 @@ from cases import BLOCKS_CASES
 from helpers import assert_close, to_dtype
 from require import import_or_skip
 
-from sparse_attention.blocksparse_tables import BlocksparseTables
+from sparse_attention.compat.tables import BlocksparseTables
 
 torch = import_or_skip("torch")
 

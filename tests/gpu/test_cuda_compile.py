@@ -12,8 +12,9 @@ import re
 
 import pytest
 
-from sparse_attention import _build, _cuda
-from sparse_attention.block_mask import BlockMask
+from sparse_attention.native import abi, libraries
+from sparse_attention.native.cuda import devices, kernels, nvrtc
+from sparse_attention.plan.block_mask import BlockMask
 
 TABLE = pathlib.Path(__file__).with_name("registers.json")
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -33,28 +34,32 @@ BLOCKS = {  # of the three ops, (dtype, block_size, head_dim)
 
 def kernels_of(library, arch):
     """Yields (name in the table, `Kernel`) of an architecture."""
-    block_mask, name = BlockMask([[True]], block_size=32), _cuda.name_of(arch)
+    block_mask, name = BlockMask([[True]], block_size=32), devices.name_of(arch)
     for (dtype, dim), archs in SHAPES.items():
         if arch in archs:
-            shape = _cuda.shape_of(library, arch, dtype, [dim, dim], block_mask)
-            for phase in _cuda.PHASES:
-                kernel = _cuda.kernel_of(library, shape, phase)
+            shape = abi.shape_of(library, arch, dtype, [dim, dim], block_mask)
+            for phase in abi.PHASES:
+                kernel = abi.kernel_of(library, shape, phase)
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
     for (dtype, block_size, head_dim), archs in BLOCKS.items():
         if arch in archs:
-            kernels = _cuda.blocks_kernels(library, arch, block_size, dtype, head_dim)
+            kernels = abi.blocks_kernels(library, arch, block_size, dtype, head_dim)
             for use, kernel in sorted(kernels.items()):
                 yield f"blocks {use} {name} {dtype} {block_size} {head_dim}", kernel
 
 
 def reports(arch):
     """{name in the table: its registers; spilled and dynamic shared bytes} for `arch`."""
-    library, name, found = ctypes.CDLL(_build.build_core()), _cuda.name_of(arch), {}
-    nvrtc = _cuda.find_nvrtc(name)
+    library, name, found = (
+        ctypes.CDLL(libraries.build_core()),
+        devices.name_of(arch),
+        {},
+    )
+    tool = nvrtc.find_nvrtc(name)
     for key, kernel in kernels_of(library, arch):
-        _, log = nvrtc.compile(
-            *(_cuda.sources(kernel.name.decode()), kernel.name.decode()),
-            [*_cuda.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
+        _, log = tool.compile(
+            *(kernels.sources(kernel.name.decode()), kernel.name.decode()),
+            [*kernels.options(kernel.macros.decode(), name), "--ptxas-options=-v"],
         )
         assert "serialized" not in log, log  # wgmma that ptxas must wait for one by one
         registers = int(re.search(r"Used (\d+) registers", log).group(1))
@@ -69,7 +74,7 @@ def reports(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_as_recorded(arch):
-    table, name = json.loads(TABLE.read_text()), _cuda.name_of(arch)
+    table, name = json.loads(TABLE.read_text()), devices.name_of(arch)
     found = reports(arch)
     assert found == {k: table[k] for k in table if f" {name} " in k}
     assert not [k for k, report in found.items() if report["spilled"]]

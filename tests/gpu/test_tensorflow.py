@@ -19,8 +19,8 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
-from sparse_attention import reference
-from sparse_attention.block_mask import pattern_block_mask
+from sparse_attention.plan import reference
+from sparse_attention.plan.patterns import pattern_block_mask
 
 pytestmark = pytest.mark.gpu
 

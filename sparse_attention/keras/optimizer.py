@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-from ._keras import keras, require_keras_3
-from .keras_layer import serializable
+from .backend import keras, require_keras_3
+from .layers import serializable
 
 
 @serializable

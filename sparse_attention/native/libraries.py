@@ -2,41 +2,30 @@
 
 A library is looked for, in this order,
   1. in the package, where a wheel may have brought it (`prebuilt/`),
-  2. in the user's cache, `$SPARSE_ATTENTION_CACHE_DIR` or `~/.cache/sparse_attention`
-     (where that cannot be written: a private folder in the temporary directory),
-  3. and is otherwise compiled into the cache, by one process while others wait.
-
-Paths carry a fingerprint of all that went into a library, so that one which no longer
-fits is not found. Its size and SHA-256 lie beside it: a damaged one is not used. A
-builder that is killed takes its lock along, and had put nothing in place yet.
+  2. in the user's cache (`cache.py`),
+  3. and is otherwise compiled into the cache.
 
 Environment:
-  SPARSE_ATTENTION_CACHE_DIR: Where compiled libraries are kept.
   SPARSE_ATTENTION_NO_JIT: 1 to compile nothing.
-  SPARSE_ATTENTION_VERBOSE: 1 to say on stderr what is found and what is run.
   CXX: The compiler; `g++` by default.
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import glob
 import hashlib
-import json
 import os
 import platform
 import shlex
-import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-import time
 from subprocess import DEVNULL, PIPE, STDOUT
 
 import sparse_attention
 
-PACKAGE = os.path.dirname(os.path.abspath(__file__))
+from . import cache
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CSRC = os.path.join(PACKAGE, "csrc")
 
 # Sources named *kernels.cc are compiled once for each of ISAS, those in tf/ for TensorFlow.
@@ -91,7 +80,7 @@ def library(name, extra_flags=(), broken=None):
     path, why = find(name, extra_flags, broken)
     if path is None and why_no_compiling() is None:
         path, why = _build(_recipe(name, extra_flags), broken), "compiled"
-    say(f"{name}: {why}, {path}")
+    cache.say(f"{name}: {why}, {path}")
     return path
 
 
@@ -103,11 +92,11 @@ def build_core(extra_flags=()):
 def find(name, extra_flags=(), broken=None):
     """`Found(path, why)`: what there is now; path None before it is compiled."""
     candidates = [] if extra_flags else [(prebuilt(name), "shipped in the package")]
-    for folder in cache_folders():
+    for folder in cache.cache_folders():
         pattern = _cached(_recipe(name, extra_flags), glob.escape(folder))
         candidates += [(path, "cached") for path in glob.glob(pattern)]
     for path, why in candidates:
-        if path != broken and is_intact(path):
+        if path != broken and cache.is_intact(path):
             return Found(path, why)
     return Found(None, why_no_compiling() or "not compiled yet: the first call does it")
 
@@ -132,29 +121,11 @@ def compiler():
 
 def why_no_compiling():
     """What keeps a library from being compiled here: str, or None if nothing does."""
-    if is_set("SPARSE_ATTENTION_NO_JIT"):
+    if cache.is_set("SPARSE_ATTENTION_NO_JIT"):
         return "SPARSE_ATTENTION_NO_JIT is set"
     if os.name != "posix" or compiler() is None:
         return f"no compiler: {os.environ.get('CXX') or 'g++'} does not run"
     return None
-
-
-def is_set(variable):
-    return os.environ.get(variable, "0") not in ("", "0")
-
-
-def cache_folders():
-    """[str]: where libraries are cached. All are searched; the last is written."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(home):
-        home = os.path.join(os.path.expanduser("~"), ".cache")
-    chosen = os.environ.get("SPARSE_ATTENTION_CACHE_DIR")
-    folder = os.path.abspath(chosen or os.path.join(home, "sparse_attention"))
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return [folder]
-    return [folder, _private_temp_folder()]
 
 
 # ---- recipe ----
@@ -206,91 +177,23 @@ def _fingerprint(recipe, tf_version):
         if source in compiled or source.endswith(".h"):
             with open(path, "rb") as file:
                 parts += [source, hashlib.sha256(file.read()).hexdigest()]
-    return hash_of(parts)[:16]
-
-
-def hash_of(parts):
-    """str: the SHA-256 of strings."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-# ---- places ----
+    return cache.hash_of(parts)[:16]
 
 
 def _cached(recipe, folder):
     """With no compiler this is a pattern: whichever one built it will do."""
     key = _fingerprint(recipe, recipe.tf_version)
     by = compiler()
-    by = by and hash_of([by.version, *by.command[1:]])[:8]
+    by = by and cache.hash_of([by.version, *by.command[1:]])[:8]
     return os.path.join(folder, f"{key}-{by or '*'}", recipe.name + ".so")
-
-
-def is_intact(path):
-    """Whether a file of the cache is whole, as its record beside it tells."""
-    try:
-        with open(path, "rb") as file, open(path + ".json") as record:
-            return json.load(record) == _record(file.read())
-    except (OSError, ValueError):
-        return False
-
-
-def _record(content):
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _private_temp_folder():
-    """Nobody else may write where libraries are loaded from."""
-    folder = os.path.join(tempfile.gettempdir(), f"sparse_attention-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    info = os.lstat(folder)
-    is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
-    if not is_ours or info.st_mode & 0o077:
-        raise RuntimeError(
-            f"{folder} must be a directory of this user with mode 700, got owner "
-            f"{info.st_uid} and mode {info.st_mode:o}"
-        )
-    return folder
 
 
 # ---- build ----
 
 
 def _build(recipe, broken):
-    path = _cached(recipe, cache_folders()[-1])
-    return make_once(path, lambda *args: _compile(recipe, *args), broken)
-
-
-def make_once(path, make, broken=None):
-    """Makes a file of the cache, by one process while others wait.
-
-    Args:
-      path: Where it goes, in a folder of its own.
-      make: `make(work, built)` writes the file `built` in the empty folder `work`.
-      broken: `path` where the file there is to be replaced.
-
-    Returns:
-      `path`.
-    """
-    import fcntl  # not everywhere, but where compilers are
-
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # no locks here: several may then compile
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for abandoned in glob.glob(os.path.join(glob.escape(folder), "building-*")):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        if path != broken and is_intact(path):
-            return path  # another process was first
-        with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as work:
-            built = os.path.join(work, "built")
-            make(work, built)
-            with open(built, "rb") as file, open(built + ".json", "w") as record:
-                json.dump(_record(file.read()), record)
-            os.replace(built, path)
-            os.replace(built + ".json", path + ".json")
-    return path
+    path = _cached(recipe, cache.cache_folders()[-1])
+    return cache.make_once(path, lambda *args: _compile(recipe, *args), broken)
 
 
 def _compile(recipe, work, built):
@@ -301,9 +204,9 @@ def _compile(recipe, work, built):
         source = os.path.join(CSRC, *source.split("/"))
         compiles.append([*command, *flags, "-c", source, "-o", objects[-1]])
     link = [*command, "-shared", "-o", built, *objects, *recipe.link_flags]
-    say("\n".join(" ".join(line) for line in [*compiles, link]))
+    cache.say("\n".join(" ".join(line) for line in [*compiles, link]))
     target = f" for TensorFlow {recipe.tf_version}" if recipe.tf_version else ""
-    with progress(f"{recipe.name}{target} with {version}"):
+    with cache.progress(f"{recipe.name}{target} with {version}"):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda line: _run(line, work), compiles))
         _run(link, work)
@@ -320,22 +223,3 @@ def _run(command, work):
             f"the compiler ended with status {ran.returncode}, expected 0:\n"
             + "\n".join([" ".join(command), *said[-20:]])
         )
-
-
-@contextlib.contextmanager
-def progress(what):
-    """One line on stderr: what is compiled, and how long it took."""
-    sys.stderr.write(f"sparse_attention: compiling {what}, once ... ")
-    sys.stderr.flush()
-    start, outcome = time.time(), "failed"
-    try:
-        yield
-        outcome = f"{time.time() - start:.1f} s"
-    finally:
-        sys.stderr.write(outcome + "\n")
-
-
-def say(text):
-    """Tells those who asked for it with SPARSE_ATTENTION_VERBOSE."""
-    if is_set("SPARSE_ATTENTION_VERBOSE"):
-        sys.stderr.write(f"sparse_attention: {text}\n")

@@ -4,7 +4,8 @@ import ctypes
 import sys
 import threading
 
-from . import _build, _cuda
+from . import libraries
+from .cuda import kernels
 
 _loaded = {}
 _lock = threading.Lock()
@@ -13,7 +14,7 @@ _lock = threading.Lock()
 def attention_ops():
     """The module with the attention ops, or None where they cannot be had.
 
-    The first call looks for the library and compiles it if it must; see `_build.py`.
+    The first call looks for the library and compiles it if it must; see `libraries.py`.
     """
     return _load("attention_ops")
 
@@ -33,15 +34,15 @@ def _load(name):
 def _open(name):
     import tensorflow as tf
 
-    path = _build.library(name)
+    path = libraries.library(name)
     try:
         ops = path and tf.load_op_library(path)
     except tf.errors.NotFoundError as error:  # so TensorFlow says that dlopen failed
         sys.stderr.write(f"sparse_attention: does not load: {error.message}\n")
-        path = _build.library(name, broken=path)
+        path = libraries.library(name, broken=path)
         ops = path and tf.load_op_library(path)
     if ops:
         ops.path = path
         ops.core = ctypes.CDLL(path)  # the same library, for what is no op
-        _cuda.attach(ops.core)
+        kernels.attach(ops.core)
     return ops

@@ -6,22 +6,12 @@ no mask). All of this is decided here, once, on the host.
 
 import base64
 import io
-from functools import lru_cache
 
 import numpy as np
 
-from .layouts import all_layout, fixed_layout, local_layout, strided_layout
-from .masks import (
-    Span,
-    as_mask,
-    causal_mask,
-    check_positive,
-    fixed_mask,
-    local_mask,
-    strided_mask,
-)
+from .checks import check_positive
+from .masks import Span, as_mask
 from .tile_plans import (
-    EFFICIENCY,
     EMPTY,
     FULL,
     PARTIAL,
@@ -33,6 +23,7 @@ from .tile_plans import (
     number,
     tiles_of,
 )
+from .tiling import EFFICIENCY
 
 CHUNK = 1 << 20  # blocks judged, or elements evaluated, at a time: bounds the memory
 
@@ -40,8 +31,8 @@ CHUNK = 1 << 20  # blocks judged, or elements evaluated, at a time: bounds the m
 class BlockMask:
     """A layout and a mask, compiled.
 
-    >>> from sparse_attention.layouts import local_layout
-    >>> from sparse_attention.masks import local_mask
+    >>> from sparse_attention.plan.layouts import local_layout
+    >>> from sparse_attention.plan.masks import local_mask
     >>> BlockMask(local_layout(64, 8, window=24), local_mask(24), block_size=8)
     BlockMask(q_len=64, kv_len=64, block_size=8, heads=1, density 41 %)
     ▒·······
@@ -169,6 +160,8 @@ class BlockMask:
     def density(self):
         """Computed fraction of the score matrix, counted in blocks.
 
+        >>> from sparse_attention.plan.layouts import all_layout
+        >>> from sparse_attention.plan.masks import causal_mask
         >>> BlockMask(all_layout(64, 32), causal_mask(), block_size=32).density
         0.75
         """
@@ -261,6 +254,7 @@ class BlockMask:
     def to_dense(self):
         """The exact pattern, element by element, in rows.
 
+        >>> from sparse_attention.plan.masks import causal_mask
         >>> block_mask = BlockMask(np.eye(2), causal_mask(), block_size=8)
         >>> block_mask.to_dense()[0, 9].astype(int)
         array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0])
@@ -279,7 +273,7 @@ class BlockMask:
     def keys_of(self, row):
         """The keys that one query attends to, found without a look at other queries.
 
-        >>> from sparse_attention.masks import local_mask
+        >>> from sparse_attention.plan.masks import local_mask
         >>> BlockMask(np.ones([2, 2]), local_mask(3), block_size=8).keys_of(9)
         array([[7, 8, 9]], dtype=int32)
 
@@ -404,75 +398,3 @@ class _Axis:
         )
         visit, residue = np.divmod(np.arange(length), row_stride)
         self.positions = residue * visits + visit  # of each row
-
-
-# ---- the patterns of the Sparse Transformer ----
-
-
-@lru_cache(maxsize=32)
-def pattern_block_mask(
-    attn_mode,
-    q_len,
-    heads,
-    block_size=32,
-    local_attn_ctx=None,
-    num_verts=None,
-    vertsize=None,
-):
-    """The plan of one of the Sparse Transformer's patterns; cached.
-
-    >>> pattern_block_mask("fixed", 128, 2, 16, local_attn_ctx=32, num_verts=2)
-    BlockMask(q_len=128, kv_len=128, block_size=16, heads=2, density 38 %)
-    ▒·······  ▒·······
-    █▒······  █▒······
-    ·█▒·····  █·▒·····
-    ·██▒····  █·█▒····
-    ·█·█▒···  █·█·▒···
-    ·█·██▒··  █·█·█▒··
-    ·█·█·█▒·  █·█·█·▒·
-    ·█·█·██▒  █·█·█·█▒
-
-    Args:
-      attn_mode: "all", "local", "strided" or "fixed".
-      q_len: Sequence length in positions.
-      heads: Attention heads; only "fixed" tells them apart.
-      block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
-      local_attn_ctx: The window of "local" and "fixed", the stride of "strided", in
-        positions; unused by "all".
-      num_verts: Different summary columns among the heads of "fixed"; None: 4.
-      vertsize: Blocks in a summary column of "fixed"; None: 1.
-
-    Returns:
-      `BlockMask`.
-
-    Raises:
-      ValueError: If an argument is missing, not positive, or does not fit the others.
-
-    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2.
-    """
-    if attn_mode not in ("all", "local", "strided", "fixed"):
-        raise ValueError(
-            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
-        )
-    check_positive(q_len=q_len, heads=heads, block_size=block_size)
-    if attn_mode != "all":
-        check_positive(local_attn_ctx=local_attn_ctx)
-    row_stride = 1
-    if attn_mode == "all":
-        layout, mask = all_layout(q_len, block_size), causal_mask()
-    elif attn_mode == "local":
-        layout = local_layout(q_len, block_size, local_attn_ctx)
-        mask = local_mask(local_attn_ctx)
-    elif attn_mode == "strided":
-        row_stride = min(local_attn_ctx, q_len)  # from q_len on, all strides are alike
-        layout = strided_layout(q_len, block_size, row_stride)
-        mask = strided_mask(row_stride)
-    else:
-        num_verts = 4 if num_verts is None else num_verts
-        vertsize = 1 if vertsize is None else vertsize
-        layout = fixed_layout(
-            q_len, block_size, local_attn_ctx, num_verts, vertsize, heads
-        )
-        mask = fixed_mask(local_attn_ctx, block_size, num_verts, vertsize)
-    return BlockMask(layout, mask, block_size, q_len, q_len, row_stride)

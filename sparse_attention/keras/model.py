@@ -6,12 +6,12 @@ import json
 import numpy as np
 import tensorflow as tf
 
-from ._keras import keras, require_keras_3
-from .block_mask import pattern_block_mask
-from .fused import Dense, fused_on_gpu
-from .keras_layer import SparseSelfAttention, serializable
-from .masks import check_positive
-from .recompute import recomputable
+from ..ops.recompute import recomputable
+from ..plan.checks import check_positive
+from ..plan.patterns import pattern_block_mask
+from .backend import keras, require_keras_3
+from .layers import SparseSelfAttention, serializable
+from .xla import Dense, fused_on_gpu
 
 
 def gelu(x):

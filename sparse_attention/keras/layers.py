@@ -5,11 +5,12 @@ Runs on Keras 3 with the TensorFlow backend and on TensorFlow's own Keras 2.
 
 import tensorflow as tf
 
-from ._keras import keras
-from .attention import MAX_HEAD_DIM, block_sparse_attention
-from .block_mask import BlockMask, pattern_block_mask
-from .fused import Dense
-from .masks import check_positive
+from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
+from ..plan.block_mask import BlockMask
+from ..plan.checks import check_positive
+from ..plan.patterns import pattern_block_mask
+from .backend import keras
+from .xla import Dense
 
 
 def serializable(cls):

@@ -7,11 +7,11 @@ is empty. Lengths that are no multiple of the block size round up.
 
 import numpy as np
 
+from .checks import check_positive
 from .masks import (
     Span,
     as_mask,
     causal_mask,
-    check_positive,
     chunk_mask,
     dense_mask,
     fixed_mask,
@@ -23,7 +23,7 @@ from .masks import (
 def mask_layout(mask, q_len, block_size, kv_len=None, heads=1):
     """The blocks that a mask may touch.
 
-    >>> from sparse_attention.masks import causal_mask, chunk_mask
+    >>> from sparse_attention.plan.masks import causal_mask, chunk_mask
     >>> mask_layout(chunk_mask(32) & causal_mask(), 64, 16)[0].astype(int)
     array([[1, 0, 0, 0],
            [1, 1, 0, 0],

@@ -9,7 +9,8 @@ import sys
 
 import tensorflow as tf
 
-from . import _ops
+from ..native import loader
+from ..ops import gradients  # noqa: F401 - registers them
 
 
 def load_blocksparse_ops():
@@ -22,9 +23,26 @@ def load_blocksparse_ops():
     return real or _load_ours()
 
 
+def load_ops():
+    """Loads all ops and their gradients, compiling them if need be.
+
+    For programs that load a SavedModel or a GraphDef with our ops, or blocksparse's, in it
+    before they call anything here; everything else loads what it needs by itself.
+
+    Raises:
+      RuntimeError: If the ops cannot be had here.
+    """
+    if loader.attention_ops() is None:
+        raise RuntimeError(
+            "the attention ops must be compiled to load a graph that holds them, and "
+            "cannot be; `python -m sparse_attention.doctor` says why"
+        )
+    load_blocksparse_ops()
+
+
 @functools.lru_cache(maxsize=None)
 def _load_ours():
-    module = _ops.blocksparse_ops()
+    module = loader.blocksparse_ops()
     if module is None:
         raise RuntimeError(
             "blocksparse's ops must be compiled, which needs g++ (or $CXX) and "

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .masks import Mask, Span, check_positive
+from ..plan.checks import check_positive
+from ..plan.masks import Mask, Span
 
 _MASK_WORDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _BLOCKS_AT_ONCE = 1024  # whose elements are in memory: 4 MB at block size 64

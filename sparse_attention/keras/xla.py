@@ -8,7 +8,7 @@ import functools
 
 import tensorflow as tf
 
-from ._keras import IS_KERAS_3, keras
+from .backend import IS_KERAS_3, keras
 
 
 def compiled(function):

@@ -6,8 +6,9 @@ from collections import namedtuple
 import numpy as np
 import tensorflow as tf
 
-from .attention import block_sparse_attention, split_heads
-from .masks import check_positive
+from ..compat.attention import split_heads
+from ..ops.attention import block_sparse_attention
+from ..plan.checks import check_positive
 
 # What `generate` measures, for each sequence of the batch.
 GenerationStatistics = namedtuple(

@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of blocks
+from .tiling import EFFICIENCY, STREAMED
 
-# Block sizes, each with the share of its peak a kernel reaches on q tiles that high.
-EFFICIENCY = {8: 0.35, 16: 0.55, 32: 0.75, 64: 0.92, 128: 1.0}
-STREAMED = 128  # queries that a kv tile reads at a time, at most
+EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of blocks
 
 
 class Blocks(NamedTuple):

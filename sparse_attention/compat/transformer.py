@@ -18,10 +18,11 @@ import importlib
 import numpy as np
 import tensorflow as tf
 
-from .blocksparse_ops import load_blocksparse_ops
-from .blocksparse_tables import BlocksparseTables
-from .layouts import all_layout, fixed_layout, local_layout, strided_layout
-from .masks import causal_mask, check_positive, chunk_mask, local_mask
+from ..plan.checks import check_positive
+from ..plan.layouts import all_layout, fixed_layout, local_layout, strided_layout
+from ..plan.masks import causal_mask, chunk_mask, local_mask
+from .ops import load_blocksparse_ops
+from .tables import BlocksparseTables
 
 # A graph's collection; those that are not named by a str are not saved with it.
 _CONSTANTS = ("sparse_attention", "tables")

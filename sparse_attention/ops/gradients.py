@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from . import _ops
+from ..native import loader
 
 
 @tf.RegisterGradient("BlockSparseAttention")
@@ -21,7 +21,7 @@ def _attention_gradient(op, do, dlse):
         "block_kv",
         "tile_kv",
     )
-    grads = _ops.attention_ops().block_sparse_attention_grad(
+    grads = loader.attention_ops().block_sparse_attention_grad(
         q, k, v, o, lse, do, dlse, *plan, **{a: op.get_attr(a) for a in attributes}
     )
     return [*grads, *[None] * len(plan)]

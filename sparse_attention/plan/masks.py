@@ -20,10 +20,11 @@ plan for 65,536 positions takes a second: elements are evaluated only in the blo
 the mask cannot decide.
 """
 
-import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .checks import check_positive
 
 
 class Span(NamedTuple):
@@ -121,19 +122,6 @@ def _combine(a, b, operator):
 
     per_head = max(a.per_head, b.per_head, key=(False, None, True).index)
     return Mask(fn, bounds, per_head, f"({a} {operator} {b})")
-
-
-def check_positive(**sizes):
-    """Raises ValueError unless every named size is a positive integer.
-
-    >>> check_positive(window=0)
-    Traceback (most recent call last):
-    ValueError: window must be a positive integer, got 0
-    """
-    for name, size in sizes.items():
-        is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-        if not is_integer or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
 # ---- single rules ----

@@ -1,0 +1,1 @@
+"""The surface of openai/sparse_attention and openai/blocksparse."""

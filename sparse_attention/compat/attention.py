@@ -1,0 +1,285 @@
+"""OpenAI's functions: dense and block-sparse attention, and their helpers."""
+
+import numpy as np
+import tensorflow as tf
+
+from ..ops.attention import block_sparse_attention, not_converted, static_time
+from ..ops.recompute import recomputable
+from ..plan.checks import check_positive
+from ..plan.masks import fixed_mask
+from ..plan.patterns import pattern_block_mask
+from .transformer import get_blocksparse_obj
+
+
+@recomputable("attention_impl")
+@not_converted
+def attention_impl(
+    q,
+    k,
+    v,
+    heads,
+    attn_mode,
+    local_attn_ctx=None,
+    blocksize=32,
+    num_verts=None,
+    vertsize=None,
+):
+    """The dense masked reference: every score is computed, then masked.
+
+    Args:
+      q, k, v: [batch, time, heads * head_dim]; time may be unknown until the graph
+        runs.
+      heads: Number of heads.
+      attn_mode, local_attn_ctx, blocksize, num_verts, vertsize: As for
+        `get_attn_mask`.
+      recompute: Whether to compute the activations again in the backward pass instead
+        of keeping them.
+
+    Returns:
+      Like v.
+
+    Raises:
+      ValueError: If an argument is missing, not positive, or does not fit the others.
+
+    Numerics: Products as TensorFlow multiplies matrices in this dtype; the softmax in
+      float32 if the input has 16 bits, the weights cast back.
+    Cost: 4 * time^2 * head_dim FLOP per head; memory for several score matrices.
+    """
+    q, k, v = (split_heads(tf.convert_to_tensor(x), heads) for x in (q, k, v))
+    mask = get_attn_mask(
+        shape_list(k)[2],
+        attn_mode,
+        local_attn_ctx,
+        heads,
+        blocksize,
+        num_verts,
+        vertsize,
+    )
+    w = tf.matmul(q, k, transpose_b=True)
+    if w.dtype in (tf.float16, tf.bfloat16):
+        w = tf.cast(w, tf.float32)
+    w = w * shape_list(q)[-1] ** -0.5
+    w = tf.compat.v1.where_v2(mask > 0, w, -1e9)
+    w = tf.cast(tf.nn.softmax(w), v.dtype)
+    return merge_heads(tf.matmul(w, v))
+
+
+@recomputable("blocksparse_attention_impl")
+@not_converted
+def blocksparse_attention_impl(
+    q,
+    k,
+    v,
+    heads,
+    attn_mode,
+    local_attn_ctx=None,
+    blocksize=32,
+    num_verts=None,
+    vertsize=None,
+    backend="fused",
+):
+    """`attention_impl` in the blocks that the pattern needs.
+
+    Args:
+      q, k, v: float32, float16 or bfloat16 [batch, time, heads * head_dim].
+      heads: Number of heads.
+      attn_mode, local_attn_ctx, num_verts, vertsize: As for `get_attn_mask`.
+      blocksize: Side of a block in positions: 8, 16, 32, 64 or 128.
+      backend: "fused": `block_sparse_attention`. "blocksparse_ops": the seed's data path,
+        three ops with scores and weights in memory, 16 bits each. "blocksparse": the same
+        on the real package, where it imports.
+      recompute: Whether to run the ops again in the backward pass instead of keeping
+        their results.
+
+    Returns:
+      Like v.
+
+    Raises:
+      TypeError: If a dtype is not supported or not equal to q's.
+      ValueError: If an argument is missing, not positive, or does not fit the others.
+      ImportError: If `backend` is "blocksparse", and that package does not import.
+    """
+    q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
+    pattern = (attn_mode, blocksize, local_attn_ctx, num_verts, vertsize)
+    if backend == "fused":
+        attn_mode, *rest = pattern
+        q_len = static_time("q", q)
+        block_mask = pattern_block_mask(attn_mode, q_len, heads, *rest)
+        return block_sparse_attention(q, k, v, block_mask, heads)
+    if backend not in ("blocksparse_ops", "blocksparse"):
+        raise ValueError(
+            "backend must be 'fused', 'blocksparse_ops' or 'blocksparse', "
+            f"got {backend!r}"
+        )
+    return _three_ops(q, k, v, heads, pattern, backend == "blocksparse")
+
+
+def _three_ops(q, k, v, heads, pattern, real):
+    """Scores, softmax and weighted sum of blocksparse; strided by way of transposes."""
+    attn_mode, blocksize, stride, num_verts, vertsize = pattern
+    n_ctx = static_time("q", q)
+    bst = get_blocksparse_obj(
+        n_ctx, heads, attn_mode, blocksize, stride, num_verts, vertsize, real
+    )
+    if attn_mode == "strided":
+        q, k, v = (strided_transpose(x, n_ctx, stride, blocksize) for x in (q, k, v))
+    w = bst.query_key_op(q, k)
+    w = bst.masked_softmax(w, scale=(shape_list(q)[-1] // heads) ** -0.5)
+    o = bst.weight_value_op(w, v)
+    if attn_mode == "strided":  # and back
+        o = strided_transpose(o, n_ctx, n_ctx // stride, 1)
+    return o
+
+
+def get_attn_mask(
+    n,
+    attn_mode,
+    local_attn_ctx=None,
+    heads=None,
+    blocksize=32,
+    num_verts=None,
+    vertsize=None,
+):
+    """Which keys each query attends to, as the dense reference multiplies it in.
+
+    Args:
+      n: Sequence length in positions; an int or a scalar int32 tensor.
+      attn_mode: "all" (everything so far), "local" (the last `local_attn_ctx`
+        positions), "strided" (every `local_attn_ctx`-th) or "fixed" (the own window of
+        `local_attn_ctx`, and in all earlier ones a column of summary blocks).
+      local_attn_ctx: Window or stride in positions; unused by "all".
+      heads: Heads of "fixed"; None: `num_verts`.
+      blocksize: Side of a block in positions, for "fixed".
+      num_verts: Different summary columns among the heads of "fixed"; None: 4.
+      vertsize: Blocks in a summary column of "fixed"; None: 1.
+
+    Returns:
+      float32 [1, heads if "fixed" else 1, n, n], 1 = attend.
+
+    Raises:
+      ValueError: If an argument is missing, not positive, or does not fit the others.
+    """
+    _check_mode(attn_mode, local_attn_ctx)
+    positions = tf.range(n)
+    i, j = positions[:, None], positions[None, :]
+    attends = j <= i
+    if attn_mode == "local":
+        attends &= i - j < local_attn_ctx
+    elif attn_mode == "strided":
+        attends &= tf.equal((i - j) % local_attn_ctx, 0)
+    elif attn_mode == "fixed":
+        num_verts = 4 if num_verts is None else num_verts
+        vertsize = 1 if vertsize is None else vertsize
+        heads = num_verts if heads is None else heads
+        fixed_mask(local_attn_ctx, blocksize, num_verts, vertsize)  # checks them
+        if heads % num_verts:
+            raise ValueError(f"num_verts must divide heads={heads}, got {num_verts}")
+        # Summary columns count from the end of a window.
+        column = (local_attn_ctx - 1 - j % local_attn_ctx) // (vertsize * blocksize)
+        own_column = (tf.range(heads) % num_verts)[:, None, None]
+        is_own_window = tf.equal(i // local_attn_ctx, j // local_attn_ctx)
+        attends &= is_own_window | tf.equal(column, own_column)
+    attends = tf.cast(attends, tf.float32)
+    return tf.reshape(attends, [1, -1, n, n])
+
+
+def get_callback(attn_mode, local_attn_ctx=None):
+    """blocksparse's `mask_callback` of a pattern: what is masked inside of its blocks.
+
+    >>> get_callback("local", 3)((4, 4), 0, 1, 0, 0).astype(int)  # queries from 4 on
+    array([[0, 0, 1, 1],
+           [0, 0, 0, 1],
+           [0, 0, 0, 0],
+           [0, 0, 0, 0]])
+
+    Args:
+      attn_mode: "all", "local", "strided" (in transposed time) or "fixed".
+      local_attn_ctx: The window of "local" in positions.
+
+    Returns:
+      `(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx)` -> bool [blk_shape],
+      True = attend.
+
+    Raises:
+      ValueError: If the mode is unknown, or "local" has no window.
+    """
+    _check_mode(attn_mode, local_attn_ctx if attn_mode == "local" else 1)
+    window = local_attn_ctx if attn_mode == "local" else None
+
+    def mask_callback(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
+        q_idx = query_blk_idx * blk_shape[0] + np.arange(blk_shape[0])[:, None]
+        kv_idx = key_blk_idx * blk_shape[1] + np.arange(blk_shape[1])
+        if window is not None:
+            return (kv_idx <= q_idx) & (q_idx < kv_idx + window)
+        return (kv_idx <= q_idx) | (query_blk_idx != key_blk_idx)
+
+    return mask_callback
+
+
+def _check_mode(attn_mode, local_attn_ctx):
+    if attn_mode not in ("all", "local", "strided", "fixed"):
+        raise ValueError(
+            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
+        )
+    if attn_mode != "all":
+        check_positive(local_attn_ctx=local_attn_ctx)
+
+
+def strided_transpose(x, n_ctx, local_attn_ctx, blocksize):
+    """Moves position a * local_attn_ctx + b to b * (n_ctx / local_attn_ctx) + a.
+
+    Strided attention is then causal attention inside of chunks.
+    `block_sparse_attention` addresses the rows in place instead.
+
+    Args:
+      x: [batch, n_ctx, width].
+      n_ctx: Sequence length in positions.
+      local_attn_ctx: The stride in positions; divides `n_ctx`.
+      blocksize: Side of a block in positions; divides the chunks.
+
+    Returns:
+      Like x.
+
+    Raises:
+      ValueError: If a length is not a multiple of what divides it.
+    """
+    check_positive(n_ctx=n_ctx, local_attn_ctx=local_attn_ctx, blocksize=blocksize)
+    if n_ctx % (local_attn_ctx * blocksize):
+        raise ValueError(
+            f"n_ctx must be a multiple of local_attn_ctx * blocksize = "
+            f"{local_attn_ctx} * {blocksize}, got {n_ctx}"
+        )
+    batch, time, width = shape_list(x)
+    x = tf.reshape(x, [batch, n_ctx // local_attn_ctx, local_attn_ctx, width])
+    return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, time, width])
+
+
+def split_heads(x, n):
+    """[batch, time, n * dim] -> [batch, n, time, dim]"""
+    return tf.transpose(split_states(x, n), [0, 2, 1, 3])
+
+
+def merge_heads(x):
+    """[batch, heads, time, dim] -> [batch, time, heads * dim]"""
+    return merge_states(tf.transpose(x, [0, 2, 1, 3]))
+
+
+def split_states(x, n):
+    """[..., n * dim] -> [..., n, dim]"""
+    *outer, width = shape_list(x)
+    check_positive(n=n)
+    if isinstance(width, int) and width % n:
+        raise ValueError(f"the last dimension must be a multiple of {n}, got {width}")
+    return tf.reshape(x, [*outer, n, width // n])
+
+
+def merge_states(x):
+    """[..., n, dim] -> [..., n * dim]"""
+    *outer, n, dim = shape_list(x)
+    return tf.reshape(x, [*outer, n * dim])
+
+
+def shape_list(x):
+    """The shape of x: ints, and scalar tensors for what only the running graph knows."""
+    dynamic = tf.shape(x)
+    return [dynamic[i] if n is None else n for i, n in enumerate(x.shape.as_list())]

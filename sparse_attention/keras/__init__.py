@@ -1,0 +1,1 @@
+"""Keras: a layer, a language model, an optimizer, decoding."""

@@ -1,0 +1,1 @@
+"""The compiled libraries and kernels: found, built and loaded."""

@@ -1,0 +1,1 @@
+"""CUDA on this machine: its GPUs, NVRTC, and the kernels that NVRTC compiles for them."""

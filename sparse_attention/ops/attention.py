@@ -1,0 +1,197 @@
+"""The fused op: attention over the blocks that a plan lists."""
+
+import numbers
+
+import numpy as np
+import tensorflow as tf
+
+from ..native import loader
+from ..plan.block_mask import BlockMask
+from ..plan.checks import check_positive
+from . import (
+    fallback,
+    gradients,  # noqa: F401 - registers them
+)
+from .plan_tensors import plan_tensors
+
+DTYPES = (tf.float32, tf.float16, tf.bfloat16)
+MAX_HEAD_DIM = 256
+
+
+# Not for AutoGraph: there is nothing to convert in them, and much that they call.
+not_converted = tf.autograph.experimental.do_not_convert
+
+
+# ---- block-sparse attention ----
+
+
+@not_converted
+def block_sparse_attention(
+    q,
+    k,
+    v,
+    block_mask,
+    heads,
+    kv_heads=None,
+    softmax_scale=None,
+    kv_lengths=None,
+    return_lse=False,
+    name=None,
+):
+    """Attention over the blocks that a plan lists: scores are never a tensor.
+
+        s_ij = softmax_scale * <q_i, k_j>     lse_i = log sum_j exp(s_ij)
+        o_i  = sum_j exp(s_ij - lse_i) * v_j  (sums over the allowed j only)
+
+    >>> import sparse_attention as sa
+    >>> plan = sa.BlockMask(sa.all_layout(64, 16), sa.causal_mask(), block_size=16)
+    >>> x = np.ones([2, 64, 4 * 8], np.float32)
+    >>> sa.block_sparse_attention(x, x, x, plan, heads=4).shape.as_list()
+    [2, 64, 32]
+
+    Args:
+      q: float32, float16 or bfloat16 [batch, q_len, heads * head_dim], tensor or
+        array. Only the batch may be unknown until the graph runs. head_dim is a
+        multiple of 8, at most 256.
+      k: The same dtype [batch, kv_len, kv_heads * head_dim].
+      v: The same dtype [batch, kv_len, kv_heads * head_dim_v].
+      block_mask: `BlockMask` for q_len and kv_len, with one head or `heads`.
+      heads: Number of query heads.
+      kv_heads: Number of key heads, which divides `heads`: head h reads kv head
+        floor(h / (heads / kv_heads)). None: `heads`.
+      softmax_scale: Multiplies the scores; None: 1 / sqrt(head_dim).
+      kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist.
+        None: all do. Others are an error on the CPU, the nearest of these on a GPU.
+      return_lse: Whether to return lse as well.
+      name: Name of the op.
+
+    Returns:
+      o: Like q, [batch, q_len, heads * head_dim_v]. With `return_lse` also
+      lse: float32 [batch, heads, q_len], nats.
+      A row that attends to nothing gives o = 0, lse = -inf and zero gradients.
+
+    Raises:
+      TypeError: If a dtype is not supported or not equal to q's, or `block_mask` is no
+        `BlockMask`.
+      ValueError: If a shape or a number of heads does not fit.
+
+    Numerics: Products accumulate in float32, the softmax is float32. Bitwise
+      deterministic, forward and backward. Masked keys cannot leak, NaN and Inf
+      included. First derivatives only, of o and of lse.
+    Cost: 2 * block_size^2 * (head_dim + head_dim_v) FLOP per computed block; beside
+      inputs and outputs, memory for lse alone.
+    """
+    q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
+    kv_heads = heads if kv_heads is None else kv_heads
+    head_dims = _check_tensors(q, k, v, block_mask, heads, kv_heads)
+    if softmax_scale is None:
+        softmax_scale = head_dims[0] ** -0.5
+    if not isinstance(softmax_scale, numbers.Real):
+        raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
+    kv_lengths = _as_lengths(kv_lengths, q)
+    ops = loader.attention_ops()
+    if ops is None:
+        o, lse = fallback.attention(
+            q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name
+        )
+    else:
+        no_lengths = np.zeros([0], np.int32)
+        block_q, tile_kv, plan = plan_tensors(
+            ops, block_mask, q, head_dims, heads // kv_heads
+        )
+        o, lse = ops.block_sparse_attention(
+            q,
+            k,
+            v,
+            no_lengths if kv_lengths is None else kv_lengths,
+            *plan,
+            heads=heads,
+            kv_heads=kv_heads,
+            softmax_scale=softmax_scale,
+            row_stride=block_mask.row_stride,
+            block_q=block_q,
+            block_kv=block_mask.block_size,
+            tile_kv=tile_kv,
+            name=name,
+        )
+    return (o, lse) if return_lse else o
+
+
+def _check_tensors(q, k, v, block_mask, heads, kv_heads):
+    """Raises unless shapes and dtypes fit; returns head_dim and head_dim_v."""
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"block_mask must be a BlockMask, got {type(block_mask).__name__}"
+        )
+    check_positive(heads=heads, kv_heads=kv_heads)
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
+    if block_mask.heads not in (1, heads):
+        raise ValueError(
+            f"block_mask must have 1 head or heads={heads}, got {block_mask.heads}"
+        )
+    batches, dims = [], []
+    for name, tensor, tensor_heads, length_name in (
+        ("q", q, heads, "q_len"),
+        ("k", k, kv_heads, "kv_len"),
+        ("v", v, kv_heads, "kv_len"),
+    ):
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(dtype.name for dtype in DTYPES)
+            raise TypeError(f"{name} must be one of {names}, got {tensor.dtype.name}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{name} must have q's dtype {q.dtype.name}, got {tensor.dtype.name}"
+            )
+        length = getattr(block_mask, length_name)
+        if static_time(name, tensor) != length:
+            raise ValueError(
+                f"{name} must have time = block_mask.{length_name} = {length}, "
+                f"got shape {tensor.shape}"
+            )
+        batch, _, width = tensor.shape.as_list()
+        dim, rest = (0, 0) if width is None else divmod(width, tensor_heads)
+        if rest or dim % 8 or not 0 < dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have width = {tensor_heads} heads * a head dim that is a "
+                f"multiple of 8 and at most {MAX_HEAD_DIM}, got shape {tensor.shape}"
+            )
+        batches += [] if batch is None else [batch]
+        dims.append(dim)
+    if len(set(batches)) > 1:
+        raise ValueError(f"q, k and v must have the same batch, got {batches}")
+    if dims[0] != dims[1]:
+        raise ValueError(f"k must have q's head dim {dims[0]}, got {dims[1]}")
+    return dims[0], dims[2]
+
+
+def static_time(name, tensor):
+    shape = tensor.shape
+    if shape.rank != 3:
+        raise ValueError(
+            f"{name} must have rank 3, [batch, time, heads * dim], got shape {shape}"
+        )
+    if shape.as_list()[1] is None:
+        raise ValueError(
+            f"{name} must have a time dimension that is known when the graph is built, "
+            f"as a plan is made for one length, got shape {shape}"
+        )
+    return shape.as_list()[1]
+
+
+def _as_lengths(kv_lengths, q):
+    if kv_lengths is None:
+        return None
+    if not tf.is_tensor(kv_lengths):
+        array = np.asarray(kv_lengths)
+        if array.dtype.kind in "iu":
+            kv_lengths = array.astype(np.int32)
+    kv_lengths = tf.convert_to_tensor(kv_lengths, name="kv_lengths")
+    if kv_lengths.dtype != tf.int32:
+        raise TypeError(f"kv_lengths must be int32, got {kv_lengths.dtype.name}")
+    if not kv_lengths.shape.is_compatible_with(q.shape[:1]):
+        raise ValueError(
+            f"kv_lengths must have shape [batch] = {q.shape[:1]}, "
+            f"got {kv_lengths.shape}"
+        )
+    return kv_lengths

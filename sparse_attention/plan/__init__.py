@@ -1,0 +1,1 @@
+"""What is computed: layouts, masks and the plans made of them. NumPy only."""
