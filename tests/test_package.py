@@ -24,8 +24,39 @@ for name in sa.__all__:
         print(name, "|", error)
 """
 
+# What works with NumPy alone.
+PLAN_NAMES = [
+    "BlockMask",
+    "EMPTY",
+    "FULL",
+    "Mask",
+    "PARTIAL",
+    "all_layout",
+    "block_mask",
+    "callback_mask",
+    "causal_mask",
+    "chunk_layout",
+    "chunk_mask",
+    "dense_layout",
+    "dense_mask",
+    "fixed_layout",
+    "fixed_mask",
+    "layouts",
+    "local_layout",
+    "local_mask",
+    "mask_layout",
+    "masks",
+    "pattern_block_mask",
+    "reference",
+    "sink_layout",
+    "sink_mask",
+    "strided_layout",
+    "strided_mask",
+]
+
 TENSORFLOW_NAMES = [
     "Adam",
+    "BlocksparseTransformer",
     "Decoder",
     "SparseSelfAttention",
     "SparseTransformer",
@@ -34,6 +65,7 @@ TENSORFLOW_NAMES = [
     "blocksparse_attention_impl",
     "generate",
     "get_attn_mask",
+    "get_blocksparse_obj",
     "get_callback",
     "load_ops",
     "merge_heads",
@@ -47,7 +79,8 @@ TENSORFLOW_NAMES = [
 
 
 def test_every_name_is_there():
-    assert set(TENSORFLOW_NAMES) <= set(sa.__all__) <= set(dir(sa))
+    assert sorted(sa.__all__) == sorted(PLAN_NAMES + TENSORFLOW_NAMES)
+    assert set(sa.__all__) <= set(dir(sa))
     assert all(hasattr(sa, name) for name in sa.__all__)
     assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
 
