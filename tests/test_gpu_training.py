@@ -80,3 +80,16 @@ def test_the_longest_length_is_found(gpu_training, monkeypatch, capacity, first)
     fit = [None, *[length for length in lengths if length <= capacity]]
     assert bench.longest("fixed", recompute=True) == fit[-1]
     assert measured[0] == first and len(set(measured)) == len(measured)
+
+
+def test_the_users_model_runs_with_every_attention(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FOLDER)
+    keras_model = importlib.import_module("keras_model")
+    monkeypatch.setattr(keras_model, "WIDTH", 64)
+    monkeypatch.setattr(keras_model, "BLOCKS", 1)
+    out, contenders = tmp_path / "rows.json", list(keras_model.CONTENDERS)
+    shape = ["--shapes", "1x128", "--policies", "float32", "--steps", "1"]
+    keras_model.main([*shape, "--contenders", *contenders, "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["contender"] for row in rows] == contenders
+    assert all(row["ms"] > 0 and "error" not in row for row in rows)

@@ -1,0 +1,127 @@
+"""A user's Keras model, with one layer exchanged: milliseconds of a training step.
+
+The model has 4 blocks of LayerNormalization, attention, LayerNormalization, Dense 2048
+with gelu and Dense 512, with residuals, width 512, 8 heads of 64. It is compiled as
+`model.compile("adam", "mse")`, so that Keras decides about XLA, and timed through
+`train_on_batch`, as the user runs it. The attention is one of
+  MultiHeadAttention  `keras.layers.MultiHeadAttention` with `use_causal_mask=True`
+  fixed, local, all   `sa.SparseSelfAttention` with that pattern and windows of 128
+  none                no attention: what the rest of the model takes
+
+    python benchmarks/keras_model.py --shapes 4x4096 8x1024 16x512 --out keras_model.json
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+import sparse_attention as sa  # noqa: E402
+
+WIDTH, HEADS, BLOCKS = 512, 8, 4
+CONTENDERS = ("MultiHeadAttention", "fixed", "local", "all", "none")
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
+
+
+def attend(contender, x):
+    if contender == "none":
+        return x
+    if contender == "MultiHeadAttention":
+        layer = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
+        return layer(x, x, use_causal_mask=True)
+    window = None if contender == "all" else 128
+    return sa.SparseSelfAttention(HEADS, attn_mode=contender, local_attn_ctx=window)(x)
+
+
+def model_of(contender, length):
+    x = inputs = keras.Input([length, WIDTH])
+    for _ in range(BLOCKS):
+        x = x + attend(contender, keras.layers.LayerNormalization()(x))
+        h = keras.layers.LayerNormalization()(x)
+        h = keras.layers.Dense(4 * WIDTH, activation="gelu")(h)
+        x = x + keras.layers.Dense(WIDTH)(h)
+    model = keras.Model(inputs, x)
+    model.compile("adam", "mse")
+    return model
+
+
+def measure(policy, batch, length, contender, steps):
+    """The row of one model: its median step, and the peak of the GPU's memory."""
+    keras.mixed_precision.set_global_policy(policy)
+    keras.utils.set_random_seed(0)
+    row = dict(policy=policy, batch=batch, length=length, contender=contender)
+    x, y = np.random.RandomState(0).normal(size=[2, batch, length, WIDTH])
+    try:
+        model = model_of(contender, length)
+        row["jit_compile"] = model.jit_compile
+        with tf.device("GPU:0" if sees_gpu() else "CPU:0"):
+            x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
+        seconds = []
+        for step in range(3 + steps):
+            if step == 3 and sees_gpu():
+                tf.config.experimental.reset_memory_stats("GPU:0")
+            start = time.perf_counter()
+            model.train_on_batch(x, y)  # it returns the loss as a number: it waits
+            seconds.append(time.perf_counter() - start)
+        row["ms"] = round(1e3 * statistics.median(seconds[3:]), 3)
+        row["spread_ms"] = [round(1e3 * f(seconds[3:]), 3) for f in (min, max)]
+        if sees_gpu():
+            info = tf.config.experimental.get_memory_info("GPU:0")
+            row["peak_bytes"] = info["peak"]
+    except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
+        row["error"] = error.message[:200]
+    keras.utils.clear_session()
+    return row
+
+
+def sees_gpu():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="*", default=["4x4096", "8x1024", "16x512"])
+    parser.add_argument(
+        "--policies", nargs="*", choices=POLICIES, default=["float32", "mixed_bfloat16"]
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="*",
+        choices=CONTENDERS,
+        default=["MultiHeadAttention", "fixed"],
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=pathlib.Path, help="file for the rows as JSON")
+    options = parser.parse_args(arguments)
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    head = {
+        "device": details[0]["device_name"] if gpus else "CPU",
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
+    print(head, flush=True)
+    rows = []
+    for policy in options.policies:
+        for shape in options.shapes:
+            batch, length = map(int, shape.split("x"))
+            for contender in options.contenders:
+                rows.append(measure(policy, batch, length, contender, options.steps))
+                print(rows[-1], flush=True)
+                if options.out:
+                    text = json.dumps({"head": head, "rows": rows}, indent=1)
+                    options.out.write_text(text + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
