@@ -1,5 +1,6 @@
 # Every target first makes the virtual environment it needs, once: .venv with TensorFlow 2,
-# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint.
+# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint; .venv-versions/ has
+# one for each other TensorFlow.
 #
 #   make example                       the example on this machine's CPU or GPU
 #   make test ARGS="-k wheel"          ARGS goes to pytest
@@ -9,7 +10,9 @@ PYTEST = -m pytest $(ARGS)
 NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks block_mask tile_plans reference))
 CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
-.PHONY: example test test-tf1 test-numpy test-cuda test-sanitized lint format
+VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
+
+.PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized lint format
 
 example: .venv/ready
 	.venv/bin/python examples/attention.py
@@ -19,6 +22,13 @@ test: .venv/ready
 
 test-tf1: .venv-tf1/ready
 	.venv-tf1/bin/python $(PYTEST)
+
+# The smoke test on other TensorFlows, each in an environment of its own, and on tf_keras, the
+# Keras 2 beside TensorFlow 2.18:   make test-versions VERSIONS="2.15 2.18"
+test-versions: $(VERSIONS:%=test-version-%)
+
+test-version-%: .venv-versions/%/ready
+	$(if $(filter tf_keras,$*),TF_USE_LEGACY_KERAS=1) .venv-versions/$*/bin/python $(PYTEST) tests/versions
 
 test-numpy: .venv-numpy/ready
 	.venv-numpy/bin/python $(PYTEST) $(NUMPY_TESTS)
@@ -48,6 +58,13 @@ format: .venv-lint/ready
 .venv/ready: PYTHONS = 3.13 3.12 3.11 3.10
 .venv-tf1/ready: PYTHONS = 3.7
 .venv-numpy/ready .venv-lint/ready: PYTHONS = 3.14 3.13 3.12 3.11
+
+.venv-versions/%/ready: requirements/versions.txt
+	rm -rf $(@D)
+	python=$$(tools/find_python.sh 3.11 3.10) && "$$python" -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $< $(if $(filter tf_keras,$*),\
+	  "tensorflow-cpu~=2.18.0" "tf_keras~=2.18.0", "tensorflow-cpu~=$*.0")
+	touch $@
 
 .venv/ready: requirements/tf2.txt
 .venv-tf1/ready: requirements/tf1.txt

@@ -81,7 +81,8 @@ def _what_runs():
 
     ops = loader.attention_ops()
     if ops is None:
-        return "TensorFlow's own ops, which are slower"
+        why_not = loader.why_not("attention_ops")
+        return f"TensorFlow's own ops, which are slower: {why_not}"
     isa = ctypes.CDLL(ops.path).spattn_cpu_isa
     isa.restype = ctypes.c_char_p
     return f"{isa().decode()} kernels of {ops.path}"

@@ -36,13 +36,17 @@ class Compiler:
         self.path = str(folder / "g++-counted")
         self._log, self._hold = folder / "runs", folder / "hold"
         self._log.write_text("")
+        self.do('exec g++ "$@" -O0')
+
+    def do(self, command):
+        """Has the script run this command of the shell."""
         with open(self.path, "w") as script:
             script.write(
                 f"""#!/bin/sh
                 [ "$1" = --version ] && exec g++ --version
                 echo run >> {self._log}
                 while [ -e {self._hold} ]; do sleep 0.05; done
-                exec g++ "$@" -O0
+                {command}
                 """
             )
         os.chmod(self.path, 0o755)
@@ -237,20 +241,83 @@ def test_ops_are_loaded_once_by_many_threads(monkeypatch):
     assert opened == ["attention_ops"]
 
 
-def test_library_that_does_not_load_is_replaced_once(monkeypatch, tmp_path, capsys):
+def test_library_that_does_not_load_is_passed_over(monkeypatch, tmp_path):
     bad = tmp_path / "bad.so"
     bad.write_text("no library")
     good = libraries.library("attention_ops")
     calls = []
 
-    def library(name, broken=None):
-        calls.append(broken)
-        return good if broken else str(bad)
+    def library(name, unfit):
+        calls.append(list(unfit))
+        return good if unfit else str(bad)
 
     monkeypatch.setattr(libraries, "library", library)
-    assert loader._open("attention_ops").path == good
-    assert calls == [None, str(bad)]
-    assert "does not load" in capsys.readouterr().err
+    loaded = loader._open("attention_ops")
+    assert loaded.ops.path == good and loaded.why_not is None
+    assert calls == [[], [str(bad)]]
+
+
+# What a call says where the kernels cannot be had: once, and the numbers are right.
+THREE_CALLS = """
+import warnings
+import numpy as np
+import sparse_attention as sa
+block_mask = sa.BlockMask(np.ones([1, 2, 2]), sa.causal_mask(), 8)
+x = np.ones([1, 16, 8], np.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        sa.block_sparse_attention(x, x, x, block_mask, heads=1)
+print([str(w.message) for w in caught if w.category is RuntimeWarning])
+try:
+    sa.load_ops()
+except RuntimeError as error:
+    print(error)
+"""
+COMPILERS = {
+    # An old g++, a program that writes nothing, and one whose product does not load.
+    "echo 'unrecognized option -std=c++17: error' >&2; exit 1": "ended with status 1, "
+    "expected 0: unrecognized option -std=c++17: error (g++",
+    "exit 0": "wrote no library",
+    'for a; do [ "$last" = -o ] && echo no library > $a; last=$a; done': "does not load",
+}
+
+
+@pytest.mark.parametrize("script", COMPILERS)
+def test_unfit_compiler_runs_once_and_one_warning_says_why(
+    script, environment, compiler
+):
+    compiler.do(script)
+    out, err = finish(start(environment, "-c", THREE_CALLS))
+    warned, refused = out.splitlines()
+    (warning,) = eval(warned)
+    assert COMPILERS[script] in warning and COMPILERS[script] in refused
+    assert err.count("compiling attention_ops") == 1
+
+
+@pytest.mark.parametrize("what", ["attention_ops.so", "lock"])
+def test_folder_in_the_place_of_a_file_is_said_once(what, environment, compiler):
+    copy = fill_cache(environment)
+    os.remove(os.path.join(copy, "attention_ops.so.json"))
+    os.remove(os.path.join(copy, what))
+    os.mkdir(os.path.join(copy, what))
+    compiler.do('for a; do [ "$last" = -o ] && echo > $a; last=$a; done')
+    out, err = finish(start(environment, "-c", THREE_CALLS))
+    (warning,) = eval(out.splitlines()[0])
+    assert "Is a directory" in warning
+    assert err.count("compiling attention_ops") <= 1
+
+
+def test_without_a_home_the_cache_is_a_private_temporary_folder(
+    environment, monkeypatch
+):
+    for name in ("SPARSE_ATTENTION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nor in passwd
+    monkeypatch.setattr(cache.tempfile, "tempdir", environment["TMPDIR"])
+    assert cache.cache_folders() == [
+        os.path.join(environment["TMPDIR"], f"sparse_attention-{os.getuid()}")
+    ]
 
 
 # ---- look-up and cache, on stand-in sources ----
@@ -321,14 +388,28 @@ def test_shipped_library_comes_before_cached_unless_broken(
     )  # until its record is there
     shutil.copy(cached + ".json", shipped + ".json")
     assert libraries.find("spattn_core") == (shipped, "shipped in the package")
-    assert libraries.library("spattn_core", broken=shipped) == cached
+    assert libraries.library("spattn_core", unfit=[shipped]) == cached
     assert libraries.build_core(["-DFLAG"]) not in (shipped, cached)
 
 
-def test_broken_cached_library_is_replaced(stand_in, compiler):
+def test_whole_library_that_does_not_load_is_not_compiled_again(stand_in, compiler):
     path = libraries.build_core()
-    assert libraries.library("spattn_core", broken=path) == path
-    assert compiler.runs() == 2 * PARTS
+    assert libraries.library("spattn_core", unfit=[path]) is None
+    assert compiler.runs() == PARTS
+
+
+def test_clang_is_given_no_flag_of_gcc(stand_in, compiler, tmp_path):
+    flags = tmp_path / "flags"
+    for version, is_given in ("Debian clang version 14.0.6", False), ("g++ 12", True):
+        compiler.do(f'echo "$@" >> {flags}; exec g++ "$@" -O0')
+        with open(compiler.path) as file:
+            script = file.read().replace("exec g++ --version", f"exec echo {version}")
+        with open(compiler.path, "w") as file:
+            file.write(script)
+        flags.write_text("")
+        libraries.build_core()
+        for flag in libraries.GCC_FLAGS:
+            assert (flag in flags.read_text()) == is_given
 
 
 def flip_byte(path):

@@ -24,7 +24,9 @@ from sparse_attention.native import loader
 
 @pytest.fixture(autouse=True)
 def no_compiled_ops(monkeypatch):
-    monkeypatch.setattr(loader, "attention_ops", lambda: None)
+    monkeypatch.setattr(
+        loader, "_loaded", {"attention_ops": loader.Loaded(None, "a test")}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

@@ -35,7 +35,7 @@ def load_ops():
     if loader.attention_ops() is None:
         raise RuntimeError(
             "the attention ops must be compiled to load a graph that holds them, and "
-            "cannot be; `python -m sparse_attention.doctor` says why"
+            f"cannot be: {loader.why_not('attention_ops')}"
         )
     load_blocksparse_ops()
 
@@ -46,7 +46,8 @@ def _load_ours():
     if module is None:
         raise RuntimeError(
             "blocksparse's ops must be compiled, which needs g++ (or $CXX) and "
-            "SPARSE_ATTENTION_NO_JIT unset; `block_sparse_attention` works without"
+            "SPARSE_ATTENTION_NO_JIT unset; `block_sparse_attention` works without. "
+            f"What is in the way: {loader.why_not('blocksparse_ops')}"
         )
     for name, gradient in _GRADIENTS.items():
         try:

@@ -16,12 +16,14 @@ if backend != "tensorflow":
         f"{backend!r}; set the environment variable KERAS_BACKEND=tensorflow"
     )
 
-IS_KERAS_3 = keras.__version__.startswith("3.")
+# TensorFlow 2.13 to 2.15, and tf_keras, have no `keras.__version__`: they are Keras 2.
+VERSION = getattr(keras, "__version__", "2")
+IS_KERAS_3 = VERSION.startswith("3.")
 
 
 def require_keras_3(name):
     if not IS_KERAS_3:
         raise ImportError(
             f"{name} needs Keras 3, as TensorFlow 2.16 and newer have, "
-            f"got Keras {keras.__version__}"
+            f"got Keras {VERSION}"
         )

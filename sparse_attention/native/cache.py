@@ -31,8 +31,10 @@ def cache_folders():
     home = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(home):
         home = os.path.join(os.path.expanduser("~"), ".cache")
-    chosen = os.environ.get("SPARSE_ATTENTION_CACHE_DIR")
-    folder = os.path.abspath(chosen or os.path.join(home, "sparse_attention"))
+    folder = os.environ.get("SPARSE_ATTENTION_CACHE_DIR")
+    if not folder and not os.path.isabs(home):  # no home, and no entry in passwd
+        return [_private_temp_folder()]
+    folder = os.path.abspath(folder or os.path.join(home, "sparse_attention"))
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
@@ -71,13 +73,12 @@ def _private_temp_folder():
 # ---- making ----
 
 
-def make_once(path, make, broken=None):
+def make_once(path, make):
     """Makes a file of the cache, by one process while others wait.
 
     Args:
       path: Where it goes, in a folder of its own.
       make: `make(work, built)` writes the file `built` in the empty folder `work`.
-      broken: `path` where the file there is to be replaced.
 
     Returns:
       `path`.
@@ -91,7 +92,7 @@ def make_once(path, make, broken=None):
             fcntl.flock(lock, fcntl.LOCK_EX)
             for abandoned in glob.glob(os.path.join(glob.escape(folder), "building-*")):
                 shutil.rmtree(abandoned, ignore_errors=True)
-        if path != broken and is_intact(path):
+        if is_intact(path):
             return path  # another process was first
         with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as work:
             built = os.path.join(work, "built")

@@ -48,8 +48,12 @@ LIBRARIES = {
 }
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
-# Short rows are copied faster by the kernels' own loops than by calls of memcpy.
-FLAGS += ["-fno-tree-loop-distribute-patterns"]
+# TensorFlow's headers hold checks for debugging, and those of 2.18 and 2.20 call functions
+# that its libraries do not export.
+FLAGS += ["-DNDEBUG"]
+# Short rows are copied faster by the kernels' own loops than by calls of memcpy. The flag
+# is GCC's alone.
+GCC_FLAGS = ["-fno-tree-loop-distribute-patterns"]
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -63,23 +67,29 @@ Compiler = collections.namedtuple("Compiler", "command version")
 Recipe = collections.namedtuple("Recipe", "name tf_version objects link_flags")
 
 
-def library(name, extra_flags=(), broken=None):
+def library(name, extra_flags=(), unfit=()):
     """The path of a library that fits, compiled now if there is none.
 
     Args:
       name: A key of `LIBRARIES`.
       extra_flags: More flags to compile and link with.
-      broken: Path of a library that did not load, to be replaced.
+      unfit: Paths of libraries that are whole, but do not load. To compile one of them
+        again would give the same library.
 
     Returns:
-      str, or None where there is none and nothing can be compiled.
+      str, or None where there is none and none can be compiled.
 
     Raises:
       RuntimeError: If the compiler fails: the command, and the end of what it said.
+      OSError: If the cache cannot be written.
     """
-    path, why = find(name, extra_flags, broken)
+    path, why = find(name, extra_flags, unfit)
     if path is None and why_no_compiling() is None:
-        path, why = _build(_recipe(name, extra_flags), broken), "compiled"
+        recipe = _recipe(name, extra_flags)
+        target = _cached(recipe, cache.cache_folders()[-1])
+        if target not in unfit:
+            make = lambda *args: _compile(recipe, *args)  # noqa: E731
+            path, why = cache.make_once(target, make), "compiled"
     cache.say(f"{name}: {why}, {path}")
     return path
 
@@ -89,14 +99,14 @@ def build_core(extra_flags=()):
     return library("spattn_core", extra_flags)
 
 
-def find(name, extra_flags=(), broken=None):
+def find(name, extra_flags=(), unfit=()):
     """`Found(path, why)`: what there is now; path None before it is compiled."""
     candidates = [] if extra_flags else [(prebuilt(name), "shipped in the package")]
     for folder in cache.cache_folders():
         pattern = _cached(_recipe(name, extra_flags), glob.escape(folder))
         candidates += [(path, "cached") for path in glob.glob(pattern)]
     for path, why in candidates:
-        if path != broken and cache.is_intact(path):
+        if path not in unfit and cache.is_intact(path):
             return Found(path, why)
     return Found(None, why_no_compiling() or "not compiled yet: the first call does it")
 
@@ -111,10 +121,10 @@ def prebuilt(name):
 
 def compiler():
     """`Compiler(command, version)`, or None where none runs."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     try:
+        command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
         said = subprocess.check_output([*command, "--version"]).decode(errors="replace")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):  # or an open quote
         return None
     return Compiler(command, said.split("\n")[0])
 
@@ -168,6 +178,7 @@ def _tensorflow():
 def _fingerprint(recipe, tf_version):
     """str: a hash of all that makes the library, save the version of the compiler."""
     parts = [sparse_attention.__version__, sys.platform, platform.machine(), tf_version]
+    parts += GCC_FLAGS
     for source, flags in [*recipe.objects, ("link", recipe.link_flags)]:
         parts.append(source)  # where TensorFlow lies does not matter
         parts += [flag for flag in flags if not flag.startswith(("-I", "-L"))]
@@ -191,13 +202,10 @@ def _cached(recipe, folder):
 # ---- build ----
 
 
-def _build(recipe, broken):
-    path = _cached(recipe, cache.cache_folders()[-1])
-    return cache.make_once(path, lambda *args: _compile(recipe, *args), broken)
-
-
 def _compile(recipe, work, built):
     command, version = compiler()
+    if "clang" not in version:
+        command = [*command, *GCC_FLAGS]
     compiles, objects = [], []
     for source, flags in recipe.objects:
         objects.append(os.path.join(work, f"{len(objects)}.o"))
@@ -210,6 +218,8 @@ def _compile(recipe, work, built):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda line: _run(line, work), compiles))
         _run(link, work)
+        if not os.path.isfile(built):
+            raise RuntimeError(f"{version} wrote no library: {' '.join(link)}")
 
 
 def _run(command, work):

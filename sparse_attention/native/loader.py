@@ -1,11 +1,17 @@
-"""Loads the compiled TensorFlow ops, on first use and once per process."""
+"""Loads the compiled TensorFlow ops, on first use and once per process.
+
+A library that cannot be compiled or does not load is tried once: what was in its way is
+remembered, and TensorFlow's own ops do the work for as long as the process lives.
+"""
 
 import ctypes
-import sys
 import threading
+from collections import namedtuple
 
 from . import libraries
 from .cuda import kernels
+
+Loaded = namedtuple("Loaded", "ops why_not")  # a module and None, or None and a str
 
 _loaded = {}
 _lock = threading.Lock()
@@ -16,12 +22,17 @@ def attention_ops():
 
     The first call looks for the library and compiles it if it must; see `libraries.py`.
     """
-    return _load("attention_ops")
+    return _load("attention_ops").ops
 
 
 def blocksparse_ops():
     """The same for the ops that carry blocksparse's names."""
-    return _load("blocksparse_ops")
+    return _load("blocksparse_ops").ops
+
+
+def why_not(name):
+    """str: what is in the way of a library's ops; None where they are loaded."""
+    return _load(name).why_not
 
 
 def _load(name):
@@ -31,18 +42,38 @@ def _load(name):
         return _loaded[name]
 
 
+def _in_short(error):
+    """str: how the compiler ended, its first error, and what it is."""
+    how, *said = str(error).split("\n")
+    errors = [line for line in said[1:] if "error" in line.lower()]
+    compiler = libraries.compiler()
+    return " ".join([how, *errors[:1]]) + (
+        f" ({compiler.version}; C++17 needs g++ 7, clang++ 5 or newer)"
+        if compiler
+        else ""
+    )
+
+
 def _open(name):
     import tensorflow as tf
 
-    path = libraries.library(name)
-    try:
-        ops = path and tf.load_op_library(path)
-    except tf.errors.NotFoundError as error:  # so TensorFlow says that dlopen failed
-        sys.stderr.write(f"sparse_attention: does not load: {error.message}\n")
-        path = libraries.library(name, broken=path)
-        ops = path and tf.load_op_library(path)
-    if ops:
+    unfit = {}  # paths of libraries that do not load: why
+    while True:
+        try:
+            path = libraries.library(name, unfit=unfit)
+        except (OSError, RuntimeError) as error:
+            return Loaded(None, f"{name} cannot be compiled: {_in_short(error)}")
+        if path is None:
+            whys = unfit.values() or [libraries.why_no_compiling()]
+            return Loaded(None, "; ".join(whys))
+        try:
+            ops = tf.load_op_library(path)
+        except (
+            tf.errors.NotFoundError
+        ) as error:  # so TensorFlow says that dlopen failed
+            unfit[path] = f"{name} does not load: {error.message}"
+            continue
         ops.path = path
         ops.core = ctypes.CDLL(path)  # the same library, for what is no op
         kernels.attach(ops.core)
-    return ops
+        return Loaded(ops, None)

@@ -92,7 +92,8 @@ def block_sparse_attention(
     ops = loader.attention_ops()
     if ops is None:
         o, lse = fallback.attention(
-            q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name
+            *(q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name),
+            why_not=loader.why_not("attention_ops"),
         )
     else:
         no_lengths = np.zeros([0], np.int32)

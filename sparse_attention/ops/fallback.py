@@ -34,10 +34,13 @@ Pairs = namedtuple(
 
 
 def attention(
-    q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths=None, name=None
+    q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name, why_not
 ):
-    """`block_sparse_attention` for arguments that it has checked; returns o and lse."""
-    _warn_once()
+    """`block_sparse_attention` for arguments that it has checked; returns o and lse.
+
+    `why_not` says what is in the way of the kernels.
+    """
+    _warn_once(why_not)
     with tf.name_scope(name or "block_sparse_attention"):
         pairs = _pairs(block_mask, heads, kv_heads)
         end = _end(kv_lengths, block_mask.kv_len)
@@ -170,10 +173,11 @@ def _axis(length, row_stride, block):
 
 
 @functools.lru_cache(maxsize=None)
-def _warn_once():
+def _warn_once(why_not):
     warnings.warn(
-        "the attention kernels cannot be compiled here, so TensorFlow's own ops do the "
-        "work, more slowly; `python -m sparse_attention.doctor` says why",
+        "the attention kernels cannot be compiled here, or do not load, so TensorFlow's "
+        f"own ops do the work, more slowly: {why_not}; "
+        "`python -m sparse_attention.doctor` says more",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -12,7 +12,9 @@ pass: there it runs again, once the gradient of its result has arrived.
 
 import contextlib
 import functools
+import importlib
 import inspect
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -164,16 +166,38 @@ def _forward(call, inputs):
 @contextlib.contextmanager
 def _unrecorded():
     """Hides eager ops from all tapes, which would keep them; yet watches variables."""
-    try:
-        from tensorflow.python.eager.record import VariableWatcher, stop_recording
-    except (
-        ImportError
-    ):  # an older TensorFlow sees no variables while it does not record
+    private = _recording()
+    if private is None:
         with tf.GradientTape() as watcher:
             yield watcher
     else:
-        with stop_recording(), VariableWatcher() as watcher:
+        with private.stop_recording(), private.VariableWatcher() as watcher:
             yield watcher
+
+
+@functools.lru_cache(maxsize=None)
+def _recording():
+    """TensorFlow's private module that stops tapes from recording; None: there is none.
+
+    TensorFlow 2.12 has it under the second name. That of TensorFlow 1 sees no variables
+    while it does not record.
+    """
+    for name in ("record", "tape"):
+        try:
+            module = importlib.import_module(f"tensorflow.python.eager.{name}")
+        except ImportError:
+            continue
+        if hasattr(module, "stop_recording") and hasattr(module, "VariableWatcher"):
+            return module
+    if not tf.__version__.startswith("1."):
+        warnings.warn(
+            f"recompute=True saves no memory in eager mode: TensorFlow {tf.__version__} "
+            "has no tensorflow.python.eager.record as this version of "
+            "sparse_attention knows it; in graphs and in tf.function it does",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
 
 
 def _captured_tensors(first_op, inputs):

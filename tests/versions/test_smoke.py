@@ -1,0 +1,142 @@
+"""What must work on every TensorFlow 2 that this package claims: `make test-versions`.
+
+The file is collected only when it is named: pytest needs an environment for each version.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sparse_attention as sa
+from sparse_attention.native import loader
+from sparse_attention.plan import reference
+
+HEADS, HEAD_DIM, LENGTH = 4, 16, 72  # the last block is not whole
+PATTERNS = ["all", "local", "strided", "fixed"]
+
+
+def plan_of(pattern):
+    window = None if pattern == "all" else 32
+    return sa.pattern_block_mask(pattern, LENGTH, HEADS, 8, local_attn_ctx=window)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_op_and_gradient_match_the_oracle(pattern, dtype):
+    block_mask = plan_of(pattern)
+    arrays = np.random.RandomState(0).normal(size=(4, 2, LENGTH, HEADS, HEAD_DIM))
+    rounded = [tf.cast(x, dtype) for x in arrays]
+    oracle_inputs = [tf.cast(x, tf.float64).numpy() for x in rounded]
+    q, k, v, do = (tf.reshape(x, [2, LENGTH, -1]) for x in rounded)
+    with tf.GradientTape() as tape:
+        tape.watch([q, k, v])
+        o = sa.block_sparse_attention(q, k, v, block_mask, HEADS)
+    got = [o, *tape.gradient(o, [q, k, v], do)]
+    mask = block_mask.to_dense()
+    want = [reference.attention_fwd(*oracle_inputs[:3], mask)[0]]
+    want += reference.attention_bwd(*oracle_inputs[:3], mask, oracle_inputs[3])
+    # The full tests have the tolerance of the plain implementation; this is a rough one.
+    eps = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    for g, w in zip(got, want):
+        error = np.abs(tf.cast(g, tf.float64).numpy().reshape(w.shape) - w).max()
+        assert error <= 8 * eps * np.abs(w).max()
+
+
+def test_the_compiled_op_ran():
+    assert loader.why_not("attention_ops") is None
+    graph = tf.function(
+        lambda x: sa.block_sparse_attention(x, x, x, plan_of("local"), HEADS)
+    ).get_concrete_function(tf.TensorSpec([2, LENGTH, HEADS * HEAD_DIM], tf.float32))
+    types = [op.type for op in graph.graph.get_operations()]
+    assert types.count("BlockSparseAttention") == 1
+
+
+def test_three_ops_are_those_of_the_fused_op():
+    x = np.random.RandomState(0).normal(size=[1, 64, HEADS * HEAD_DIM])
+    x = x.astype(np.float32)
+    results = [
+        sa.blocksparse_attention_impl(
+            *(x, x, x, HEADS, "local", 32), blocksize=8, backend=backend
+        ).numpy()
+        for backend in ("fused", "blocksparse_ops")
+    ]
+    assert np.abs(results[0] - results[1]).max() < 0.05  # their weights have 16 bits
+
+
+def keras_model():
+    from tensorflow import keras
+
+    inputs = keras.Input([LENGTH, 32])
+    layer = sa.SparseSelfAttention(
+        heads=2, attn_mode="fixed", local_attn_ctx=16, block_size=8, num_verts=2
+    )
+    return keras.Model(inputs, layer(inputs))
+
+
+def test_keras_layer_fits():
+    model = keras_model()
+    model.compile("adam", "mse")
+    x = np.random.RandomState(0).normal(size=[4, LENGTH, 32]).astype(np.float32)
+    losses = model.fit(x, -x, epochs=5, batch_size=2, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+LOAD = """
+import sys
+import numpy as np
+import tensorflow as tf
+import sparse_attention as sa
+
+sa.load_ops()
+function = tf.saved_model.load(sys.argv[1]).attention
+x = np.load(sys.argv[1] + "/x.npy")
+np.save(sys.argv[1] + "/again.npy", function(x).numpy())
+"""
+
+
+def test_saved_model_gives_the_same_bits_in_a_new_process(tmp_path):
+    class Module(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, LENGTH, HEADS * HEAD_DIM])])
+        def attention(self, x):
+            return sa.block_sparse_attention(x, x, x, plan_of("fixed"), HEADS)
+
+    module, folder = Module(), str(tmp_path / "saved")
+    x = np.random.RandomState(0).normal(size=[2, LENGTH, HEADS * HEAD_DIM])
+    x = x.astype(np.float32)
+    here = module.attention(x).numpy()
+    tf.saved_model.save(module, folder)
+    np.save(os.path.join(folder, "x.npy"), x)
+    subprocess.run([sys.executable, "-c", LOAD, folder], check=True)
+    again = np.load(os.path.join(folder, "again.npy"))
+    assert here.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+def test_recomputable_gives_the_gradients_of_plain(mode, recwarn):
+    w = tf.Variable(np.random.RandomState(0).normal(size=[32, 32]), dtype=tf.float32)
+    calls = []
+
+    @sa.recomputable("block")
+    def block(x):
+        calls.append(1)
+        return tf.tanh(tf.matmul(x, w))
+
+    def gradients(x, recompute):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = block(x, recompute=recompute)
+        return tape.gradient(y, [x, w])
+
+    run = tf.function(gradients) if mode == "function" else gradients
+    x = tf.random.stateless_normal([8, 32], [1, 2])
+    plain = run(x, False)
+    plain_calls = len(calls)
+    again = run(x, True)
+    assert len(calls) - plain_calls > 1  # it ran once more for the gradient
+    for a, b in zip(plain, again):
+        assert np.array_equal(a.numpy(), b.numpy())
+    assert not [w for w in recwarn if "saves no memory" in str(w.message)]
