@@ -26,7 +26,7 @@ class Tensor(ctypes.Structure):
 
 class Plan(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_int32) for name in ("heads", "block_q", "block_kv")]
+        [(name, ctypes.c_int32) for name in ("heads", "tile_q", "block_size")]
         + [(name, ctypes.c_int64) for name in ("q_tiles", "kv_blocks")]
         + [(name, ctypes.c_int64) for name in ("entries", "mask_blocks")]
         + [(name, ctypes.c_void_p) for name in ("kv_indptr", "kv_indices")]
@@ -106,7 +106,7 @@ def plan_of(tiles, block_mask, pointer=pointer_of):
     """The SpattnPlan of a `Tiles`; keep `tiles` alive while it is used."""
     lists = len(tiles.kv_indptr) - 1
     return Plan(
-        *(block_mask.heads, tiles.block_q, tiles.block_kv),
+        *(block_mask.heads, tiles.tile_q, tiles.block_size),
         *(lists // block_mask.heads, block_mask.kv_blocks),
         *(len(tiles.kv_indices), len(tiles.mask_bits)),
         *map(pointer, tiles[2:]),

@@ -181,7 +181,7 @@ def test_op_refuses_bad_plans(name, change, message):
     none = ("tile_blocks", "q_indptr", "q_indices", "kv_mask_ids", "kv_mask_bits")
     plan.update((n, np.zeros(0, np.uint8)) for n in none)
     attributes = {"heads": 2, "kv_heads": 2, "softmax_scale": 1.0, "row_stride": 1}
-    attributes.update(block_q=tiles.block_q, block_kv=tiles.block_kv, tile_kv=0)
+    attributes.update(block_q=tiles.tile_q, block_kv=tiles.block_size, tile_kv=0)
     op = loader.attention_ops().block_sparse_attention
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         run(

@@ -341,8 +341,8 @@ def test_config_makes_the_same_plan_again(case):
     again = BlockMask.from_config(json.loads(json.dumps(plan.get_config())))
     assert repr(again) == repr(plan) and again.density == plan.density
     np.testing.assert_array_equal(again.to_dense(), plan.to_dense())
-    for block_q in {plan.block_size, 128}:
-        for a, b in zip(again.tiles(block_q), plan.tiles(block_q)):
+    for tile_q in {plan.block_size, 128}:
+        for a, b in zip(again.tiles(tile_q), plan.tiles(tile_q)):
             np.testing.assert_array_equal(a, b)
     assert again.get_config() == plan.get_config()
 

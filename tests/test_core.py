@@ -69,7 +69,7 @@ class Case:
         block_mask,
         dtype="float32",
         kv_lengths=None,
-        block_q=None,
+        tile_q=None,
         batch=4,
         **sizes,
     ):
@@ -78,7 +78,7 @@ class Case:
         self.arrays = random_inputs(
             0, batch, q_len=q_len, kv_len=kv_len, dtype=dtype, **sizes
         )
-        self.tiles = block_mask.tiles(block_q)
+        self.tiles = block_mask.tiles(tile_q)
         self.mask = block_mask.to_dense()
         self.kv_lengths = None
         if kv_lengths is not None:
@@ -134,11 +134,11 @@ def test_head_dims_match_oracle(core, head_dim, head_dim_v):
         Case(core, block_mask, dtype, head_dim=head_dim, head_dim_v=head_dim_v).check()
 
 
-@pytest.mark.parametrize("block_q", [16, 32, 64, 128])
-def test_merged_q_tiles_match_oracle(core, block_q):
+@pytest.mark.parametrize("tile_q", [16, 32, 64, 128])
+def test_merged_q_tiles_match_oracle(core, tile_q):
     for attn_mode in ("strided", "fixed"):
         block_mask = pattern_block_mask(attn_mode, 150, 4, 16, 32, num_verts=2)
-        Case(core, block_mask, heads=4, block_q=block_q).check()
+        Case(core, block_mask, heads=4, tile_q=tile_q).check()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -172,9 +172,9 @@ def test_splits_that_are_apart_match_oracle(core):
     layout[0, [0, 1, 4], [0, 2, 5]] = True
     layout[1, [1, 3, 5], [1, 4, 8]] = layout[1, 3, 5] = True
     block_mask = BlockMask(layout, None, 16, q_len=90, kv_len=140)
-    Case(core, block_mask, block_q=16).check(workers=2)
+    Case(core, block_mask, tile_q=16).check(workers=2)
     chunks = BlockMask(layouts.chunk_layout(160, 16, 32), None, 16)
-    Case(core, chunks, heads=4, kv_heads=2, block_q=32).check(workers=3)
+    Case(core, chunks, heads=4, kv_heads=2, tile_q=32).check(workers=3)
 
 
 def test_many_heads_match_oracle(core):
@@ -366,8 +366,8 @@ BAD_PLANS = {
     r"kv_indices\[1\] must be in \[1, 6\), got 0": setter("kv_indices", 1, 0),
     r"mask_ids\[0\] must be in \[-1, \d+\), got -2": setter("mask_ids", 0, -2),
     r"mask_ids\[0\] must be in \[-1, \d+\), got 99": setter("mask_ids", 0, 99),
-    r"block_q must be 8, 16, 32, 64 or 128, got 24": attribute("block_q", 24),
-    r"block_kv must be 8, 16, 32, 64 or 128, got 0": attribute("block_kv", 0),
+    r"tile_q must be 8, 16, 32, 64 or 128, got 24": attribute("tile_q", 24),
+    r"block_size must be 8, 16, 32, 64 or 128, got 0": attribute("block_size", 0),
     r"q_tiles must be 3 for q_len=96, got 4": attribute("q_tiles", 4),
     r"kv_blocks must be 6 for kv_len=96, got 5": attribute("kv_blocks", 5),
     r"the plan's heads must be 1 or heads=2, got 3": attribute("heads", 3),

@@ -337,7 +337,7 @@ def forward_error(core, arch=90, **ints):
 
 def forward_without_driver(core):
     params = FwdParams(problem=Problem(1, 64, 64, 1, 1, 64, 64, 1, 1, 1))
-    params.plan.heads, params.plan.block_q, params.plan.block_kv = 1, 64, 64
+    params.plan.heads, params.plan.tile_q, params.plan.block_size = 1, 64, 64
     params.plan.q_tiles = params.plan.kv_blocks = 1
     return error_of(
         lambda: check(core.library.spattn_fwd_cuda(ctypes.byref(params), 0))

@@ -19,10 +19,10 @@ from sparse_attention.plan.patterns import pattern_block_mask
 def test_tiles_of_every_size_hold_the_exact_pattern(case):
     in_order = in_positions(case)
     size = case.block_size
-    for block_q in [n for n in (8, 16, 32, 64, 128) if n >= size]:
-        tiles = BlockMask(*case).tiles(block_q)
-        assert (tiles.block_q, tiles.block_kv) == (block_q, size)
-        allowed, exists = (in_blocks(x, block_q, size) for x in in_order)
+    for tile_q in [n for n in (8, 16, 32, 64, 128) if n >= size]:
+        tiles = BlockMask(*case).tiles(tile_q)
+        assert (tiles.tile_q, tiles.block_size) == (tile_q, size)
+        allowed, exists = (in_blocks(x, tile_q, size) for x in in_order)
         # Every (head, q tile) in a row, as the offsets have them.
         allowed, exists = (x.reshape((-1,) + x.shape[2:]) for x in (allowed, exists))
         bits = np.unpackbits(tiles.mask_bits, axis=2, bitorder="little").astype(bool)
@@ -135,7 +135,7 @@ def test_equal_mask_blocks_are_stored_once():
 
 def test_the_cheapest_tile_is_chosen():
     def chosen(mode, q_len, stride, block_size=32):
-        return pattern_block_mask(mode, q_len, 4, block_size, stride).tiles().block_q
+        return pattern_block_mask(mode, q_len, 4, block_size, stride).tiles().tile_q
 
     assert chosen("all", 4096, 128) == 128
     assert chosen("fixed", 4096, 128) == 128  # a window of queries shares its keys
@@ -163,11 +163,11 @@ def test_tile_arrays_are_what_kernels_read():
 # ---- errors ----
 
 
-@pytest.mark.parametrize("block_q", [8, 24, 48, 256, "32"])
-def test_tiles_name_a_size_that_does_not_fit(block_q):
+@pytest.mark.parametrize("tile_q", [8, 24, 48, 256, "32"])
+def test_tiles_name_a_size_that_does_not_fit(tile_q):
     block_mask = BlockMask(np.ones([2, 2]), block_size=16)
     with pytest.raises(ValueError, match=r"one of \[16, 32, 64, 128\], got"):
-        block_mask.tiles(block_q)
+        block_mask.tiles(tile_q)
 
 
 def test_kv_tiles_name_what_does_not_fit():

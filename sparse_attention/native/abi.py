@@ -29,7 +29,7 @@ class Shape(ctypes.Structure):
         for name in (
             *("arch", "dtype", "head_dim", "head_dim_v"),
             *("is_row_strided", "is_scale_positive", "block_size"),
-            *("block_q", "tile_kv"),
+            *("tile_q", "tile_kv"),
         )
     ]
 
@@ -101,7 +101,7 @@ def plans(library, archs, dtype, head_dims, block_mask, group):
     shapes = [shape_of(library, arch, dtype, head_dims, block_mask) for arch in archs]
     return tiling.choose(
         block_mask,
-        min(shape.block_q for shape in shapes),
+        min(shape.tile_q for shape in shapes),
         min(shape.tile_kv for shape in shapes),
         head_dims,
         group,

@@ -97,7 +97,7 @@ def block_sparse_attention(
         )
     else:
         no_lengths = np.zeros([0], np.int32)
-        block_q, tile_kv, plan = plan_tensors(
+        tile_q, tile_kv, plan = plan_tensors(
             ops, block_mask, q, head_dims, heads // kv_heads
         )
         o, lse = ops.block_sparse_attention(
@@ -110,7 +110,7 @@ def block_sparse_attention(
             kv_heads=kv_heads,
             softmax_scale=softmax_scale,
             row_stride=block_mask.row_stride,
-            block_q=block_q,
+            block_q=tile_q,
             block_kv=block_mask.block_size,
             tile_kv=tile_kv,
             name=name,

@@ -24,10 +24,10 @@ Pairs = namedtuple(
         "q_tile",  # int [n], head * q_tiles + tile
         "kv_block",  # int [n], kv head * kv_blocks + block
         "mask_ids",  # int [n], into `masks`
-        "masks",  # bool [mask_blocks + 1, block_q, block_kv]; the last is all True
+        "masks",  # bool [mask_blocks + 1, tile_q, block_size]; the last is all True
         "is_attended",  # bool [kv_len, kv_heads, 1], by any query
-        "q_rows",  # int [q_tiles, block_q], row of each position, or q_len: it has none
-        "kv_rows",  # int [kv_blocks, block_kv], likewise
+        "q_rows",  # int [q_tiles, tile_q], row of each position, or q_len: it has none
+        "kv_rows",  # int [kv_blocks, block_size], likewise
         "q_positions",  # int [q_len], the position of each row
     ],
 )
@@ -57,7 +57,7 @@ def attention(
 
 
 def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
-    """o and lse of the q tiles, [heads * q_tiles, batch, block_q, ...]."""
+    """o and lse of the q tiles, [heads * q_tiles, batch, tile_q, ...]."""
 
     def gather_tile(x):
         return tf.gather(x, pairs.q_tile)
@@ -131,10 +131,10 @@ def _select(condition, x, y):
 
 @functools.lru_cache(maxsize=32)
 def _pairs(block_mask, heads, kv_heads):
-    block_q, block_kv, kv_indptr, kv_indices, mask_ids, mask_bits = block_mask.tiles()
+    tile_q, block_size, kv_indptr, kv_indices, mask_ids, mask_bits = block_mask.tiles()
     stride = block_mask.row_stride
-    q_rows, q_positions = _axis(block_mask.q_len, stride, block_q)
-    kv_rows, kv_positions = _axis(block_mask.kv_len, stride, block_kv)
+    q_rows, q_positions = _axis(block_mask.q_len, stride, tile_q)
+    kv_rows, kv_positions = _axis(block_mask.kv_len, stride, block_size)
     counts = np.diff(kv_indptr)
     q_tile = np.repeat(np.arange(len(counts)), counts)
     if block_mask.heads < heads:  # one plan for all heads
@@ -143,10 +143,10 @@ def _pairs(block_mask, heads, kv_heads):
         kv_indices, mask_ids = np.tile(kv_indices, heads), np.tile(mask_ids, heads)
     kv_head = q_tile // len(q_rows) // (heads // kv_heads)
     masks = np.unpackbits(mask_bits, axis=2, bitorder="little").astype(bool)
-    masks = np.concatenate([masks, np.ones([1, block_kv, block_q], bool)])
+    masks = np.concatenate([masks, np.ones([1, block_size, tile_q], bool)])
     mask_ids = np.where(mask_ids < 0, len(masks) - 1, mask_ids)
     kv_block = kv_head * len(kv_rows) + kv_indices
-    is_attended = np.zeros([kv_heads * len(kv_rows), block_kv], bool)
+    is_attended = np.zeros([kv_heads * len(kv_rows), block_size], bool)
     np.logical_or.at(is_attended, kv_block, np.any(masks, axis=2)[mask_ids])
     is_attended = is_attended.reshape(kv_heads, -1)[:, kv_positions]
     return Pairs(

@@ -13,7 +13,7 @@ _eager_plans = weakref.WeakKeyDictionary()
 
 
 def plan_tensors(ops, block_mask, q, head_dims, group):
-    """block_q, tile_kv, and the op's nine plan inputs: made once for a device or a graph.
+    """tile_q, tile_kv, and the op's nine plan inputs: made once for a device or a graph.
 
     In a graph they are constants, so that a saved one holds them. Tiles are as suits the
     GPUs that TensorFlow sees; where there are none the plan by keys is empty.
@@ -41,7 +41,7 @@ def plan_tensors(ops, block_mask, q, head_dims, group):
                     tf.constant(_as_bytes(array))
                     for array in (*tiles[2:], *kv_tiles[2:])
                 ]
-        plans[key] = tiles.block_q, kv_tiles.tile_kv, tensors
+        plans[key] = tiles.tile_q, kv_tiles.tile_kv, tensors
     return plans[key]
 
 

@@ -122,7 +122,7 @@ class BlockMask:
 
         Returns:
           Of the blocks that stay PARTIAL: flat indices, increasing; for each which mask
-          block it has; the different mask blocks, uint8 [:, block_kv, block_q / 8].
+          block it has; the different mask blocks, uint8 [:, block_size, tile_q / 8].
         """
         undecided = np.flatnonzero(self.block_kinds == PARTIAL)
         once, again = undecided, np.arange(len(undecided))
@@ -192,32 +192,32 @@ class BlockMask:
             self._cache["q"] = csr(self.block_kinds.transpose(0, 2, 1) != EMPTY)
         return self._cache["q"]
 
-    def tiles(self, block_q=None):
-        """The plan for q tiles of `block_q` positions: what the kernels read.
+    def tiles(self, tile_q=None):
+        """The plan for q tiles of `tile_q` positions: what the kernels read.
 
         A tile merges consecutive q blocks. It reads every kv block that one of them
         reads; mask bits hide it from the others.
 
         Args:
-          block_q: `block_size` times a power of two, at most 128; None: the cheapest,
+          tile_q: `block_size` times a power of two, at most 128; None: the cheapest,
             by computed elements over `EFFICIENCY`.
 
         Returns:
           `Tiles`, the same object each time.
 
         Raises:
-          ValueError: If `block_q` is none of these.
+          ValueError: If `tile_q` is none of these.
         """
         sizes = [size for size in EFFICIENCY if size >= self.block_size]
-        if block_q is None:
+        if tile_q is None:
             if None not in self._cache:
                 self._cache[None] = cheapest(self._blocks, sizes)
-            block_q = self._cache[None]
-        if block_q not in sizes:
-            raise ValueError(f"block_q must be one of {sizes}, got {block_q!r}")
-        if block_q not in self._cache:
-            self._cache[block_q] = tiles_of(self._blocks, block_q)
-        return self._cache[block_q]
+            tile_q = self._cache[None]
+        if tile_q not in sizes:
+            raise ValueError(f"tile_q must be one of {sizes}, got {tile_q!r}")
+        if tile_q not in self._cache:
+            self._cache[tile_q] = tiles_of(self._blocks, tile_q)
+        return self._cache[tile_q]
 
     def kv_tiles(self, tile_kv, group=1):
         """The plan for kv tiles of `tile_kv` positions: what the GPU's backward reads.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .tiling import EFFICIENCY, STREAMED
+from .tiling import EFFICIENCY, PASSING
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of blocks
 
@@ -18,7 +18,7 @@ class Blocks(NamedTuple):
     kinds: np.ndarray  # int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL
     partial: np.ndarray  # [PARTIAL blocks], flat indices into kinds, increasing
     mask_ids: np.ndarray  # int32 [PARTIAL blocks], index into mask_bits
-    mask_bits: np.ndarray  # uint8 [mask_blocks, block_kv, block_q / 8]
+    mask_bits: np.ndarray  # uint8 [mask_blocks, block_size, tile_q / 8]
 
     @property
     def block_size(self):
@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
         return codes
 
     def code_bits(self):
-        """uint8 [codes, block_kv, block_q / 8]: EMPTY, FULL, then the mask blocks."""
+        """uint8 [codes, block_size, tile_q / 8]: EMPTY, FULL, then the mask blocks."""
         empty = np.zeros((1, *self.mask_bits.shape[1:]), np.uint8)
         return np.concatenate([empty, ~empty, self.mask_bits])
 
@@ -47,12 +47,12 @@ class Tiles(NamedTuple):
     key kv of the block.
     """
 
-    block_q: int  # positions in a q tile
-    block_kv: int  # positions in a kv block
+    tile_q: int  # positions in a q tile
+    block_size: int  # positions in a kv block
     kv_indptr: np.ndarray  # int32 [heads * q_tiles + 1], offsets into kv_indices
     kv_indices: np.ndarray  # int32 [entries], kv blocks, increasing within a q tile
     mask_ids: np.ndarray  # int32 [entries], index into mask_bits; -1: FULL
-    mask_bits: np.ndarray  # uint8 [mask_blocks, block_kv, block_q / 8]
+    mask_bits: np.ndarray  # uint8 [mask_blocks, block_size, tile_q / 8]
 
 
 class KvTiles(NamedTuple):
@@ -77,16 +77,16 @@ class KvTiles(NamedTuple):
 def cheapest(blocks, sizes):
     """Of sizes of q tiles, that with the least computed elements over `EFFICIENCY`."""
 
-    def cost(block_q):
-        entries = np.count_nonzero(_tile_kinds(blocks, block_q).max(axis=2))
-        return entries * block_q / EFFICIENCY[block_q]
+    def cost(tile_q):
+        entries = np.count_nonzero(_tile_kinds(blocks, tile_q).max(axis=2))
+        return entries * tile_q / EFFICIENCY[tile_q]
 
     return min(sizes, key=cost)
 
 
-def tiles_of(blocks, block_q):
+def tiles_of(blocks, tile_q):
     """`BlockMask.tiles` of a size that fits."""
-    kinds = _tile_kinds(blocks, block_q)
+    kinds = _tile_kinds(blocks, tile_q)
     is_read = kinds.max(axis=2) != EMPTY
     is_mixed = is_read & (kinds.min(axis=2) != FULL)
     head, tile, kv_block = (i[:, None] for i in np.nonzero(is_mixed))
@@ -98,21 +98,21 @@ def tiles_of(blocks, block_q):
     mask_ids[is_mixed[is_read]] = number(codes, seen)
     codes = np.frombuffer(b"".join(seen), codes.dtype).reshape(-1, kinds.shape[2])
     mask_bits = blocks.code_bits()[codes].transpose(0, 2, 1, 3)
-    mask_bits = mask_bits.reshape(-1, blocks.block_size, block_q // 8)
+    mask_bits = mask_bits.reshape(-1, blocks.block_size, tile_q // 8)
     mask_bits = np.ascontiguousarray(mask_bits)  # the kernels read it as it lies
     freeze(mask_ids, mask_bits)
     indptr, indices = csr(is_read)
-    return Tiles(block_q, blocks.block_size, indptr, indices, mask_ids, mask_bits)
+    return Tiles(tile_q, blocks.block_size, indptr, indices, mask_ids, mask_bits)
 
 
-def _tile_kinds(blocks, block_q):
+def _tile_kinds(blocks, tile_q):
     """int8 [heads, q_tiles, q blocks of a tile, kv_blocks]: the kinds by tiles.
 
     The last q block is repeated until it fills the last tile: only rows that do not
     exist see the difference.
     """
     heads, q_blocks, kv_blocks = blocks.kinds.shape
-    count = block_q // blocks.block_size
+    count = tile_q // blocks.block_size
     padding = [(0, 0), (0, -q_blocks % count), (0, 0)]
     kinds = np.pad(blocks.kinds, padding, mode="edge")
     return kinds.reshape(heads, -1, count, kv_blocks)
@@ -131,7 +131,7 @@ def kv_tiles_of(blocks, tile_kv, group):
         key = np.packbits(kinds != EMPTY).tobytes()
         if key not in known:
             lists = _by_key(kinds)[:-1] != EMPTY
-            known[key] = _collect(lists, count, STREAMED // block_size)
+            known[key] = _collect(lists, count, PASSING // block_size)
         collected.append(known[key])
     tiles = max(map(len, collected))
     tile_blocks = np.full((shares, tiles, count), -1, np.int32)
@@ -177,7 +177,7 @@ def _collect(lists, count, gather):
     (Summary columns of `fixed` meet where a window has 32 blocks at most.)
 
     In the second pass the longest list comes first, and steps count in place of q blocks:
-    the kernel streams `gather` q blocks a step, so that short lists may share a step. A
+    the kernel takes `gather` q blocks a step, so that short lists may share a step. A
     tile fits that adds at most half of the steps it takes alone. No mask is new: tiles
     with room have masks everywhere.
 

@@ -6,7 +6,7 @@ GPUs alone: which tiles fit a device's shared memory, and how a kernel works on 
 
 # Block sizes, each with the share of its peak a kernel reaches on q tiles that high.
 EFFICIENCY = {8: 0.35, 16: 0.55, 32: 0.75, 64: 0.92, 128: 1.0}
-STREAMED = 128  # queries that a kv tile reads at a time, at most
+PASSING = 128  # queries that a kv tile reads at a time, at most
 
 # kv tiles of 64 pay where they list at most so many times the blocks of those of 128: 1.5
 # for `local` and `strided` (dkv: 0.54 for 0.61 ms, 0.49 for 0.53), 1.9 for `fixed` and

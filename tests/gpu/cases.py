@@ -20,7 +20,7 @@ from sparse_attention.plan.patterns import pattern_block_mask
 
 Case = namedtuple(
     "Case",
-    "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths block_q "
+    "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths tile_q "
     "tile_kv softmax_scale",
 )
 BATCH = 2
@@ -35,7 +35,7 @@ def case(
     head_dim=32,
     head_dim_v=None,
     kv_lengths=None,
-    block_q=None,
+    tile_q=None,
     tile_kv=None,
     softmax_scale=None,
 ):
@@ -49,7 +49,7 @@ def case(
         head_dim,
         head_dim_v or head_dim,
         kv_lengths,
-        block_q,
+        tile_q,
         tile_kv,
         softmax_scale,
     )
@@ -109,14 +109,14 @@ def _dims():
 
 def _features():
     for dtype in abi.DTYPES:
-        for block_q in (8, 16, 32, 64, 128):
+        for tile_q in (8, 16, 32, 64, 128):
             yield case(
-                f"block_q-{block_q}",
+                f"tile_q-{tile_q}",
                 lambda: random_block_mask(2, 8, 203, 301, 2),
                 dtype,
                 head_dim=64,
-                block_q=block_q,
-                tile_kv=max(block_q, 32),
+                tile_q=tile_q,
+                tile_kv=max(tile_q, 32),
             )
         yield case(
             "shared-heads",
@@ -166,8 +166,8 @@ VOLTA_CASES = [
 def plans_of(library, case, arch):
     """The `Tiles` and `KvTiles` that a case runs."""
     block_mask, group = case.block_mask(), case.heads // case.kv_heads
-    if case.block_q:
-        return block_mask.tiles(case.block_q), block_mask.kv_tiles(case.tile_kv, group)
+    if case.tile_q:
+        return block_mask.tiles(case.tile_q), block_mask.kv_tiles(case.tile_kv, group)
     head_dims = case.head_dim, case.head_dim_v
     return abi.plans(library, [arch], case.dtype, head_dims, block_mask, group)
 
@@ -178,7 +178,7 @@ def kernels_of(library, case, arch):
     head_dims = case.head_dim, case.head_dim_v
     shape = abi.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
     shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
-    shape.block_q, shape.tile_kv = tiles.block_q, kv_tiles.tile_kv
+    shape.tile_q, shape.tile_kv = tiles.tile_q, kv_tiles.tile_kv
     return [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
 
 

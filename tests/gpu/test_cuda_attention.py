@@ -77,7 +77,7 @@ def test_volta_kernels_match_reference(case):
 
 
 FEATURE_CASES = [
-    c for c in CASES if c.name.startswith(("block_q-64", "row-stride", "dim-64"))
+    c for c in CASES if c.name.startswith(("tile_q-64", "row-stride", "dim-64"))
 ]
 
 

@@ -62,14 +62,14 @@ inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPla
   SPATTN_RETURN_IF(plan.heads != 1 && plan.heads != problem.heads,
                    "the plan's heads must be 1 or heads=%d, got %d", problem.heads, plan.heads);
   for (const auto& [name, size] :
-       {Named{"block_q", plan.block_q}, Named{"block_kv", plan.block_kv}}) {
+       {Named{"tile_q", plan.tile_q}, Named{"block_size", plan.block_size}}) {
     SPATTN_RETURN_IF(!IsBlock(size), "%s must be 8, 16, 32, 64 or 128, got %lld", name,
                      (LongLong)size);
   }
   const int64_t q_tiles =
-      (Positions(problem.q_len, problem.row_stride) + plan.block_q - 1) / plan.block_q;
+      (Positions(problem.q_len, problem.row_stride) + plan.tile_q - 1) / plan.tile_q;
   const int64_t kv_blocks =
-      (Positions(problem.kv_len, problem.row_stride) + plan.block_kv - 1) / plan.block_kv;
+      (Positions(problem.kv_len, problem.row_stride) + plan.block_size - 1) / plan.block_size;
   SPATTN_RETURN_IF(plan.q_tiles != q_tiles, "q_tiles must be %lld for q_len=%lld, got %lld",
                    (LongLong)q_tiles, (LongLong)problem.q_len, (LongLong)plan.q_tiles);
   SPATTN_RETURN_IF(plan.kv_blocks != kv_blocks, "kv_blocks must be %lld for kv_len=%lld, got %lld",

@@ -63,7 +63,7 @@ typedef struct {
 // Which keys each q tile reads: a CSR list of kv blocks for every (plan head, q tile).
 typedef struct {
   int32_t heads;               // heads of the problem, or 1: shared between them
-  int32_t block_q, block_kv;   // positions in a q tile and in a kv block: 8, 16, 32, 64 or 128
+  int32_t tile_q, block_size;  // positions in a q tile and in a kv block: 8, 16, 32, 64 or 128
   int64_t q_tiles, kv_blocks;  // ceil(positions / block)
   int64_t entries;             // length of kv_indices and mask_ids
   int64_t mask_blocks;         // length of mask_bits' first dimension
@@ -71,7 +71,7 @@ typedef struct {
   const int32_t* kv_indices;   // [entries] kv block, increasing within a q tile
   const int32_t* mask_ids;     // [entries] -1: FULL, no mask; otherwise which block of mask_bits
   const uint8_t*
-      mask_bits;  // [mask_blocks, block_kv, block_q / 8] bit q mod 8 of byte q / 8 is set
+      mask_bits;  // [mask_blocks, block_size, tile_q / 8] bit q mod 8 of byte q / 8 is set
                   // where the query attends to the key
 } SpattnPlan;
 
@@ -151,8 +151,8 @@ typedef struct {
   int32_t dtype, head_dim, head_dim_v;  // SpattnProblem's
   int32_t is_row_strided;               // row_stride > 1
   int32_t is_scale_positive;            // softmax_scale > 0
-  int32_t block_size;                   // block_kv of the plan, block_size of the transpose
-  int32_t block_q, tile_kv;             // of the plan and of its transpose
+  int32_t block_size;                   // of the plan and of its transpose
+  int32_t tile_q, tile_kv;              // of the plan and of its transpose
 } SpattnCudaShape;
 
 typedef enum {
@@ -178,7 +178,7 @@ typedef void (*SpattnCudaCode)(const SpattnCudaKernel* kernel, int32_t arch, con
 // Where kernels come from, before the first call. arch: what to compile for; 0: the device's own.
 SPATTN_API void spattn_cuda_set_code(SpattnCudaCode code, int32_t arch);
 
-// Sets block_q and tile_kv to the largest, up to 128, whose kernels fit the device's shared memory.
+// Sets tile_q and tile_kv to the largest, up to 128, whose kernels fit the device's shared memory.
 SPATTN_API void spattn_cuda_tiles(SpattnCudaShape* shape);
 SPATTN_API void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase,
                                    SpattnCudaKernel* kernel);

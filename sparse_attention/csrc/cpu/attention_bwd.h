@@ -16,7 +16,7 @@
 // Stages:  per key tile: load | s = k q | p | dp = v do | ds | dq += k ds | dv += p do | dk += ds q
 // Memory:  workspace: two tiles of scores a worker, and float32 dk, dv sums: of the present task for
 //          each worker where splits are apart or one, else of all tasks (batch * kv_heads < kMinTasks)
-// Cost:    10 * block_q * block_kv * head_dim FLOP per computed block (five matmuls)
+// Cost:    10 * tile_q * block_size * head_dim FLOP per computed block (five matmuls)
 // Numerics: as the forward pass; lse is read in nats.
 // After:   Dao et al. 2022 (arXiv:2205.14135), algorithm 4, with queries outside.
 #ifndef SPARSE_ATTENTION_CPU_ATTENTION_BWD_H_
@@ -459,7 +459,7 @@ struct BwdWorkspaceLayout {
     const int64_t workers = Max(threads, 1);
     const int64_t heads = problem.batch * problem.kv_heads, groups = splits.groups();
     constexpr int64_t kRows = 256;  // of q, do, dq, whose tiles are 160 KB then at head_dim 64
-    task_heads = HeadsATask(params.plan, problem.kv_heads, params.plan.block_q, kRows,
+    task_heads = HeadsATask(params.plan, problem.kv_heads, params.plan.tile_q, kRows,
                             heads * splits.count(), workers);
     Arena sizes(nullptr), arena(base);
     const BwdScratch scratch_sizes(&sizes, problem, task_heads);
@@ -476,7 +476,7 @@ struct BwdWorkspaceLayout {
         range.store_begin = past;
         past = Max(past, range.end);
         range.store_end =
-            s + 1 == splits.count() ? params.plan.kv_blocks * params.plan.block_kv : past;
+            s + 1 == splits.count() ? params.plan.kv_blocks * params.plan.block_size : past;
         const int64_t length = range.end - range.begin;
         sums_floats = Max(sums_floats, length * (ld + ld_v));
         if (splits.are_apart()) {
@@ -549,7 +549,7 @@ inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, voi
   });
   if (layout.splits.are_apart()) return;
 
-  const int64_t positions = params.plan.kv_blocks * params.plan.block_kv;
+  const int64_t positions = params.plan.kv_blocks * params.plan.block_size;
   constexpr int64_t kPositions = 256;  // of a task
   const int64_t chunks = CeilDiv(positions, kPositions);
   ParallelFor(threads, problem.batch * problem.kv_heads * chunks, [&](int64_t task, int32_t) {

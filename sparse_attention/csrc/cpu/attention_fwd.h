@@ -14,7 +14,7 @@
 //          A panel skips the keys before the first and after the last that it attends to, so a tile
 //          on the diagonal costs about half.
 // Memory:  workspace a worker: 4 (kTileQ + kTileKV) (d + dv) bytes a head, 96 KB at 64, for four heads
-// Cost:    4 * block_q * block_kv * head_dim FLOP per computed block (two matmuls)
+// Cost:    4 * tile_q * block_size * head_dim FLOP per computed block (two matmuls)
 // Numerics: float32 inside, and p rounded to bfloat16 where words are pairs; base-2 softmax with running
 //          maximum, lse in nats. Bitwise deterministic: a task owns its rows and visits its keys in the
 //          plan's order, FULL blocks first.
@@ -236,7 +236,7 @@ inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, const He
 inline int FwdHeadsATask(const SpattnFwdParams& params, int32_t workers) {
   const SpattnProblem& problem = params.problem;
   constexpr int64_t kRows = 256;  // of q and o, whose tiles are 128 KB then at head_dim 64
-  return HeadsATask(params.plan, problem.heads, params.plan.block_q, kRows,
+  return HeadsATask(params.plan, problem.heads, params.plan.tile_q, kRows,
                     problem.batch * problem.heads * params.plan.q_tiles, workers);
 }
 

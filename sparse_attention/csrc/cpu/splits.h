@@ -60,8 +60,8 @@ class Splits {
       }
       if (plan_.heads == 1) break;
     }
-    *begin = last < 0 ? 0 : first * plan_.block_kv;
-    *end = (last + 1) * plan_.block_kv;
+    *begin = last < 0 ? 0 : first * plan_.block_size;
+    *end = (last + 1) * plan_.block_size;
   }
 
  private:

@@ -78,10 +78,10 @@ struct QTile {
   int64_t rows[kTileQ];
 
   QTile(const SpattnProblem& problem, const SpattnPlan& plan, int64_t tile)
-      : panels(static_cast<int>(CeilDiv(plan.block_q, kPanel))) {
-    RowWalk walk(problem.q_len, problem.row_stride, tile * plan.block_q);
+      : panels(static_cast<int>(CeilDiv(plan.tile_q, kPanel))) {
+    RowWalk walk(problem.q_len, problem.row_stride, tile * plan.tile_q);
     for (int i = 0; i < panels * kPanel; ++i, walk.Next()) {
-      rows[i] = i < plan.block_q ? walk.row() : -1;
+      rows[i] = i < plan.tile_q ? walk.row() : -1;
     }
   }
 };
@@ -241,7 +241,7 @@ class KeyWalk {
       if ((plan_.mask_ids[entry_] >= 0) == kMasked) TakeFromBlock(tile);
       if (column_ == 0) ++entry_;
     }
-    for (int panel = 0; panel * kPanel < plan_.block_q; ++panel) {
+    for (int panel = 0; panel * kPanel < plan_.tile_q; ++panel) {
       KeyRange& read = tile->read[panel];
       read = {0, tile->count};
       if (!kMasked) continue;
@@ -258,9 +258,9 @@ class KeyWalk {
  private:
   // Adds keys of the present block until it ends (column_ == 0 again) or the tile is full.
   void TakeFromBlock(KeyTile* tile) {
-    const int64_t start = static_cast<int64_t>(plan_.kv_indices[entry_]) * plan_.block_kv;
+    const int64_t start = static_cast<int64_t>(plan_.kv_indices[entry_]) * plan_.block_size;
     const uint8_t* block = nullptr;
-    if (kMasked) block = plan_.mask_bits + plan_.mask_ids[entry_] * RowBytes() * plan_.block_kv;
+    if (kMasked) block = plan_.mask_bits + plan_.mask_ids[entry_] * RowBytes() * plan_.block_size;
     if (column_ == 0) walk_ = RowWalk(problem_.kv_len, problem_.row_stride, start);
     while (tile->count < kTileKV) {
       const int64_t row = walk_.row();
@@ -271,14 +271,14 @@ class KeyWalk {
         ++tile->count;
       }
       walk_.Next();
-      if (++column_ == plan_.block_kv) {
+      if (++column_ == plan_.block_size) {
         column_ = 0;
         return;
       }
     }
   }
 
-  int64_t RowBytes() const { return plan_.block_q / 8; }
+  int64_t RowBytes() const { return plan_.tile_q / 8; }
 
   // Bytes are in little-endian order: bit 8 of a word is bit 0 of byte 1.
   void SetAttends(int panel, int count, uint32_t* attends) const {

@@ -158,13 +158,13 @@ class AttentionOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("kv_heads", &kv_heads_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("softmax_scale", &softmax_scale_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("row_stride", &row_stride_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("block_q", &block_q_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("block_kv", &block_kv_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("block_q", &tile_q_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("block_kv", &block_size_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("tile_kv", &tile_kv_));
     OP_REQUIRES(ctx, heads_ > 0 && kv_heads_ > 0 && heads_ % kv_heads_ == 0,
                 InvalidArgument("kv_heads must divide heads, got kv_heads=", kv_heads_,
                                 " and heads=", heads_));
-    for (int32 block : {block_q_, block_kv_}) {
+    for (int32 block : {tile_q_, block_size_}) {
       OP_REQUIRES(
           ctx, block > 0 && block % 8 == 0,
           InvalidArgument("block_q and block_kv must be 8, 16, 32, 64 or 128, got ", block));
@@ -209,15 +209,15 @@ class AttentionOp : public OpKernel {
     const Tensor &tile_blocks = ctx->input(first), &q_indptr = ctx->input(first + 1);
     const Tensor &q_indices = ctx->input(first + 2), &mask_ids = ctx->input(first + 3);
     const Tensor& mask_bits = ctx->input(first + 4);
-    if (tile_kv_ < block_kv_ || tile_kv_ % block_kv_ != 0) {
+    if (tile_kv_ < block_size_ || tile_kv_ % block_size_ != 0) {
       return InvalidArgument(
           "the gradient on a GPU needs a plan by keys with tile_kv a multiple of block_kv=",
-          block_kv_, ", got tile_kv=", tile_kv_,
+          block_size_, ", got tile_kv=", tile_kv_,
           "; was the graph made where TensorFlow sees no GPU?");
     }
-    plan->block_size = block_kv_;
+    plan->block_size = block_size_;
     plan->tile_kv = tile_kv_;
-    plan->q_blocks = Blocks(problem.q_len, block_kv_);
+    plan->q_blocks = Blocks(problem.q_len, block_size_);
     plan->kv_tiles = tile_blocks.dims() == 4 ? tile_blocks.dim_size(1) : 0;
     const int64 lists = q_indptr.dims() == 2 ? q_indptr.dim_size(0) - 1 : 0;
     plan->heads = lists == plan->kv_tiles ? 1 : heads_;
@@ -226,13 +226,13 @@ class AttentionOp : public OpKernel {
     const int64 shares = plan->heads == 1 ? 1 : kv_heads_;
     SPATTN_TF_RETURN_IF_ERROR(
         CheckShape("tile_blocks", tile_blocks,
-                   TensorShape({shares, plan->kv_tiles, tile_kv_ / block_kv_, 4})));
+                   TensorShape({shares, plan->kv_tiles, tile_kv_ / block_size_, 4})));
     SPATTN_TF_RETURN_IF_ERROR(
         CheckShape("q_indptr", q_indptr, TensorShape({plan->heads * plan->kv_tiles + 1, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape("q_indices", q_indices, TensorShape({plan->entries, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape("kv_mask_ids", mask_ids, TensorShape({plan->entries, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape(
-        "kv_mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_kv_, tile_kv_ / 8})));
+        "kv_mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_size_, tile_kv_ / 8})));
     plan->tile_blocks = DataOf<int32_t>(tile_blocks);
     plan->q_indptr = DataOf<int32_t>(q_indptr);
     plan->q_indices = DataOf<int32_t>(q_indices);
@@ -259,16 +259,16 @@ class AttentionOp : public OpKernel {
                   SpattnPlan* plan) const {
     const Tensor &kv_indptr = ctx->input(first), &kv_indices = ctx->input(first + 1);
     const Tensor &mask_ids = ctx->input(first + 2), &mask_bits = ctx->input(first + 3);
-    plan->block_q = block_q_;
-    plan->block_kv = block_kv_;
-    plan->q_tiles = Blocks(problem.q_len, block_q_);
-    plan->kv_blocks = Blocks(problem.kv_len, block_kv_);
+    plan->tile_q = tile_q_;
+    plan->block_size = block_size_;
+    plan->q_tiles = Blocks(problem.q_len, tile_q_);
+    plan->kv_blocks = Blocks(problem.kv_len, block_size_);
     const int64 lists = kv_indptr.NumElements() / 4 - 1;
     plan->heads = lists == plan->q_tiles ? 1 : heads_;
     if (kv_indptr.shape() != TensorShape({plan->heads * plan->q_tiles + 1, 4})) {
       return InvalidArgument(
           "kv_indptr must have ", plan->q_tiles, " + 1 or heads * ", plan->q_tiles,
-          " + 1 rows of 4 for q_len=", problem.q_len, " and block_q=", block_q_, ", got shape ",
+          " + 1 rows of 4 for q_len=", problem.q_len, " and block_q=", tile_q_, ", got shape ",
           kv_indptr.shape().DebugString(), "; was the plan made for this length?");
     }
     plan->entries = kv_indices.NumElements() / 4;
@@ -277,7 +277,7 @@ class AttentionOp : public OpKernel {
         CheckShape("kv_indices", kv_indices, TensorShape({plan->entries, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape("mask_ids", mask_ids, TensorShape({plan->entries, 4})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape(
-        "mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_kv_, block_q_ / 8})));
+        "mask_bits", mask_bits, TensorShape({plan->mask_blocks, block_size_, tile_q_ / 8})));
     plan->kv_indptr = DataOf<int32_t>(kv_indptr);
     plan->kv_indices = DataOf<int32_t>(kv_indices);
     plan->mask_ids = DataOf<int32_t>(mask_ids);
@@ -290,7 +290,7 @@ class AttentionOp : public OpKernel {
     return (positions + block - 1) / block;
   }
 
-  int32 heads_, kv_heads_, block_q_, block_kv_, tile_kv_;
+  int32 heads_, kv_heads_, tile_q_, block_size_, tile_kv_;
   int64 row_stride_;
   float softmax_scale_;
 };

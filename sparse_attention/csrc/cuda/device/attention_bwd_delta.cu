@@ -1,8 +1,9 @@
 // attention_bwd_delta.cu — the two numbers of each query row that the other backward passes read.
 //
-// Math:    delta_i = <do_i, o_i> - dlse_i       lse_exp_i = lse_i * kExpScale, +inf for an empty
-//          row With them ds_ij = p_ij * (dp_ij - delta_i), p_ij = Exp(s_ij * kExpScale -
-//          lse_exp_i), and an empty row's p is 0.
+// Math:    delta_i = <do_i, o_i> - dlse_i
+//          lse_exp_i = lse_i * kExpScale, or +inf for an empty row
+//          With them p_ij = Exp(s_ij * kExpScale - lse_exp_i), which is 0 in an empty row, and
+//          ds_ij = p_ij * (dp_ij - delta_i).
 // Mapping: kLanes neighbouring lanes per (batch, row, head), heads fastest, as the tensors lie.
 // Cost:    reads o, do, lse once; writes two floats per row.
 // Numerics: f32 sums, in a fixed order.

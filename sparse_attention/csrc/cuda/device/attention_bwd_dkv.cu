@@ -4,17 +4,17 @@
 // attend to j), p_ij and ds_ij as in attention_bwd_dq.cu:
 //   dv_j = sum_i p_ij * do_i            dk_j = softmax_scale * sum_i ds_ij * q_i
 //
-// Mapping: one CTA per (kv tile and split, kv head, batch) = grid (x, y, z), streaming for every
-//          head of the group the queries of the tile's list. The tile's kv blocks need not be
+// Mapping: one CTA per (kv tile and split, kv head, batch) = grid (x, y, z), past which the
+//          queries of the tile's list go, for every head of the group. The tile's kv blocks need not be
 //          neighbours (params.h). Everything is held transposed, keys as rows, so that p and ds go
 //          from accumulator to operand within registers. Wide heads share the columns of dk and dv
 //          among kSplits CTAs, which repeat the scores.
-// Tiles:   k_smem, v_smem [kBlockKV, dim]
-//          q_smem, do_smem [kStages][kBlockQ, dim], lse_exp, delta and mask words beside them
+// Tiles:   k_smem, v_smem [kTileKV, dim]
+//          q_smem, do_smem [kStages][kTileQ, dim], lse_exp, delta and mask words beside them
 //          s_frag, dp_frag [keys of a warp, kSubQ] f32, registers
 //          dk_frag, dv_frag [keys of a warp, dim] f32, registers
 // Stages:  load(n+1) | s = k qT, dp = v doT | p (0 where masked) | dv += p do | ds | dk += ds q
-// Memory:  smem = (kBlockKV + kStages * kBlockQ) * both dims * sizeof(T) and padding (Smem)
+// Memory:  smem = (kTileKV + kStages * kTileQ) * both dims * sizeof(T) and padding (Smem)
 // Cost:    8 * head_dim FLOP per computed pair;
 //          HBM reads: k, v once, q and do once per kv tile that lists them; writes: dk, dv.
 // Numerics: as attention_fwd; p and ds are rounded to T before their second product. The heads of a
@@ -23,48 +23,48 @@
 // After:   Dao et al. 2022 (arXiv:2205.14135), appendix B.
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/matmul.cuh"
-#include "cuda/device/stream.cuh"
+#include "cuda/device/pipeline.cuh"
 
 namespace spattn {
 
 // ---- config ----
 
 constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
-constexpr int kBlockKV = SPATTN_BLOCK_KV;  // keys of a plan tile
+constexpr int kTileKV = SPATTN_TILE_KV;  // keys of a plan tile
 constexpr int kPlanBlock =
-    SPATTN_PLAN_BLOCK;  // block_size: keys of an owned, queries of a streamed block
-constexpr int kBlockQ = SPATTN_BLOCK_Q;  // queries of a streamed tile
-constexpr int kSubQ = SPATTN_SUB_Q;      // of which scores are in registers at a time
+    SPATTN_PLAN_BLOCK;                 // block_size: keys of an owned, queries of a passing block
+constexpr int kTileQ = SPATTN_TILE_Q;  // queries of a passing tile
+constexpr int kSubQ = SPATTN_SUB_Q;    // of which scores are in registers at a time
 constexpr int kWarps = SPATTN_WARPS, kThreads = kWarps * 32;
 constexpr int kStages = SPATTN_STAGES;
 constexpr int kSplits = SPATTN_SPLITS;
-constexpr int kOwned = Max(kBlockKV / kPlanBlock, 1);  // blocks of a tile
-constexpr int kM = kBlockKV / kWarps / 16, kWarpRows = kM * 16;
+constexpr int kOwned = Max(kTileKV / kPlanBlock, 1);  // blocks of a tile
+constexpr int kM = kTileKV / kWarps / 16, kWarpRows = kM * 16;
 constexpr int kN = kSubQ / 8;
 constexpr int kOutK =
     PaddedDim(CeilDiv(PaddedDim(kHeadDim), kSplits)) / 8;  // n8 columns of a split
 constexpr int kOutV = PaddedDim(CeilDiv(PaddedDim(kHeadDimV), kSplits)) / 8;
-static_assert(kM * 16 * kWarps == kBlockKV && (kM == 1 || kM == 2), "a warp has 16 or 32 rows");
-static_assert(kBlockKV % kPlanBlock == 0, "a tile is whole blocks");
-static_assert(kBlockQ % kSubQ == 0 && kSubQ % 32 == 0, "sub-tiles");
+static_assert(kM * 16 * kWarps == kTileKV && (kM == 1 || kM == 2), "a warp has 16 or 32 rows");
+static_assert(kTileKV % kPlanBlock == 0, "a tile is whole blocks");
+static_assert(kTileQ % kSubQ == 0 && kSubQ % 32 == 0, "sub-tiles");
 static_assert(!kHasWgmma || (kOutK % 8 == 0 && kOutV % 8 == 0), "a split is whole panels");
-using List = BlockList<kBlockQ, kPlanBlock>;
-using KTile = Tile<kBlockKV, kHeadDim>;
-using VTile = Tile<kBlockKV, kHeadDimV>;
-using QTile = Tile<kBlockQ, kHeadDim>;
-using DoTile = Tile<kBlockQ, kHeadDimV>;
+using List = BlockList<kTileQ, kPlanBlock>;
+using KTile = Tile<kTileKV, kHeadDim>;
+using VTile = Tile<kTileKV, kHeadDimV>;
+using QTile = Tile<kTileQ, kHeadDim>;
+using DoTile = Tile<kTileQ, kHeadDimV>;
 
 struct Smem {
   static constexpr int kRows = RoundUp(KTile::kBytes + VTile::kBytes, kTileAlign);
-  static constexpr int kRow = kBlockQ * 4;  // one float for each query
-  static constexpr int kMask = kBlockQ * MaskWords(kBlockKV) * 4;
+  static constexpr int kRow = kTileQ * 4;  // one float for each query
+  static constexpr int kMask = kTileQ * MaskWords(kTileKV) * 4;
   static constexpr int kStage =
       RoundUp(QTile::kBytes + DoTile::kBytes + 2 * kRow + kMask, kTileAlign);
   static constexpr int kScratch = ScratchBytes<kSubQ>();
   static constexpr int kBytes = kRows + kStages * kStage + kWarps * kScratch;
   static constexpr int kDk =
-      kBlockKV * StorePitch(kOutK * 8) * sizeof(T);  // where dk leaves; dv behind it
-  static constexpr int kDv = kBlockKV * StorePitch(kOutV * 8) * sizeof(T);
+      kTileKV * StorePitch(kOutK * 8) * sizeof(T);  // where dk leaves; dv behind it
+  static constexpr int kDv = kTileKV * StorePitch(kOutV * 8) * sizeof(T);
   static_assert(kDk + kDv <= kBytes, "dk and dv leave through it");
 };
 static_assert(Smem::kBytes == SPATTN_SHARED_MEMORY, "the host counts other bytes");
@@ -100,7 +100,7 @@ DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const ColumnSt
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t allowed =
-          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+          kMasked ? FragmentMask<kTileKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
 #pragma unroll
       for (int i = 0; i < kM * 2; ++i) {
         float& at = s[i / 2][n][i % 2 * 2 + j];
@@ -119,7 +119,7 @@ DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t allowed =
-          kMasked ? FragmentMask<kBlockKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+          kMasked ? FragmentMask<kTileKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
 #pragma unroll
       for (int i = 0; i < kM * 2; ++i) {
         float& at = dp[i / 2][n][i % 2 * 2 + j];
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     unsigned char* at = smem + Smem::kRows + buffer * Smem::kStage;
     float* stats = reinterpret_cast<float*>(at + QTile::kBytes + DoTile::kBytes);
     return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + QTile::kBytes), stats,
-                 stats + kBlockQ, reinterpret_cast<uint32_t*>(stats + 2 * kBlockQ)};
+                 stats + kTileQ, reinterpret_cast<uint32_t*>(stats + 2 * kTileQ)};
   };
   const auto key_row = [&](int r) {
     const int block = __ldg(plan.tile_blocks + first_owned + r / kPlanBlock);
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     return valid ? kv_rows.Row(block * kPlanBlock + r % kPlanBlock) : -1;
   };
 
-  LoadRowPair<kBlockKV, kHeadDim, kHeadDimV, kThreads, false>(
+  LoadRowPair<kTileKV, kHeadDim, kHeadDimV, kThreads, false>(
       k_smem, RowSpan::Make(params.k, batch, kv_head), v_smem,
       RowSpan::Make(params.v, batch, kv_head), key_row);
   RowOperand<kM, KTile, SPATTN_KV_IN_REGISTERS> k_operand;
@@ -190,18 +190,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         return kMasked ? q_rows.Row(list.Position(blocks, r))
                        : q_rows.ExistingRow(list.ExistingPosition(blocks, r));
       };
-      LoadRowPair<kBlockQ, kHeadDim, kHeadDimV, kThreads, !kMasked>(stage.q, q, stage.dout, dout,
-                                                                    row_of);
+      LoadRowPair<kTileQ, kHeadDim, kHeadDimV, kThreads, !kMasked>(stage.q, q, stage.dout, dout,
+                                                                   row_of);
       const unsigned thread = Opaque(threadIdx.x);
 #pragma unroll
-      for (int i = 0; i < CeilDiv(kBlockQ, kThreads); ++i) {
+      for (int i = 0; i < CeilDiv(kTileQ, kThreads); ++i) {
         const unsigned r = thread + i * kThreads;
-        if (r >= kBlockQ) break;  // whole warps
+        if (r >= kTileQ) break;  // whole warps
         const int row = row_of(r);
         CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
         CopyAsync<4>(stage.delta + r, params.delta + stats_at + Max(row, 0), row >= 0);
       }
-      if (kMasked) LoadMask<kBlockKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
+      if (kMasked) LoadMask<kTileKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
     };
     const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
       constexpr bool kMasked = decltype(masked)::kValue;
@@ -212,9 +212,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       // With wgmma the next sub-tile's products are queued behind those for dv and dk.
       constexpr bool kQueues = kHasWgmma && !kMasked;
-#pragma unroll(kQueues ? kBlockQ / kSubQ : 1)
-      for (int sub = 0; sub < kBlockQ; sub += kSubQ) {
-        if (kMasked && !AnyAllowed<kBlockKV, kWarpRows, kSubQ>(stage.mask, sub)) continue;
+#pragma unroll(kQueues ? kTileQ / kSubQ : 1)
+      for (int sub = 0; sub < kTileQ; sub += kSubQ) {
+        if (kMasked && !AnyAllowed<kTileKV, kWarpRows, kSubQ>(stage.mask, sub)) continue;
         k_operand.Locate(k_smem);
         v_operand.Locate(v_smem);
         const T *q_sub = stage.q + sub * QTile::kRowPitch,
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       MatmulWait<0>(dv_frag, dk_frag);
     };
-    StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, [](int) { return false; }, step);
+    PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, [](int) { return false; }, step);
   }
 
   // ---- epilogue ----

@@ -4,13 +4,13 @@
 //   p_ij = exp(softmax_scale * <q_i, k_j> - lse_i)     dp_ij = <do_i, v_j>
 //   ds_ij = p_ij * (dp_ij - delta_i)                   dq_i = softmax_scale * sum_j ds_ij * k_j
 //
-// Mapping: as attention_fwd: one CTA per (q tile, head, batch), streaming the tile's keys.
+// Mapping: as attention_fwd: one CTA per (q tile, head, batch), past which the tile's keys go.
 // Tiles:   q_smem, do_smem [kTileRows, dim]
-//          k_smem, v_smem [kStages][kBlockKV, dim] and mask words
+//          k_smem, v_smem [kStages][kTileKV, dim] and mask words
 //          s_frag, dp_frag [rows of a warp, kSubKV] f32, registers
 //          dq_frag [rows of a warp, head_dim] f32, registers
 // Stages:  load(n+1) | s = q kT, dp = do vT | ds (0 where masked) | dq += ds k
-// Memory:  smem = (kTileRows + kStages * kBlockKV) * both dims * sizeof(T) and padding (Smem)
+// Memory:  smem = (kTileRows + kStages * kTileKV) * both dims * sizeof(T) and padding (Smem)
 // Cost:    6 * head_dim FLOP per computed pair;
 //          HBM reads: q, do once, k and v once per q tile that lists them; writes: dq.
 // Numerics: as attention_fwd; ds is rounded to T before ds k. A CTA owns its rows: bitwise
@@ -18,33 +18,33 @@
 // After:   Dao et al. 2022 (arXiv:2205.14135), appendix B.
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/matmul.cuh"
-#include "cuda/device/stream.cuh"
+#include "cuda/device/pipeline.cuh"
 
 namespace spattn {
 
 // ---- config ----
 
 constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
-constexpr int kBlockQ = SPATTN_BLOCK_Q;    // queries of a plan tile
-constexpr int kPlanKV = SPATTN_PLAN_KV;    // keys of a plan block
-constexpr int kBlockKV = SPATTN_BLOCK_KV;  // keys of a streamed tile
-constexpr int kSubKV = SPATTN_SUB_KV;      // of which scores are in registers at a time
+constexpr int kTileQ = SPATTN_TILE_Q;    // queries of a plan tile
+constexpr int kPlanKV = SPATTN_PLAN_KV;  // keys of a plan block
+constexpr int kTileKV = SPATTN_TILE_KV;  // keys of a passing tile
+constexpr int kSubKV = SPATTN_SUB_KV;    // of which scores are in registers at a time
 constexpr int kWarps = SPATTN_WARPS, kThreads = kWarps * 32;
 constexpr int kStages = SPATTN_STAGES;
-constexpr int kTileRows = Max(kBlockQ, 16);
+constexpr int kTileRows = Max(kTileQ, 16);
 constexpr int kM = kTileRows / kWarps / 16, kWarpRows = kM * 16;
 constexpr int kN = kSubKV / 8, kOut = PaddedDim(kHeadDim) / 8;
 static_assert(kM * 16 * kWarps == kTileRows && (kM == 1 || kM == 2), "a warp has 16 or 32 rows");
-static_assert(kBlockKV % kSubKV == 0 && kSubKV % 32 == 0, "sub-tiles");
-using List = BlockList<kBlockKV, kPlanKV>;
+static_assert(kTileKV % kSubKV == 0 && kSubKV % 32 == 0, "sub-tiles");
+using List = BlockList<kTileKV, kPlanKV>;
 using QTile = Tile<kTileRows, kHeadDim>;
 using DoTile = Tile<kTileRows, kHeadDimV>;
-using KTile = Tile<kBlockKV, kHeadDim>;
-using VTile = Tile<kBlockKV, kHeadDimV>;
+using KTile = Tile<kTileKV, kHeadDim>;
+using VTile = Tile<kTileKV, kHeadDimV>;
 
 struct Smem {
   static constexpr int kRows = RoundUp(QTile::kBytes + DoTile::kBytes, kTileAlign);
-  static constexpr int kMask = kBlockKV * MaskWords(kTileRows) * 4;
+  static constexpr int kMask = kTileKV * MaskWords(kTileRows) * 4;
   static constexpr int kStage = RoundUp(KTile::kBytes + VTile::kBytes + kMask, kTileAlign);
   static constexpr int kScratch = ScratchBytes<kSubKV>();
   static constexpr int kBytes = kRows + kStages * kStage + kWarps * kScratch;
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + KTile::kBytes),
                  reinterpret_cast<uint32_t*>(at + KTile::kBytes + VTile::kBytes)};
   };
-  const auto q_row = [&](int r) { return r < kBlockQ ? q_rows.Row(tile * kBlockQ + r) : -1; };
+  const auto q_row = [&](int r) { return r < kTileQ ? q_rows.Row(tile * kTileQ + r) : -1; };
   const auto needs_mask = [&](const Blocks& blocks) {
     const int first = list.FirstPosition(blocks);
     return __any_sync(kFullWarp, lane < List::kGather && (first < 0 || blocks.mask_id >= 0 ||
@@ -123,17 +123,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const auto load = [&](auto masked, int buffer, const Blocks& blocks) {
     constexpr bool kMasked = decltype(masked)::kValue;
     const Stage stage = stage_of(buffer);
-    LoadRowPair<kBlockKV, kHeadDim, kHeadDimV, kThreads, !kMasked>(
+    LoadRowPair<kTileKV, kHeadDim, kHeadDimV, kThreads, !kMasked>(
         stage.k, k, stage.v, v, [&](int r) {
           return kMasked ? kv_rows.Row(list.Position(blocks, r))
                          : kv_rows.ExistingRow(list.ExistingPosition(blocks, r));
         });
-    if (kMasked) LoadMask<kBlockQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows);
+    if (kMasked) LoadMask<kTileQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows);
   };
   // A masked key's NaN must not meet its ds = 0. A row that does attend to it has lse, hence ds,
   // NaN anyway.
   const auto zero_nonfinite = [&](int buffer) {
-    ZeroNonfiniteRows<kBlockKV, kHeadDim, kThreads>(stage_of(buffer).k);
+    ZeroNonfiniteRows<kTileKV, kHeadDim, kThreads>(stage_of(buffer).k);
     return false;
   };
 
@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       do_operand.Load(do_smem, warp_row);
     }
 #pragma unroll 1
-    for (int sub = 0; sub < kBlockKV; sub += kSubKV) {
+    for (int sub = 0; sub < kTileKV; sub += kSubKV) {
       if (kMasked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
       q_operand.Locate(q_smem);
       do_operand.Locate(do_smem);
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       MatmulWait<0>(dq_frag);
     }
   };
-  StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
+  PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
 
   // ---- epilogue ----
 

@@ -8,14 +8,14 @@
 //          rows are heaviest there) and its tiles together, so that they share k and v in L2.
 //          kWarps warps split the q rows.
 // Tiles:   q_smem [kTileRows, head_dim]
-//          k_smem, v_smem [kStages][kBlockKV, dim], keys gathered from kBlockKV / kPlanKV blocks
-//          mask_smem [kStages][kBlockKV], words with a bit for each of the kTileRows
+//          k_smem, v_smem [kStages][kTileKV, dim], keys gathered from kTileKV / kPlanKV blocks
+//          mask_smem [kStages][kTileKV], words with a bit for each of the kTileRows
 //          s_frag [rows of a warp, kSubKV] f32, registers
 //          o_frag [rows of a warp, head_dim_v] f32, registers
 // Stages:  load(n+1) | s = q kT | mask (where a block is PARTIAL or ends early) | online softmax
 //          | o += p v; with wgmma, in tiles without mask, products of one sub-tile beside the
 //          softmax of the other
-// Memory:  smem = (kTileRows * dim + kStages * kBlockKV * both dims) * sizeof(T) and padding (Smem)
+// Memory:  smem = (kTileRows * dim + kStages * kTileKV * both dims) * sizeof(T) and padding (Smem)
 // Cost:    4 * head_dim FLOP per computed pair;
 //          HBM reads: q once, k and v once per q tile that lists them; writes: o, lse.
 // Numerics: inputs T, accumulation f32, exp2 (float32: exp) with scale_exp so that one FFMA feeds
@@ -27,34 +27,34 @@
 //          Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691).
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/matmul.cuh"
-#include "cuda/device/stream.cuh"
+#include "cuda/device/pipeline.cuh"
 
 namespace spattn {
 
 // ---- config ----
 
 constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
-constexpr int kBlockQ = SPATTN_BLOCK_Q;    // queries of a plan tile
-constexpr int kPlanKV = SPATTN_PLAN_KV;    // keys of a plan block
-constexpr int kBlockKV = SPATTN_BLOCK_KV;  // keys of a streamed tile
-constexpr int kSubKV = SPATTN_SUB_KV;      // of which scores are in registers at a time
+constexpr int kTileQ = SPATTN_TILE_Q;    // queries of a plan tile
+constexpr int kPlanKV = SPATTN_PLAN_KV;  // keys of a plan block
+constexpr int kTileKV = SPATTN_TILE_KV;  // keys of a passing tile
+constexpr int kSubKV = SPATTN_SUB_KV;    // of which scores are in registers at a time
 constexpr int kWarps = SPATTN_WARPS, kThreads = kWarps * 32;
 constexpr int kStages = SPATTN_STAGES;
-constexpr int kTileRows = Max(kBlockQ, 16);
+constexpr int kTileRows = Max(kTileQ, 16);
 constexpr int kM = kTileRows / kWarps / 16, kWarpRows = kM * 16;
 constexpr int kN = kSubKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
 static_assert(kM * 16 * kWarps == kTileRows && (kM == 1 || kM == 2), "a warp has 16 or 32 rows");
-static_assert(kBlockKV % kSubKV == 0 && kSubKV % 32 == 0, "sub-tiles");
-using List = BlockList<kBlockKV, kPlanKV>;
+static_assert(kTileKV % kSubKV == 0 && kSubKV % 32 == 0, "sub-tiles");
+using List = BlockList<kTileKV, kPlanKV>;
 using QTile = Tile<kTileRows, kHeadDim>;
-using KTile = Tile<kBlockKV, kHeadDim>;
-using VTile = Tile<kBlockKV, kHeadDimV>;
+using KTile = Tile<kTileKV, kHeadDim>;
+using VTile = Tile<kTileKV, kHeadDimV>;
 
 struct Smem {
   static constexpr int kO =
       kTileRows * StorePitch(kHeadDimV) * sizeof(T);  // takes q's place at the end
   static constexpr int kQ = RoundUp(kHasWgmma ? QTile::kBytes : Max(QTile::kBytes, kO), kTileAlign);
-  static constexpr int kMask = kBlockKV * MaskWords(kTileRows) * 4;
+  static constexpr int kMask = kTileKV * MaskWords(kTileRows) * 4;
   static constexpr int kStage = RoundUp(KTile::kBytes + VTile::kBytes + kMask, kTileAlign);
   static constexpr int kScratch = ScratchBytes<kSubKV>();
   static constexpr int kBytes = Max(kQ + kStages * kStage + kWarps * kScratch, kO);
@@ -199,7 +199,7 @@ template <typename KeyRow>
 DEVICE void AddNonfinite(float (&o)[kM][kOut][4], const uint32_t* mask_smem, const RowSpan& v,
                          KeyRow key_row) {
 #pragma unroll 1
-  for (int key = 0; key < kBlockKV; ++key) {
+  for (int key = 0; key < kTileKV; ++key) {
     const int row = key_row(key);
     const int lane = threadIdx.x % 32;
     const uint32_t allowed = LaneMask<kTileRows, kWarpRows>(mask_smem, key);
@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + KTile::kBytes),
                  reinterpret_cast<uint32_t*>(at + KTile::kBytes + VTile::kBytes)};
   };
-  const auto q_row = [&](int r) { return r < kBlockQ ? q_rows.Row(tile * kBlockQ + r) : -1; };
+  const auto q_row = [&](int r) { return r < kTileQ ? q_rows.Row(tile * kTileQ + r) : -1; };
   const auto needs_mask = [&](const Blocks& blocks) {
     const int first = list.FirstPosition(blocks);
     return __any_sync(
@@ -258,15 +258,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const auto load = [&](auto masked, int buffer, const Blocks& blocks) {
     constexpr bool kMasked = decltype(masked)::kValue;
     const Stage stage = stage_of(buffer);
-    LoadRowPair<kBlockKV, kHeadDim, kHeadDimV, kThreads, !kMasked>(
+    LoadRowPair<kTileKV, kHeadDim, kHeadDimV, kThreads, !kMasked>(
         stage.k, k, stage.v, v, [&](int r) {
           return kMasked ? kv_rows.Row(list.Position(blocks, r))
                          : kv_rows.ExistingRow(list.ExistingPosition(blocks, r));
         });
-    if (kMasked) LoadMask<kBlockQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows);
+    if (kMasked) LoadMask<kTileQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows);
   };
   const auto zero_nonfinite = [&](int buffer) {
-    return ZeroNonfiniteRows<kBlockKV, kHeadDimV, kThreads>(stage_of(buffer).v);
+    return ZeroNonfiniteRows<kTileKV, kHeadDimV, kThreads>(stage_of(buffer).v);
   };
 
   LoadRows<kTileRows, kHeadDim, kThreads, false>(q_smem, RowSpan::Make(params.q, batch, head),
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     if (n == 0) q_operand.Load(q_smem, warp.index * kWarpRows);
     if constexpr (masked || !kHasWgmma) {
 #pragma unroll 1
-      for (int sub = 0; sub < kBlockKV; sub += kSubKV) {
+      for (int sub = 0; sub < kTileKV; sub += kSubKV) {
         if (masked && !AnyAllowed<kTileRows, kWarpRows, kSubKV>(stage.mask, sub)) continue;
         Scores s_frag;
         scores(s_frag, stage, sub);
@@ -318,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     } else {
       // s = q kT of the second sub-tile is queued before the softmax of the first, or behind its
       // p v where registers hold but one s; that p v goes on beside the softmax of the second.
-      constexpr int kSubs = kBlockKV / kSubKV;
+      constexpr int kSubs = kTileKV / kSubKV;
       constexpr bool kAhead = SPATTN_MIN_CTAS == 1 || !SPATTN_ROW_STRIDED;
       static_assert(kSubs <= 2, "what is under way at each wait");
       Scores s_frags[kSubs];
@@ -342,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                    [&](int r) { return kv_rows.Row(list.Position(blocks, r)); });
     }
   };
-  StreamTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
+  PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
 
   // ---- epilogue ----
 

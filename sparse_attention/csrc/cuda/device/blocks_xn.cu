@@ -8,11 +8,11 @@
 //          the chunks of a row block together, so that they share its scores in L2; nn takes the
 //          last row blocks first and tn the first (causal lists are longest there). A warp has 16
 //          rows.
-// Tiles:   w_smem [kStages][nn: block_size, kStream; tn: kStream, block_size]
-//          x_smem [kStages][kStream, kChunk], rows gathered from kStream / block_size entries
-//          w_frag [16, kStream], sum [16, kChunk] f32, registers
+// Tiles:   w_smem [kStages][nn: block_size, kPassing; tn: kPassing, block_size]
+//          x_smem [kStages][kPassing, kChunk], rows gathered from kPassing / block_size entries
+//          w_frag [16, kPassing], sum [16, kChunk] f32, registers
 // Stages:  load(n + 1) | sum += w x
-// Memory:  smem = kStages * kStream * (block_size + kChunk) * sizeof(T) and padding, 37 KB with
+// Memory:  smem = kStages * kPassing * (block_size + kChunk) * sizeof(T) and padding, 37 KB with
 //          blocks of 64 and head_dim 64
 // Cost:    2 block_size^2 head_dim FLOP per entry; reads block_size^2 scores for each kChunk
 //          columns and block_size head_dim elements per entry, writes block_size head_dim per row
@@ -30,23 +30,23 @@ namespace spattn {
 using Row = Element<SPATTN_ROWS>;
 using Score = Element<SPATTN_SCORES>;
 constexpr bool kTransposed = SPATTN_TRANSPOSED;
-constexpr int kChunk = SPATTN_CHUNK, kStream = SPATTN_STREAM, kStages = SPATTN_STAGES;
+constexpr int kChunk = SPATTN_CHUNK, kPassing = SPATTN_PASSING, kStages = SPATTN_STAGES;
 constexpr int kWarps = Max(kBlock / 16, 1), kThreads = kWarps * 32;
-constexpr int kEntries = kStream / kBlock;  // of a list, in a tile
-constexpr int kN = kStream / 8, kOut = kChunk / 8;
-using WTile = Tile<kTransposed ? kStream : kBlock, kTransposed ? kBlock : kStream>;
-using XTile = Tile<kStream, kChunk>;
-constexpr int kWRows = kTransposed ? kStream : kBlock;
-constexpr int kWUnits = (kTransposed ? kBlock : kStream) / kUnit, kXUnits = kChunk / kUnit;
+constexpr int kEntries = kPassing / kBlock;  // of a list, in a tile
+constexpr int kN = kPassing / 8, kOut = kChunk / 8;
+using WTile = Tile<kTransposed ? kPassing : kBlock, kTransposed ? kBlock : kPassing>;
+using XTile = Tile<kPassing, kChunk>;
+constexpr int kWRows = kTransposed ? kPassing : kBlock;
+constexpr int kWUnits = (kTransposed ? kBlock : kPassing) / kUnit, kXUnits = kChunk / kUnit;
 
 struct Smem {
   static constexpr int kStage = WTile::kBytes + XTile::kBytes;
-  static constexpr int kScratch = ScratchBytes<kStream>();
+  static constexpr int kScratch = ScratchBytes<kPassing>();
   static constexpr int kBytes =
       Max(kStages * kStage + kWarps * kScratch, kWarps* StageBytes(kChunk));
 };
 static_assert(Smem::kBytes == SPATTN_SHARED_MEMORY, "the host counts other bytes");
-static_assert(kWRows * kWUnits % kThreads == 0 && kStream * kXUnits % kThreads == 0,
+static_assert(kWRows * kWUnits % kThreads == 0 && kPassing * kXUnits % kThreads == 0,
               "whole warps load");
 
 // ---- device helpers ----
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                BlockAt<const Score>(params.scores, g, batch, head, Max(block, 0)) + at, block >= 0);
     }
 #pragma unroll
-    for (int i = 0; i < kStream * kXUnits / kThreads; ++i) {
+    for (int i = 0; i < kPassing * kXUnits / kThreads; ++i) {
       const int index = threadIdx.x + i * kThreads;
       const int r = index / kXUnits, column = index % kXUnits * kUnit;
       const int other = entries.Of(r / kBlock).other;

@@ -7,7 +7,7 @@
 //   SPATTN_ROW_STRIDED  1 where problem.row_stride > 1
 //   SPATTN_ANEW         1 to derive addresses anew for each tile (Anew)
 //   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; dims in whole 64s;
-//                       streamed and owned tiles of whole 64 rows)
+//                       passing and owned tiles of whole 64 rows)
 #pragma once
 #include "cuda/device/params.h"
 
@@ -360,7 +360,7 @@ DEVICE bool ZeroNonfiniteRows(T* tile) {
 
 // ---- block lists ----
 
-// A streamed tile of kTile positions is kGather plan blocks, or 1 / kSplit of one. Lane g of every
+// A passing tile of kTile positions is kGather plan blocks, or 1 / kSplit of one. Lane g of every
 // warp holds what block g of the tile is.
 struct Blocks {
   int block, mask_id;  // as read; block -1: none
@@ -388,7 +388,7 @@ struct BlockList {
   }
   __forceinline__ int Tiles() const { return CeilDiv((end - begin) * kSplit, kGather); }
 
-  // Reads the blocks of streamed tile n; used one tile later, so that the reads have time to come
+  // Reads the blocks of passing tile n; used one tile later, so that the reads have time to come
   // back.
   __forceinline__ Blocks Fetch(int n) const {
     Blocks fetched{-1, -1, n % kSplit};
@@ -424,10 +424,10 @@ struct BlockList {
 
 // ---- mask bits ----
 
-// Words of mask in shared memory for one streamed row: a bit for each of the tile's rows.
+// Words of mask in shared memory for one passing row: a bit for each of the tile's rows.
 constexpr int MaskWords(int tile_rows) { return Max(CeilDiv(tile_rows, 32), 1); }
 
-// Brings the bits of a streamed tile: from the plan where a block is PARTIAL, all ones where it is
+// Brings the bits of a passing tile: from the plan where a block is PARTIAL, all ones where it is
 // FULL, zeros where the row does not exist.
 template <int kPlanTile, int kThreads, typename List>
 DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks,
@@ -458,22 +458,22 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
   }
 }
 
-// The bits of this warp's kRows rows (16 or 32) for one streamed row, from row `first_row` on;
+// The bits of this warp's kRows rows (16 or 32) for one passing row, from row `first_row` on;
 // those of other warps may follow.
 template <int kPlanTile, int kRows>
-DEVICE uint32_t MaskWord(const uint32_t* mask_smem, int streamed_row, int first_row) {
+DEVICE uint32_t MaskWord(const uint32_t* mask_smem, int passing_row, int first_row) {
   const int bit = threadIdx.x / 32 * kRows;
-  return mask_smem[streamed_row * MaskWords(kPlanTile) + bit / 32] >> (bit % 32 + first_row);
+  return mask_smem[passing_row * MaskWords(kPlanTile) + bit / 32] >> (bit % 32 + first_row);
 }
 
-// The bits of this lane's accumulator rows for one streamed row: bit 16 m + 8 h is row 8 h of
+// The bits of this lane's accumulator rows for one passing row: bit 16 m + 8 h is row 8 h of
 // fragment m.
 template <int kPlanTile, int kRows>
-DEVICE uint32_t LaneMask(const uint32_t* mask_smem, int streamed_row) {
-  return MaskWord<kPlanTile, kRows>(mask_smem, streamed_row, threadIdx.x % 32 / 4);
+DEVICE uint32_t LaneMask(const uint32_t* mask_smem, int passing_row) {
+  return MaskWord<kPlanTile, kRows>(mask_smem, passing_row, threadIdx.x % 32 / 4);
 }
 
-// The same for column 8 n + 2 (lane % 4) + j of a matrix fragment that begins at streamed row
+// The same for column 8 n + 2 (lane % 4) + j of a matrix fragment that begins at passing row
 // `first`.
 template <int kPlanTile, int kRows>
 DEVICE uint32_t FragmentMask(const uint32_t* mask_smem, int first, int n, int j) {
@@ -481,7 +481,7 @@ DEVICE uint32_t FragmentMask(const uint32_t* mask_smem, int first, int n, int j)
 }
 
 // Whether any of the rows that multiply together (the warp's kRows; with wgmma the warpgroup's 64)
-// is paired with any of kCount streamed rows from `first`.
+// is paired with any of kCount passing rows from `first`.
 template <int kPlanTile, int kRows, int kCount>
 DEVICE bool AnyAllowed(const uint32_t* mask_smem, int first) {
   constexpr int kWords = MaskWords(kPlanTile);

@@ -1,11 +1,11 @@
 // params.h — what the CUDA kernels are given: one struct by value, every pointer in device memory.
 //
 // A kernel owns one *tile* of rows of one side (queries in attention_fwd and attention_bwd_dq, keys
-// in attention_bwd_dkv) and streams *blocks* of the other side past it. SpattnTilePlan says which,
+// in attention_bwd_dkv) and has *blocks* of the other side pass it. SpattnTilePlan says which,
 // in either direction:
 //
 //   by queries  the SpattnPlan of core.h as it is: tiles = q_tiles, blocks = kv_blocks,
-//               tile_blocks = null. Tile t is block_q positions from t * block_q on.
+//               tile_blocks = null. Tile t is tile_q positions from t * tile_q on.
 //   by keys     the transpose, at the layout's block_size: a tile gathers up to G kv blocks that
 //               are wanted by nearly the same queries (they need not be neighbours: `fixed` puts
 //               the summary blocks of four windows into one tile), and its list holds q blocks.
@@ -19,15 +19,15 @@
 typedef struct {
   int32_t heads;               // heads of the problem, or 1: shared between them
   int32_t tiles;               // tiles of the owned side
-  int32_t blocks;              // blocks of the streamed side
+  int32_t blocks;              // blocks of the passing side
   int32_t entries;             // length of indices and mask_ids
   int32_t mask_blocks;         // length of mask_bits' first dimension
   const int32_t* tile_blocks;  // [heads * tiles, G] owned blocks of each tile, -1: none; or null
   const int32_t* indptr;       // [heads * tiles + 1] offsets into indices
-  const int32_t* indices;      // [entries] streamed block
+  const int32_t* indices;      // [entries] passing block
   const int32_t* mask_ids;     // [entries] -1: FULL; otherwise which block of mask_bits
   const uint8_t*
-      mask_bits;  // [mask_blocks, streamed rows of a block, tile rows / 8] little-endian bits,
+      mask_bits;  // [mask_blocks, passing rows of a block, tile rows / 8] little-endian bits,
                   // set where the pair is allowed
 } SpattnTilePlan;
 

@@ -53,14 +53,14 @@ SpattnCudaKernel ConfigureMatmul(const SpattnCudaBlocksShape& s, SpattnBlocksOp 
         warps * std::max(StageBytes(side), tiles / warps + ScratchBytes(side, dtype, s.arch));
   } else {
     // Where elements are widened on their way there is nothing to do meanwhile.
-    const int stream = dtype == SPATTN_FLOAT32 ? std::max(s.block_size, 32) : 64;
+    const int passing = dtype == SPATTN_FLOAT32 ? std::max(s.block_size, 32) : 64;
     const int stages = dtype == SPATTN_FLOAT32 ? 1 : 2;
     const int weights =
-        is_tn ? TileBytes(stream, s.block_size, dtype) : TileBytes(s.block_size, stream, dtype);
-    const int stage = weights + TileBytes(stream, chunk, dtype);
-    kernel.shared_memory = std::max(stages * stage + warps * ScratchBytes(stream, dtype, s.arch),
+        is_tn ? TileBytes(passing, s.block_size, dtype) : TileBytes(s.block_size, passing, dtype);
+    const int stage = weights + TileBytes(passing, chunk, dtype);
+    kernel.shared_memory = std::max(stages * stage + warps * ScratchBytes(passing, dtype, s.arch),
                                     warps * StageBytes(chunk));
-    Define(&kernel, "STREAM", stream);
+    Define(&kernel, "PASSING", passing);
     Define(&kernel, "STAGES", stages);
     Define(&kernel, "TRANSPOSED", is_tn);
   }

@@ -16,14 +16,14 @@ int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
 
-// How a kernel streams one side past a tile of the other.
+// How a kernel owns a tile of one side and has tiles of the other side pass it.
 struct Tiling {
   bool has_wgmma;
   int warps, min_ctas, stages;
-  int stream, sub;    // rows of a streamed tile; of which scores are in registers at a time
+  int passing, sub;   // rows of a passing tile; of which scores are in registers at a time
   int splits;         // CTAs that share a tile's columns
   bool in_registers;  // whether the tile's own rows stay there
-  bool anew;          // addresses are derived for every streamed tile: slower, fewer registers
+  bool anew;          // addresses are derived for every passing tile: slower, fewer registers
   int shared_memory;  // bytes: `Smem::kBytes` of the kernel
 };
 
@@ -37,7 +37,7 @@ int CountSharedMemory(const SpattnCudaShape& s, SpattnPhase phase, int tile, con
   const int own = is_fwd ? rows * (t.has_wgmma ? pitch_k : std::max(pitch_k, padded_v))
                          : rows * (pitch_k + pitch_v);
   const int mask_words = std::max((rows + 31) / 32, 1);
-  const int stage = t.stream * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0));
+  const int stage = t.passing * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0));
   const int align = t.has_wgmma ? 1024 : 16;
   const int scratch = ScratchBytes(t.sub, s.dtype, s.arch);
   const int total = RoundUp(own, align) + t.stages * RoundUp(stage, align) + t.warps * scratch;
@@ -56,16 +56,16 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   // sm_100 on.
   const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch < 100);
   t.warps = std::max(tile, 16) / (is_tall ? 32 : 16);
-  t.stream = size == 2 && widest <= 128 ? 64 : 32;
-  t.sub = is_fwd ? t.stream : 32;
+  t.passing = size == 2 && widest <= 128 ? 64 : 32;
+  t.sub = is_fwd ? t.passing : 32;
   if (t.has_wgmma) {
-    // Two CTAs of 128 rows with head_dim 64, one with 128. Streaming 128 rows at a time halves the
+    // Two CTAs of 128 rows with head_dim 64, one with 128. Passing 128 rows at a time halves the
     // barriers (all, fwd: 6.1 for 6.7 ms) where shared memory allows two stages of them.
-    t.stream = tile == 64 || (widest > 64 && is_dkv) ? 64 : 128;
+    t.passing = tile == 64 || (widest > 64 && is_dkv) ? 64 : 128;
     t.sub = 64;
   }
   t.min_ctas = t.has_wgmma && widest <= 64 && !is_dkv ? 2 : 1;
-  t.stages = t.has_wgmma && t.stream == 64 ? 3 : 2;
+  t.stages = t.has_wgmma && t.passing == 64 ? 3 : 2;
   t.splits =
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
   t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
@@ -74,7 +74,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
     if (t.shared_memory <= SharedMemoryOf(s.arch) || t.has_wgmma) break;
     t.stages = stages;
-    t.stream = t.sub = 32;
+    t.passing = t.sub = 32;
     t.shared_memory = CountSharedMemory(s, phase, tile, t);
   }
   return t;
@@ -105,14 +105,14 @@ SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
 void ChooseTiles(SpattnCudaShape* shape) {
   const int largest_q =
       std::min(LargestTile(*shape, SPATTN_FWD), LargestTile(*shape, SPATTN_BWD_DQ));
-  shape->block_q = std::max(shape->block_size, largest_q);
+  shape->tile_q = std::max(shape->block_size, largest_q);
   shape->tile_kv = std::max({shape->block_size, 32, LargestTile(*shape, SPATTN_BWD_DKV)});
 }
 
 SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
   if (phase == SPATTN_BWD_DELTA) return ConfigureDelta(s);
   const bool is_dkv = phase == SPATTN_BWD_DKV;
-  const Tiling t = ChooseTiling(s, phase, is_dkv ? s.tile_kv : s.block_q);
+  const Tiling t = ChooseTiling(s, phase, is_dkv ? s.tile_kv : s.tile_q);
   SpattnCudaKernel kernel = {"", "", t.shared_memory, t.warps * 32, t.splits};
   snprintf(kernel.name, sizeof(kernel.name), "%s",
            is_dkv                ? "attention_bwd_dkv"
@@ -124,8 +124,8 @@ SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
   define("HEAD_DIM_V", s.head_dim_v);
   define("ROW_STRIDED", s.is_row_strided);
   define(is_dkv ? "PLAN_BLOCK" : "PLAN_KV", s.block_size);
-  define("BLOCK_Q", is_dkv ? t.stream : s.block_q);
-  define("BLOCK_KV", is_dkv ? s.tile_kv : t.stream);
+  define("TILE_Q", is_dkv ? t.passing : s.tile_q);
+  define("TILE_KV", is_dkv ? s.tile_kv : t.passing);
   define(is_dkv ? "SUB_Q" : "SUB_KV", t.sub);
   define(is_dkv ? "KV_IN_REGISTERS" : "Q_IN_REGISTERS", t.in_registers);
   if (is_dkv) define("SPLITS", t.splits);

@@ -52,7 +52,7 @@ SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTen
   return Ok();
 }
 
-// Of a plan in either direction; a tile lists `tile_blocks` blocks, `block` is a streamed one.
+// Of a plan in either direction; a tile lists `tile_blocks` blocks, `block` is a passing one.
 SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_blocks,
                          int64_t entries, int64_t mask_blocks, int32_t block,
                          const uint8_t* mask_bits) {
@@ -73,7 +73,7 @@ SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_b
 SpattnStatus ReadPlan(SpattnTilePlan* to, const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF_ERROR(CheckPlanSizes(problem, plan));
   SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, 1, plan.entries, plan.mask_blocks,
-                                     plan.block_kv, plan.mask_bits));
+                                     plan.block_size, plan.mask_bits));
   to->heads = plan.heads;
   to->tiles = static_cast<int32_t>(plan.q_tiles);
   to->blocks = static_cast<int32_t>(plan.kv_blocks);
@@ -146,8 +146,8 @@ class Launcher {
   }
 
   void UsePlan(const SpattnPlan& plan) {
-    shape_.block_size = plan.block_kv;
-    shape_.block_q = plan.block_q;
+    shape_.block_size = plan.block_size;
+    shape_.tile_q = plan.tile_q;
   }
 
   void UsePlan(const SpattnKvPlan& plan) {
@@ -167,7 +167,7 @@ class Launcher {
                     "%s with head dims %d and %d, blocks of %d and tiles of %d needs %d bytes of "
                     "shared memory, this GPU (sm_%d) has %d",
                     kernel.name, shape_.head_dim, shape_.head_dim_v, shape_.block_size,
-                    phase == SPATTN_BWD_DKV ? shape_.tile_kv : shape_.block_q, kernel.shared_memory,
+                    phase == SPATTN_BWD_DKV ? shape_.tile_kv : shape_.tile_q, kernel.shared_memory,
                     shape_.arch, SharedMemoryOf(shape_.arch));
     }
     return stream_.Launch(kernel, &params, grid_x, heads, batch);

@@ -1,13 +1,13 @@
-// stream.cuh — the pipeline of the attention kernels: a list's tiles pass through shared memory.
+// pipeline.cuh — the pipeline of the attention kernels: a list's tiles pass through shared memory.
 #pragma once
 #include "cuda/device/device.cuh"
 
 namespace spattn {
 
-// StreamTiles where shared memory has room for one buffer: each tile is loaded, then worked on.
+// PassTiles where shared memory has room for one buffer: each tile is loaded, then worked on.
 template <typename List, typename NeedsMask, typename Load, typename Prepare, typename Step>
-DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
-                              Step step) {
+DEVICE void PassTilesInTurn(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
+                            Step step) {
 #pragma unroll 1
   for (int n = 0; n < list.Tiles(); ++n) {
     const Blocks blocks = list.Fetch(n);
@@ -32,7 +32,7 @@ DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load,
   __syncthreads();
 }
 
-// Streams the tiles of a list through kStages buffers: kStages - 1 tiles are on their way while one
+// Passes the tiles of a list through kStages buffers: kStages - 1 tiles are on their way while one
 // is worked on. kCtas: how many share an SM.
 //   needs_mask(blocks)             whether the tile must take the masked path
 //   load(masked, buffer, blocks)   starts the copies of a tile; masked is True or False
@@ -43,10 +43,10 @@ DEVICE void StreamTilesInTurn(const List& list, NeedsMask needs_mask, Load load,
 //                                  products are under way: then copies of a tile to come may start
 template <int kStages, int kCtas, typename List, typename NeedsMask, typename Load,
           typename Prepare, typename Step>
-DEVICE void StreamTiles(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
-                        Step step) {
+DEVICE void PassTiles(const List& list, NeedsMask needs_mask, Load load, Prepare prepare,
+                      Step step) {
   if constexpr (kStages == 1) {
-    StreamTilesInTurn(list, needs_mask, load, prepare, step);
+    PassTilesInTurn(list, needs_mask, load, prepare, step);
     return;
   }
   constexpr int kAhead = Max(kStages - 1, 1);
