@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -174,6 +175,47 @@ def test_launches_carry_the_call(machine):
     for line in lines:
         assert line.startswith("sparse_attention: compiling attention_")
         assert " for sm_90a with NVRTC 12.9, once ... 0." in line
+
+
+def launch_beside_compilation(core, hold, runs):
+    """Whether a compilation was still going on when a loaded kernel was launched."""
+    call = Call(core)
+    call.fwd()
+    open(hold, "w").close()
+    held = threading.Thread(target=call.bwd)
+    held.start()
+    while len(open(runs).read().split()) < 2:
+        time.sleep(0.01)
+    call.fwd()
+    is_held = held.is_alive()
+    names = [launch.name.decode() for launch in call.launches()]
+    os.remove(hold)
+    held.join()
+    return is_held, names, len(call.launches())
+
+
+def test_launches_do_not_wait_for_another_kernels_compilation(machine, tmp_path):
+    hold = str(tmp_path / "hold")
+    is_held, names, count = machine.run(
+        launch_beside_compilation, hold, str(machine.runs_file), FAKE_HOLD=hold
+    )
+    assert is_held and names == ["attention_fwd", "attention_fwd"] and count == 5
+
+
+def launch_at_once(core):
+    call = Call(core)
+    threads = [threading.Thread(target=call.fwd) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loads = ctypes.c_int.in_dll(call.driver, "loads").value
+    return len(call.launches()), loads
+
+
+def test_a_kernel_that_many_threads_want_is_compiled_once(machine):
+    assert machine.run(launch_at_once) == [4, 1]
+    assert machine.runs() == 1
 
 
 def leave_out(core):

@@ -37,8 +37,11 @@ class Shape(ctypes.Structure):
 class BlocksShape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("arch", "block_size", "dtype", "scores_dtype", "weights_dtype")
-    ] + [("head_dim", ctypes.c_int64)]
+        for name in (
+            *("arch", "block_size", "dtype", "scores_dtype", "weights_dtype"),
+            "head_dim",
+        )
+    ]
 
 
 class Kernel(ctypes.Structure):

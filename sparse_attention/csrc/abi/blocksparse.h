@@ -120,7 +120,7 @@ typedef struct {
   int32_t dtype;          // of q and kv
   int32_t scores_dtype;   // of a product's scores; of the softmax's x
   int32_t weights_dtype;  // of the softmax's y, dy and dx
-  int64_t head_dim;
+  int32_t head_dim;
 } SpattnCudaBlocksShape;
 
 typedef enum {

@@ -28,7 +28,48 @@ using tensorflow::shape_inference::ShapeHandle;
 
 // ---- registration ----
 
-// Of `width` = heads * dim, the dim; unknown where the width is.
+// What both ops have: attributes, queries with keys and values, and the plan.
+#define SPATTN_ATTRIBUTES            \
+  Attr("T: {float, half, bfloat16}") \
+      .Attr("heads: int")            \
+      .Attr("kv_heads: int")         \
+      .Attr("softmax_scale: float")  \
+      .Attr("row_stride: int")       \
+      .Attr("block_q: int")          \
+      .Attr("block_kv: int")         \
+      .Attr("tile_kv: int")
+#define SPATTN_QKV_INPUTS Input("q: T").Input("k: T").Input("v: T")
+#define SPATTN_PLAN_INPUTS         \
+  Input("kv_lengths: int32")       \
+      .Input("kv_indptr: uint8")   \
+      .Input("kv_indices: uint8")  \
+      .Input("mask_ids: uint8")    \
+      .Input("mask_bits: uint8")   \
+      .Input("tile_blocks: uint8") \
+      .Input("q_indptr: uint8")    \
+      .Input("q_indices: uint8")   \
+      .Input("kv_mask_ids: uint8") \
+      .Input("kv_mask_bits: uint8")
+
+// Where the inputs are, in the order of the macros. The gradient has four inputs of its own
+// between the values and the plan.
+enum QkvInput { kQ, kK, kV, kQkvInputs };
+enum GradInput { kO = kQkvInputs, kLse, kDo, kDlse, kGradInputsEnd };
+enum PlanInput {
+  kKvLengths,
+  kKvIndptr,
+  kKvIndices,
+  kMaskIds,
+  kMaskBits,
+  kTileBlocks,
+  kQIndptr,
+  kQIndices,
+  kKvMaskIds,
+  kKvMaskBits,
+};
+constexpr int kPlanOfFwd = kQkvInputs, kPlanOfGrad = kGradInputsEnd;
+
+// The dim of a width = heads * dim; it is unknown where the width is.
 Status DimOfWidth(InferenceContext* c, ShapeHandle tensor, int64 heads, DimensionHandle* dim) {
   if (heads < 1) return InvalidArgument("heads and kv_heads must be positive, got ", heads);
   return c->Divide(c->Dim(tensor, 2), heads, /*evenly_divisible=*/true, dim);
@@ -36,9 +77,9 @@ Status DimOfWidth(InferenceContext* c, ShapeHandle tensor, int64 heads, Dimensio
 
 Status AttentionShape(InferenceContext* c) {
   ShapeHandle q, k, v;
-  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &q));
-  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &k));
-  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 3, &v));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kQ), 3, &q));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kK), 3, &k));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kV), 3, &v));
   int heads, kv_heads;
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("heads", &heads));
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("kv_heads", &kv_heads));
@@ -54,7 +95,7 @@ Status AttentionShape(InferenceContext* c) {
 }
 
 Status AttentionGradShape(InferenceContext* c) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kQkvInputs; ++i) {
     ShapeHandle shape;
     SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 3, &shape));
     c->set_output(i, shape);
@@ -63,28 +104,7 @@ Status AttentionGradShape(InferenceContext* c) {
 }
 
 REGISTER_OP("BlockSparseAttention")
-    .Attr("T: {float, half, bfloat16}")
-    .Attr("heads: int")
-    .Attr("kv_heads: int")
-    .Attr("softmax_scale: float")
-    .Attr("row_stride: int")
-    .Attr("block_q: int")
-    .Attr("block_kv: int")
-    .Attr("tile_kv: int")
-    .Input("q: T")
-    .Input("k: T")
-    .Input("v: T")
-    .Input("kv_lengths: int32")
-    .Input("kv_indptr: uint8")
-    .Input("kv_indices: uint8")
-    .Input("mask_ids: uint8")
-    .Input("mask_bits: uint8")
-    .Input("tile_blocks: uint8")
-    .Input("q_indptr: uint8")
-    .Input("q_indices: uint8")
-    .Input("kv_mask_ids: uint8")
-    .Input("kv_mask_bits: uint8")
-    .Output("o: T")
+    .SPATTN_ATTRIBUTES.SPATTN_QKV_INPUTS.SPATTN_PLAN_INPUTS.Output("o: T")
     .Output("lse: float")
     .SetShapeFn(AttentionShape)
     .Doc(R"doc(
@@ -111,32 +131,11 @@ lse: [batch, heads, q_len] natural log of the sum of exponentials of the scaled 
 )doc");
 
 REGISTER_OP("BlockSparseAttentionGrad")
-    .Attr("T: {float, half, bfloat16}")
-    .Attr("heads: int")
-    .Attr("kv_heads: int")
-    .Attr("softmax_scale: float")
-    .Attr("row_stride: int")
-    .Attr("block_q: int")
-    .Attr("block_kv: int")
-    .Attr("tile_kv: int")
-    .Input("q: T")
-    .Input("k: T")
-    .Input("v: T")
-    .Input("o: T")
+    .SPATTN_ATTRIBUTES.SPATTN_QKV_INPUTS.Input("o: T")
     .Input("lse: float")
     .Input("do: T")
     .Input("dlse: float")
-    .Input("kv_lengths: int32")
-    .Input("kv_indptr: uint8")
-    .Input("kv_indices: uint8")
-    .Input("mask_ids: uint8")
-    .Input("mask_bits: uint8")
-    .Input("tile_blocks: uint8")
-    .Input("q_indptr: uint8")
-    .Input("q_indices: uint8")
-    .Input("kv_mask_ids: uint8")
-    .Input("kv_mask_bits: uint8")
-    .Output("dq: T")
+    .SPATTN_PLAN_INPUTS.Output("dq: T")
     .Output("dk: T")
     .Output("dv: T")
     .SetShapeFn(AttentionGradShape)
@@ -150,7 +149,7 @@ SpattnTensor View(const Tensor& tensor, int64 heads) {
   return {DataOf<void>(tensor), rows * width, width, heads > 0 ? width / heads : 0};
 }
 
-// Attributes and inputs that both ops share.
+// Reads the attributes and inputs that both ops have.
 class AttentionOp : public OpKernel {
  public:
   explicit AttentionOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
@@ -174,9 +173,9 @@ class AttentionOp : public OpKernel {
   }
 
  protected:
-  // Reads inputs 0 to 2 and the plan, which begins at input `plan_input` with kv_lengths.
+  // Reads the sizes of q, k and v, and the plan by queries, whose inputs begin at `plan_input`.
   Status Read(OpKernelContext* ctx, int plan_input, SpattnProblem* problem, SpattnPlan* plan) {
-    const Tensor &q = ctx->input(0), &k = ctx->input(1), &v = ctx->input(2);
+    const Tensor &q = ctx->input(kQ), &k = ctx->input(kK), &v = ctx->input(kV);
     SPATTN_TF_RETURN_IF_ERROR(CheckWidth("q", q, "heads", heads_));
     SPATTN_TF_RETURN_IF_ERROR(CheckWidth("k", k, "kv_heads", kv_heads_));
     SPATTN_TF_RETURN_IF_ERROR(CheckWidth("v", v, "kv_heads", kv_heads_));
@@ -185,7 +184,7 @@ class AttentionOp : public OpKernel {
     SPATTN_TF_RETURN_IF_ERROR(
         CheckShape("k", k, TensorShape({batch, kv_len, kv_heads_ * head_dim})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape("v", v, TensorShape({batch, kv_len, v.dim_size(2)})));
-    const Tensor& kv_lengths = ctx->input(plan_input);
+    const Tensor& kv_lengths = ctx->input(plan_input + kKvLengths);
     const bool has_lengths = kv_lengths.NumElements() != 0;
     SPATTN_TF_RETURN_IF_ERROR(
         CheckShape("kv_lengths", kv_lengths, TensorShape({has_lengths ? batch : int64{0}})));
@@ -200,15 +199,17 @@ class AttentionOp : public OpKernel {
     problem->softmax_scale = softmax_scale_;
     problem->row_stride = row_stride_;
     problem->kv_lengths = has_lengths ? DataOf<int32_t>(kv_lengths) : nullptr;
-    return ReadPlan(ctx, plan_input + 1, *problem, plan);
+    return ReadPlan(ctx, plan_input, *problem, plan);
   }
 
-  // Reads the plan by keys; it begins at input `first`.
-  Status ReadKvPlan(OpKernelContext* ctx, int first, const SpattnProblem& problem,
+  // Reads the plan by keys.
+  Status ReadKvPlan(OpKernelContext* ctx, int plan_input, const SpattnProblem& problem,
                     SpattnKvPlan* plan) const {
-    const Tensor &tile_blocks = ctx->input(first), &q_indptr = ctx->input(first + 1);
-    const Tensor &q_indices = ctx->input(first + 2), &mask_ids = ctx->input(first + 3);
-    const Tensor& mask_bits = ctx->input(first + 4);
+    const Tensor& tile_blocks = ctx->input(plan_input + kTileBlocks);
+    const Tensor& q_indptr = ctx->input(plan_input + kQIndptr);
+    const Tensor& q_indices = ctx->input(plan_input + kQIndices);
+    const Tensor& mask_ids = ctx->input(plan_input + kKvMaskIds);
+    const Tensor& mask_bits = ctx->input(plan_input + kKvMaskBits);
     if (tile_kv_ < block_size_ || tile_kv_ % block_size_ != 0) {
       return InvalidArgument(
           "the gradient on a GPU needs a plan by keys with tile_kv a multiple of block_kv=",
@@ -255,10 +256,12 @@ class AttentionOp : public OpKernel {
     return Status();
   }
 
-  Status ReadPlan(OpKernelContext* ctx, int first, const SpattnProblem& problem,
+  Status ReadPlan(OpKernelContext* ctx, int plan_input, const SpattnProblem& problem,
                   SpattnPlan* plan) const {
-    const Tensor &kv_indptr = ctx->input(first), &kv_indices = ctx->input(first + 1);
-    const Tensor &mask_ids = ctx->input(first + 2), &mask_bits = ctx->input(first + 3);
+    const Tensor& kv_indptr = ctx->input(plan_input + kKvIndptr);
+    const Tensor& kv_indices = ctx->input(plan_input + kKvIndices);
+    const Tensor& mask_ids = ctx->input(plan_input + kMaskIds);
+    const Tensor& mask_bits = ctx->input(plan_input + kMaskBits);
     plan->tile_q = tile_q_;
     plan->block_size = block_size_;
     plan->q_tiles = Blocks(problem.q_len, tile_q_);
@@ -333,16 +336,16 @@ class BlockSparseAttentionOp : public AttentionOp {
   void Compute(OpKernelContext* ctx) override {
     SpattnFwdParams params = {};
     SpattnProblem& problem = params.problem;
-    OP_REQUIRES_OK(ctx, Read(ctx, /*plan_input=*/3, &problem, &params.plan));
+    OP_REQUIRES_OK(ctx, Read(ctx, kPlanOfFwd, &problem, &params.plan));
     Tensor *o = nullptr, *lse = nullptr;
     const int64 width = static_cast<int64>(problem.heads) * problem.head_dim_v;
     OP_REQUIRES_OK(ctx,
                    ctx->allocate_output(0, TensorShape({problem.batch, problem.q_len, width}), &o));
     OP_REQUIRES_OK(ctx, ctx->allocate_output(
                             1, TensorShape({problem.batch, problem.heads, problem.q_len}), &lse));
-    params.q = View(ctx->input(0), problem.heads);
-    params.k = View(ctx->input(1), problem.kv_heads);
-    params.v = View(ctx->input(2), problem.kv_heads);
+    params.q = View(ctx->input(kQ), problem.heads);
+    params.k = View(ctx->input(kK), problem.kv_heads);
+    params.v = View(ctx->input(kV), problem.kv_heads);
     params.o = View(*o, problem.heads);
     params.lse = DataOf<float>(*lse);
     Device::Run(ctx, params);
@@ -357,31 +360,31 @@ class BlockSparseAttentionGradOp : public AttentionOp {
   void Compute(OpKernelContext* ctx) override {
     SpattnBwdParams params = {};
     SpattnProblem& problem = params.problem;
-    OP_REQUIRES_OK(ctx, Read(ctx, /*plan_input=*/7, &problem, &params.plan));
+    OP_REQUIRES_OK(ctx, Read(ctx, kPlanOfGrad, &problem, &params.plan));
     const int64 width = static_cast<int64>(problem.heads) * problem.head_dim_v;
     const TensorShape o_shape({problem.batch, problem.q_len, width});
     const TensorShape lse_shape({problem.batch, problem.heads, problem.q_len});
-    OP_REQUIRES_OK(ctx, CheckShape("o", ctx->input(3), o_shape));
-    OP_REQUIRES_OK(ctx, CheckShape("lse", ctx->input(4), lse_shape));
-    OP_REQUIRES_OK(ctx, CheckShape("do", ctx->input(5), o_shape));
-    OP_REQUIRES_OK(ctx, CheckShape("dlse", ctx->input(6), lse_shape));
-    Tensor* gradients[3];
-    for (int i = 0; i < 3; ++i) {
+    OP_REQUIRES_OK(ctx, CheckShape("o", ctx->input(kO), o_shape));
+    OP_REQUIRES_OK(ctx, CheckShape("lse", ctx->input(kLse), lse_shape));
+    OP_REQUIRES_OK(ctx, CheckShape("do", ctx->input(kDo), o_shape));
+    OP_REQUIRES_OK(ctx, CheckShape("dlse", ctx->input(kDlse), lse_shape));
+    Tensor* gradients[kQkvInputs];
+    for (int i = 0; i < kQkvInputs; ++i) {
       OP_REQUIRES_OK(ctx, ctx->allocate_output(i, ctx->input(i).shape(), &gradients[i]));
     }
-    params.q = View(ctx->input(0), problem.heads);
-    params.k = View(ctx->input(1), problem.kv_heads);
-    params.v = View(ctx->input(2), problem.kv_heads);
-    params.o = View(ctx->input(3), problem.heads);
-    params.lse = DataOf<float>(ctx->input(4));
-    params.dout = View(ctx->input(5), problem.heads);
-    params.dlse = DataOf<float>(ctx->input(6));
-    params.dq = View(*gradients[0], problem.heads);
-    params.dk = View(*gradients[1], problem.kv_heads);
-    params.dv = View(*gradients[2], problem.kv_heads);
+    params.q = View(ctx->input(kQ), problem.heads);
+    params.k = View(ctx->input(kK), problem.kv_heads);
+    params.v = View(ctx->input(kV), problem.kv_heads);
+    params.o = View(ctx->input(kO), problem.heads);
+    params.lse = DataOf<float>(ctx->input(kLse));
+    params.dout = View(ctx->input(kDo), problem.heads);
+    params.dlse = DataOf<float>(ctx->input(kDlse));
+    params.dq = View(*gradients[kQ], problem.heads);
+    params.dk = View(*gradients[kK], problem.kv_heads);
+    params.dv = View(*gradients[kV], problem.kv_heads);
     SpattnKvPlan by_kv = {};
     if (Device::kReadsKvPlan) {
-      OP_REQUIRES_OK(ctx, ReadKvPlan(ctx, /*first=*/12, problem, &by_kv));
+      OP_REQUIRES_OK(ctx, ReadKvPlan(ctx, kPlanOfGrad, problem, &by_kv));
     }
     Device::Run(ctx, params, by_kv);
   }

@@ -30,9 +30,15 @@ using tensorflow::shape_inference::ShapeHandle;
 
 // ---- registration ----
 
+// Where the inputs are. A table is an input for each product: its own, and those of the gradients.
+enum MatmulInput { kA, kB, kLuts };
+enum SoftmaxInput { kX, kScale, kLut, kMask };
+enum SoftmaxGradInput { kDy, kY, kGradScale, kGradLut };
+enum AutoregressiveMaskInput { kMaskIn, kPlaces, kKey };
+
 Status NtShape(InferenceContext* c) {
   ShapeHandle a;
-  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &a));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kA), 3, &a));
   int64 heads, blocks, block_size;
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("heads", &heads));
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blocks", &blocks));
@@ -43,7 +49,7 @@ Status NtShape(InferenceContext* c) {
 
 Status XnShape(InferenceContext* c) {
   ShapeHandle b;
-  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 3, &b));
+  SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kB), 3, &b));
   int64 row_blocks, block_size;
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("ctx_blks_c", &row_blocks));
   SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", &block_size));
@@ -341,7 +347,7 @@ class MatmulOp : public BlocksOp {
   void Compute(OpKernelContext* ctx) override {
     const char* const luts[] = {"nt_lut", "nn_lut", "tn_lut"};
     SpattnBlocksMatmul params = {};
-    const Tensor &a = ctx->input(0), &b = ctx->input(1);
+    const Tensor &a = ctx->input(kA), &b = ctx->input(kB);
     OP_REQUIRES(
         ctx,
         b.dims() == 3 && b.dim_size(2) % heads_ == 0 && b.dim_size(2) / heads_ % 8 == 0 &&
@@ -356,7 +362,7 @@ class MatmulOp : public BlocksOp {
     OP_REQUIRES_OK(ctx, CheckShape("a", a, kProduct == kNt ? q_shape : scores_shape));
     OP_REQUIRES_OK(ctx, CheckShape("b", b, kProduct == kTn ? q_shape : kv_shape));
     OP_REQUIRES_OK(
-        ctx, ReadLut(luts[kProduct], ctx->input(2 + kProduct), heads_, longest_, &params.lut));
+        ctx, ReadLut(luts[kProduct], ctx->input(kLuts + kProduct), heads_, longest_, &params.lut));
     params.blocks = {batch,
                      static_cast<int32_t>(heads_),
                      static_cast<int32_t>(block_size_),
@@ -390,12 +396,13 @@ class SoftmaxOp : public BlocksOp {
   }
 
  protected:
-  // Reads the tensor of blocks that is input 0, and the scale and the table that follow `scale_input`.
-  Status Read(OpKernelContext* ctx, const char* name, int scale_input,
+  // Reads the sizes of a tensor of blocks, the scale and the table, which are inputs with these
+  // numbers.
+  Status Read(OpKernelContext* ctx, const char* name, int x_input, int scale_input, int lut_input,
               SpattnBlocksSoftmax* params) {
     constexpr int64 kAnyKvBlocks =
         (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
-    const Tensor &x = ctx->input(0), &scale = ctx->input(scale_input);
+    const Tensor &x = ctx->input(x_input), &scale = ctx->input(scale_input);
     if (x.dims() != 5) {
       return InvalidArgument(name,
                              " must have rank 5, [batch, heads, blocks, blk_size, blk_size], got ",
@@ -405,8 +412,7 @@ class SoftmaxOp : public BlocksOp {
     SPATTN_TF_RETURN_IF_ERROR(CheckShape(
         name, x, TensorShape({x.dim_size(0), heads, blocks_, block_size_, block_size_})));
     SPATTN_TF_RETURN_IF_ERROR(CheckShape("scale", scale, TensorShape({})));
-    SPATTN_TF_RETURN_IF_ERROR(
-        ReadLut("lut", ctx->input(scale_input + 1), heads, longest_, &params->lut));
+    SPATTN_TF_RETURN_IF_ERROR(ReadLut("lut", ctx->input(lut_input), heads, longest_, &params->lut));
     params->blocks = {x.dim_size(0),
                       static_cast<int32_t>(heads),
                       static_cast<int32_t>(block_size_),
@@ -428,9 +434,9 @@ class SoftmaxFwdOp : public SoftmaxOp {
 
   void Compute(OpKernelContext* ctx) override {
     SpattnBlocksSoftmax params = {};
-    OP_REQUIRES_OK(ctx, Read(ctx, "x", /*scale_input=*/1, &params));
+    OP_REQUIRES_OK(ctx, Read(ctx, "x", kX, kScale, kLut, &params));
     if (ctx->num_inputs() > 3) {
-      const Tensor& mask = ctx->input(3);
+      const Tensor& mask = ctx->input(kMask);
       OP_REQUIRES_OK(ctx, CheckMask(mask));
       OP_REQUIRES(ctx, mask.dim_size(0) == 1 || mask.dim_size(0) == params.blocks.heads,
                   InvalidArgument("the mask's heads must be 1 or ", params.blocks.heads, ", got ",
@@ -439,8 +445,8 @@ class SoftmaxFwdOp : public SoftmaxOp {
       params.mask_heads = static_cast<int32_t>(mask.dim_size(0));
     }
     Tensor* y = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(0).shape(), &y));
-    params.x = ArrayOf(ctx->input(0));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(kX).shape(), &y));
+    params.x = ArrayOf(ctx->input(kX));
     params.y = ArrayOf(*y);
     Device::Run(ctx, params);
   }
@@ -453,12 +459,12 @@ class SoftmaxGradOp : public SoftmaxOp {
 
   void Compute(OpKernelContext* ctx) override {
     SpattnBlocksSoftmax params = {};
-    OP_REQUIRES_OK(ctx, Read(ctx, "dy", /*scale_input=*/2, &params));
-    OP_REQUIRES_OK(ctx, CheckShape("y", ctx->input(1), ctx->input(0).shape()));
+    OP_REQUIRES_OK(ctx, Read(ctx, "dy", kDy, kGradScale, kGradLut, &params));
+    OP_REQUIRES_OK(ctx, CheckShape("y", ctx->input(kY), ctx->input(kDy).shape()));
     Tensor* dx = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(0).shape(), &dx));
-    params.dy = ArrayOf(ctx->input(0));
-    params.y = ArrayOf(ctx->input(1));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(kDy).shape(), &dx));
+    params.dy = ArrayOf(ctx->input(kDy));
+    params.y = ArrayOf(ctx->input(kY));
     params.dx = ArrayOf(*dx);
     Device::RunGrad(ctx, params);
   }
@@ -476,7 +482,7 @@ class AutoregressiveMaskOp : public BlocksOp {
   void Compute(OpKernelContext* ctx) override {
     constexpr int64 kAnyQBlocks =
         (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
-    const Tensor &mask = ctx->input(0), &lut = ctx->input(1), &key = ctx->input(2);
+    const Tensor &mask = ctx->input(kMaskIn), &lut = ctx->input(kPlaces), &key = ctx->input(kKey);
     SpattnBlocksMask params = {};
     OP_REQUIRES_OK(ctx, CheckMask(mask));
     OP_REQUIRES_OK(ctx, CheckShape("autoregress_at_k", key, TensorShape({})));

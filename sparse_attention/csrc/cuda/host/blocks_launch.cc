@@ -81,6 +81,22 @@ SpattnCudaKernel ConfigureBlocks(const SpattnCudaBlocksShape& s, SpattnBlocksOp 
   return kernel;
 }
 
+SpattnStatus ConfigureNumber(const SpattnCudaBlocksShape& shape, int number,
+                             SpattnCudaKernel* kernel) {
+  *kernel = ConfigureBlocks(shape, static_cast<SpattnBlocksOp>(number - kFirstBlocksKernel));
+  return Ok();
+}
+
+// Finds the kernel of an op and launches it, on a grid that may be empty.
+template <class Params>
+SpattnStatus Launch(const Stream& stream, const SpattnCudaBlocksShape& shape, SpattnBlocksOp op,
+                    const Params& params, int64_t x, int64_t y, int64_t z) {
+  if (x == 0 || y == 0 || z == 0) return Ok();
+  const LoadedKernel* kernel;
+  SPATTN_RETURN_IF_ERROR(stream.Find(shape, kFirstBlocksKernel + op, ConfigureNumber, &kernel));
+  return stream.Launch(*kernel, &params, x, y, z);
+}
+
 // ---- checks ----
 
 SpattnStatus CheckGrid(int64_t x, const SpattnBlocks& g) {
@@ -145,9 +161,10 @@ SpattnStatus Matmul(const SpattnBlocksMatmul& params, SpattnBlocksOp op, void* s
   SPATTN_RETURN_IF_ERROR(CheckGrid(grid_x, g));
   Stream on;
   SPATTN_RETURN_IF_ERROR(on.Open(stream));
-  const SpattnCudaBlocksShape shape = {on.arch(),           g.block_size,   params.q.dtype,
-                                       params.scores.dtype, SPATTN_FLOAT32, params.head_dim};
-  return on.Launch(ConfigureBlocks(shape, op), &params, grid_x, g.heads, g.batch);
+  const SpattnCudaBlocksShape shape = {on.arch(),      g.block_size,
+                                       params.q.dtype, params.scores.dtype,
+                                       SPATTN_FLOAT32, static_cast<int32_t>(params.head_dim)};
+  return Launch(on, shape, op, params, grid_x, g.heads, g.batch);
 }
 
 // Marks the listed blocks, then runs the softmax or its gradient.
@@ -170,9 +187,9 @@ SpattnStatus Softmax(const SpattnBlocksSoftmax& params, SpattnBlocksOp op, void*
   const SpattnCudaBlocksShape shape = {on.arch(),      g.block_size,   SPATTN_FLOAT32,
                                        params.x.dtype, params.y.dtype, 0};
   const SpattnCudaSoftmaxParams kernel_params = {params, static_cast<uint8_t*>(workspace)};
-  SPATTN_RETURN_IF_ERROR(on.Launch(ConfigureBlocks(shape, SPATTN_BLOCKS_LISTED), &kernel_params,
-                                   params.lut.heads, 1, 1));
-  return on.Launch(ConfigureBlocks(shape, op), &kernel_params, grid_x, g.heads, g.batch);
+  SPATTN_RETURN_IF_ERROR(
+      Launch(on, shape, SPATTN_BLOCKS_LISTED, kernel_params, params.lut.heads, 1, 1));
+  return Launch(on, shape, op, kernel_params, grid_x, g.heads, g.batch);
 }
 
 SpattnStatus AutoregressiveMask(const SpattnBlocksMask& params, void* stream) {
@@ -188,7 +205,7 @@ SpattnStatus AutoregressiveMask(const SpattnBlocksMask& params, void* stream) {
   Stream on;
   SPATTN_RETURN_IF_ERROR(on.Open(stream));
   const SpattnCudaBlocksShape shape = {on.arch(), g.block_size, 0, 0, 0, 0};
-  return on.Launch(ConfigureBlocks(shape, SPATTN_BLOCKS_MASK), &params, grid_x, 1, 1);
+  return Launch(on, shape, SPATTN_BLOCKS_MASK, params, grid_x, 1, 1);
 }
 
 }  // namespace

@@ -126,7 +126,19 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
 
 // ---- launches ----
 
-// One call's way to the device: a stream, and what kernels are specialised for.
+// How a kernel is compiled, or why no GPU of this architecture runs it.
+SpattnStatus ConfigureFitting(const SpattnCudaShape& shape, int phase, SpattnCudaKernel* kernel) {
+  *kernel = Configure(shape, static_cast<SpattnPhase>(phase));
+  if (kernel->shared_memory <= SharedMemoryOf(shape.arch)) return Ok();
+  return Failed(SPATTN_UNSUPPORTED,
+                "%s with head dims %d and %d, blocks of %d and tiles of %d needs %d bytes of "
+                "shared memory, this GPU (sm_%d) has %d",
+                kernel->name, shape.head_dim, shape.head_dim_v, shape.block_size,
+                phase == SPATTN_BWD_DKV ? shape.tile_kv : shape.tile_q, kernel->shared_memory,
+                shape.arch, SharedMemoryOf(shape.arch));
+}
+
+// What one call needs to reach the device: a stream, and what its kernels are specialised for.
 class Launcher {
  public:
   SpattnStatus Init(const SpattnProblem& p, void* stream) {
@@ -145,32 +157,28 @@ class Launcher {
     return Ok();
   }
 
+  // Kernels are found by the shape, so it holds what the next kernel depends on and no more.
   void UsePlan(const SpattnPlan& plan) {
     shape_.block_size = plan.block_size;
     shape_.tile_q = plan.tile_q;
+    shape_.tile_kv = 0;
   }
 
   void UsePlan(const SpattnKvPlan& plan) {
     shape_.block_size = plan.block_size;
+    shape_.tile_q = 0;
     shape_.tile_kv = plan.tile_kv;
   }
 
-  // One CTA for each tile, head and sequence; of delta, for the threads' worth of rows.
+  // Launches one CTA for each tile, head and sequence, and several where they share a tile. The
+  // tiles of attention_bwd_delta are the rows that a CTA's threads take.
   template <class Params>
   SpattnStatus Launch(SpattnPhase phase, const Params& params, int64_t tiles, int64_t heads,
                       int64_t batch) {
-    const SpattnCudaKernel kernel = Configure(shape_, phase);
-    const int64_t grid_x = tiles * kernel.splits;
-    if (grid_x == 0 || batch == 0) return Ok();
-    if (kernel.shared_memory > SharedMemoryOf(shape_.arch)) {
-      return Failed(SPATTN_UNSUPPORTED,
-                    "%s with head dims %d and %d, blocks of %d and tiles of %d needs %d bytes of "
-                    "shared memory, this GPU (sm_%d) has %d",
-                    kernel.name, shape_.head_dim, shape_.head_dim_v, shape_.block_size,
-                    phase == SPATTN_BWD_DKV ? shape_.tile_kv : shape_.tile_q, kernel.shared_memory,
-                    shape_.arch, SharedMemoryOf(shape_.arch));
-    }
-    return stream_.Launch(kernel, &params, grid_x, heads, batch);
+    if (tiles == 0 || batch == 0) return Ok();
+    const LoadedKernel* kernel;
+    SPATTN_RETURN_IF_ERROR(stream_.Find(shape_, phase, ConfigureFitting, &kernel));
+    return stream_.Launch(*kernel, &params, tiles * kernel->config.splits, heads, batch);
   }
 
  private:

@@ -1,23 +1,32 @@
 // modules.cc — loads kernels and launches them.
 #include "cuda/host/modules.h"
 
-#include <string.h>
+#include <stdio.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
-#include <string>
-#include <tuple>
+#include <utility>
 
 namespace spattn {
 namespace {
 
-// Where kernels come from, and those that were loaded: into each context its own.
+// A kernel of one context, loaded or not yet.
+struct Slot {
+  std::mutex loading;  // held by the thread that loads it; others that want it wait
+  std::atomic<bool> is_loaded{false};
+  LoadedKernel kernel;
+};
+
 struct Kernels {
-  std::mutex mutex;
-  SpattnCudaCode code = nullptr;
-  int arch = 0;
+  // Held for a look into the tables alone. Slots are never removed, so they stay where they are.
+  std::mutex tables;
   std::map<CuHandle, int> archs;  // of each context
-  std::map<std::tuple<CuHandle, int, std::string>, CuHandle> functions;
+  std::map<std::pair<CuHandle, KernelKey>, Slot> slots;
+  SpattnCudaCode code = nullptr;  // where kernels come from, and what they are compiled for
+  int arch = 0;
+
+  std::mutex coding;  // held while `code` runs: one thread at a time may call it
 };
 
 Kernels& TheKernels() {
@@ -27,7 +36,7 @@ Kernels& TheKernels() {
 
 SpattnStatus FindArch(const Driver& driver, CuHandle context, int* arch) {
   Kernels& kernels = TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
+  const std::lock_guard<std::mutex> lock(kernels.tables);
   if (kernels.arch == 0 && kernels.archs.count(context) == 0) {
     int device, major, minor;
     SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuCtxGetDevice(&device), "cuCtxGetDevice"));
@@ -43,31 +52,24 @@ SpattnStatus FindArch(const Driver& driver, CuHandle context, int* arch) {
   return Ok();
 }
 
-SpattnStatus FindFunction(const Driver& driver, CuHandle context, int arch,
-                          const SpattnCudaKernel& kernel, CuHandle* function) {
+SpattnStatus Load(const Driver& driver, int arch, LoadedKernel* kernel) {
   Kernels& kernels = TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
-  CuHandle& found = kernels.functions[{context, arch, std::string(kernel.name) + kernel.macros}];
-  if (found == nullptr) {
-    if (kernels.code == nullptr) {
-      return Failed(SPATTN_UNSUPPORTED, "no code for CUDA kernels: spattn_cuda_set_code first");
-    }
-    const void* code = nullptr;
-    SpattnStatus status = Ok();
-    kernels.code(&kernel, arch, &code, &status);
-    SPATTN_RETURN_IF_ERROR(status);
-    CuHandle module, loaded;
-    SPATTN_RETURN_IF_ERROR(
-        driver.Check(driver.cuModuleLoadData(&module, code), "cuModuleLoadData"));
-    SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuModuleGetFunction(&loaded, module, kernel.name),
-                                        "cuModuleGetFunction"));
-    SPATTN_RETURN_IF_ERROR(driver.Check(
-        driver.cuFuncSetAttribute(loaded, kFuncMaxDynamicSharedMemory, kernel.shared_memory),
-        "cuFuncSetAttribute"));
-    found = loaded;
+  const std::lock_guard<std::mutex> lock(kernels.coding);  // also until the code is loaded
+  if (kernels.code == nullptr) {
+    return Failed(SPATTN_UNSUPPORTED, "no code for CUDA kernels: spattn_cuda_set_code first");
   }
-  *function = found;
-  return Ok();
+  const void* code = nullptr;
+  SpattnStatus status = Ok();
+  kernels.code(&kernel->config, arch, &code, &status);
+  SPATTN_RETURN_IF_ERROR(status);
+  CuHandle module;
+  SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuModuleLoadData(&module, code), "cuModuleLoadData"));
+  SPATTN_RETURN_IF_ERROR(
+      driver.Check(driver.cuModuleGetFunction(&kernel->function, module, kernel->config.name),
+                   "cuModuleGetFunction"));
+  return driver.Check(driver.cuFuncSetAttribute(kernel->function, kFuncMaxDynamicSharedMemory,
+                                                kernel->config.shared_memory),
+                      "cuFuncSetAttribute");
 }
 
 }  // namespace
@@ -95,18 +97,36 @@ SpattnStatus Stream::Open(void* stream) {
   return FindArch(*driver_, context_, &arch_);
 }
 
-SpattnStatus Stream::Launch(const SpattnCudaKernel& kernel, const void* params, int64_t x,
-                            int64_t y, int64_t z) const {
+SpattnStatus Stream::FindByKey(const KernelKey& key, const void* closure, CallConfigure configure,
+                               const LoadedKernel** kernel) const {
+  Kernels& kernels = TheKernels();
+  Slot* slot;
+  {
+    const std::lock_guard<std::mutex> lock(kernels.tables);
+    slot = &kernels.slots[{context_, key}];
+  }
+  if (!slot->is_loaded.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(slot->loading);
+    if (!slot->is_loaded.load(std::memory_order_relaxed)) {
+      SPATTN_RETURN_IF_ERROR(configure(closure, &slot->kernel.config));
+      SPATTN_RETURN_IF_ERROR(Load(*driver_, arch_, &slot->kernel));
+      slot->is_loaded.store(true, std::memory_order_release);
+    }
+  }
+  *kernel = &slot->kernel;
+  return Ok();
+}
+
+SpattnStatus Stream::Launch(const LoadedKernel& kernel, const void* params, int64_t x, int64_t y,
+                            int64_t z) const {
   if (x == 0 || y == 0 || z == 0) return Ok();
-  CuHandle function;
-  SPATTN_RETURN_IF_ERROR(FindFunction(*driver_, context_, arch_, kernel, &function));
   void* arguments[] = {const_cast<void*>(params)};
-  return driver_->Check(
-      driver_->cuLaunchKernel(function, static_cast<unsigned>(x), static_cast<unsigned>(y),
-                              static_cast<unsigned>(z), static_cast<unsigned>(kernel.threads), 1, 1,
-                              static_cast<unsigned>(kernel.shared_memory), stream_, arguments,
-                              nullptr),
-      kernel.name);
+  return driver_->Check(driver_->cuLaunchKernel(kernel.function, static_cast<unsigned>(x),
+                                                static_cast<unsigned>(y), static_cast<unsigned>(z),
+                                                static_cast<unsigned>(kernel.config.threads), 1, 1,
+                                                static_cast<unsigned>(kernel.config.shared_memory),
+                                                stream_, arguments, nullptr),
+                        kernel.config.name);
 }
 
 }  // namespace spattn
@@ -115,7 +135,8 @@ SpattnStatus Stream::Launch(const SpattnCudaKernel& kernel, const void* params, 
 
 void spattn_cuda_set_code(SpattnCudaCode code, int32_t arch) {
   spattn::Kernels& kernels = spattn::TheKernels();
-  const std::lock_guard<std::mutex> lock(kernels.mutex);
+  const std::lock_guard<std::mutex> coding(kernels.coding);
+  const std::lock_guard<std::mutex> tables(kernels.tables);
   kernels.code = code;
   kernels.arch = arch;
 }

@@ -1,7 +1,16 @@
-// modules.h — from a kernel's name and macros to its launch: its code comes from SpattnCudaCode
-// when it is first needed and stays loaded.
+// modules.h — from what a kernel is specialised for to its launch.
+//
+// Kernels are found by the struct of integers that specialises them (SpattnCudaShape, say), which
+// costs a look into a table. What a kernel is compiled with, and its code, are made when it is first
+// needed: SpattnCudaCode gives the code, and it stays loaded. Nobody who launches a kernel that is
+// loaded waits for another that is being compiled.
 #ifndef SPARSE_ATTENTION_CUDA_HOST_MODULES_H_
 #define SPARSE_ATTENTION_CUDA_HOST_MODULES_H_
+
+#include <string.h>
+
+#include <array>
+#include <type_traits>
 
 #include "cuda/host/driver.h"
 
@@ -25,6 +34,17 @@ inline int ScratchBytes(int columns, int dtype, int arch) {
 // Adds "-DSPATTN_<name>=<value>" to what a kernel is compiled with.
 void Define(SpattnCudaKernel* kernel, const char* name, int value);
 
+// A kernel that is loaded into a context.
+struct LoadedKernel {
+  SpattnCudaKernel config;
+  CuHandle function;
+};
+
+// Which kernel: its number among all (a SpattnPhase, or kFirstBlocksKernel + a SpattnBlocksOp), and
+// the integers of the struct that specialises it.
+using KernelKey = std::array<int32_t, 12>;
+constexpr int kFirstBlocksKernel = 16;
+
 // A stream of the context that is current.
 class Stream {
  public:
@@ -32,11 +52,38 @@ class Stream {
 
   int arch() const { return arch_; }  // compute capability, as 80 of 8.0
 
-  // Launches a grid of x * y * z CTAs, if any. `params` is the kernel's one argument.
-  SpattnStatus Launch(const SpattnCudaKernel& kernel, const void* params, int64_t x, int64_t y,
+  // The kernel of a shape. Where it is not loaded, configure(shape, number, &config) says how it is
+  // compiled; an error of it, or of the compiler, is returned, and the next call tries again.
+  template <class Shape>
+  SpattnStatus Find(const Shape& shape, int number,
+                    SpattnStatus (*configure)(const Shape&, int, SpattnCudaKernel*),
+                    const LoadedKernel** kernel) const {
+    static_assert(sizeof(Shape) + sizeof(int32_t) <= sizeof(KernelKey), "a longer key is needed");
+    static_assert(std::has_unique_object_representations_v<Shape>, "padding would be compared");
+    KernelKey key = {number};
+    memcpy(&key[1], &shape, sizeof(Shape));
+    struct Closure {
+      const Shape& shape;
+      int number;
+      SpattnStatus (*configure)(const Shape&, int, SpattnCudaKernel*);
+    } closure = {shape, number, configure};
+    const auto call = [](const void* closure, SpattnCudaKernel* config) {
+      const Closure* c = static_cast<const Closure*>(closure);
+      return c->configure(c->shape, c->number, config);
+    };
+    return FindByKey(key, &closure, call, kernel);
+  }
+
+  // Launches a grid of x * y * z CTAs, which may be empty. `params` is the kernel's one argument.
+  SpattnStatus Launch(const LoadedKernel& kernel, const void* params, int64_t x, int64_t y,
                       int64_t z) const;
 
  private:
+  using CallConfigure = SpattnStatus (*)(const void* closure, SpattnCudaKernel* config);
+
+  SpattnStatus FindByKey(const KernelKey& key, const void* closure, CallConfigure configure,
+                         const LoadedKernel** kernel) const;
+
   const Driver* driver_ = nullptr;
   CuHandle context_ = nullptr, stream_ = nullptr;
   int arch_ = 0;
