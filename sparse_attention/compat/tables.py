@@ -89,27 +89,30 @@ class BlocksparseTables:
     # ---- look-up tables ----
 
     def _init_luts(self, layout):
-        head, q, k = np.nonzero(layout)
-        self._counts = np.bincount(head, minlength=len(layout))  # blocks of each head
-        self.blocks = int(self._counts.max())
-        block = np.arange(len(head)) - (np.cumsum(self._counts) - self._counts)[head]
-        self.nt_lut = np.full((len(layout), self.blocks, 2), -1, np.int32)
-        self.nt_lut[head, block] = np.stack([q, k], axis=-1)
-        # Blocks are numbered by row, so the lists of rows are in order already.
-        by_column = np.argsort(head * layout.shape[2] + k, kind="stable")
         q_sizes, k_sizes = layout.sum(axis=2), layout.sum(axis=1)
-        self.nn_lut = self._lists_lut(q_sizes, head, block, block, k)
-        self.tn_lut = self._lists_lut(
-            k_sizes, head, block, block[by_column], q[by_column]
-        )
+        self._counts = q_sizes.sum(axis=1)  # blocks of each head
+        self.blocks = int(self._counts.max())
         self.nn_max, self.tn_max = int(q_sizes.max()), int(k_sizes.max())
+        self.nt_lut = np.full((len(layout), self.blocks, 2), -1, np.int32)
+        self.nn_lut, self.tn_lut = self._lists_lut(q_sizes), self._lists_lut(k_sizes)
+        for head, blocks in enumerate(layout):
+            q, k = np.nonzero(blocks)
+            # Blocks are numbered by row, so the lists of rows are in order already.
+            by_column = np.argsort(k, kind="stable")
+            for lut, first, columns in (
+                (self.nt_lut, 0, (q, k)),
+                (self.nn_lut, self.ctx_blks_q, (np.arange(len(k)), k)),
+                (self.tn_lut, self.ctx_blks_k, (by_column, q[by_column])),
+            ):
+                entries = lut[head, first : first + len(k)]
+                entries[:, 0], entries[:, 1] = columns
 
-    def _lists_lut(self, sizes, head, place, block, other):
+    def _lists_lut(self, sizes):
+        """A table of lists that have these sizes, without their entries."""
         lists = sizes.shape[1]
         lut = np.full((len(sizes), lists + self.blocks, 2), -1, np.int32)
         lut[:, :lists, 0] = lists + np.cumsum(sizes, axis=1) - sizes
         lut[:, :lists, 1] = sizes
-        lut[head, lists + place] = np.stack([block, other], axis=-1)
         return lut
 
     @property
