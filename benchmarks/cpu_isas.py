@@ -22,12 +22,11 @@ from core_abi import Core  # noqa: E402
 from helpers import to_dtype  # noqa: E402
 
 from sparse_attention.native import libraries  # noqa: E402
-from sparse_attention.plan.patterns import pattern_block_mask  # noqa: E402
+from sparse_attention.plan.patterns import PATTERNS, pattern_block_mask  # noqa: E402
 
 T, HEADS, DIM = 4096, 4, 64
 DTYPES = ("float32", "bfloat16")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-MODES = ("all", "local", "strided", "fixed")
 
 
 def median_ms(call, seconds=0.5):
@@ -59,9 +58,8 @@ def ours(core, threads):
     arrays = [random.normal(size=[1, T, HEADS, DIM]) for _ in range(4)]
     for dtype in DTYPES:
         q, k, v, do = [to_dtype(x, dtype) for x in arrays]
-        for mode in MODES:
-            context = None if mode == "all" else 128
-            block_mask = pattern_block_mask(mode, T, HEADS, 32, context, num_verts=1)
+        for mode in PATTERNS:
+            block_mask = pattern_block_mask(mode, T, HEADS, 32, 128, num_verts=1)
             o, lse = core.fwd(q, k, v, block_mask, workers=threads)
             forward = core.ms
             core.bwd(q, k, v, o, lse, do, block_mask, workers=threads)

@@ -12,6 +12,7 @@ import argparse
 import numpy as np
 
 import sparse_attention as sa
+from sparse_attention.plan.patterns import PAPERS_MODELS, PATTERNS
 
 
 def main(arguments=None):
@@ -26,7 +27,7 @@ def main(arguments=None):
     random = np.random.RandomState(0)
     prompt = random.randint(0, 256, [options.batch, options.time - options.length])
     print("attention      ms/token    MB read/token")
-    for attention in "all", "fixed", "local", "strided", "local,strided":
+    for attention in [*PATTERNS, PAPERS_MODELS["strided"]]:
         model = sa.SparseTransformer(
             vocab_size=256,
             time=options.time,

@@ -104,8 +104,7 @@ class Bench:
         block_mask = pattern_block_mask(
             *(case.mode, case.q_len, case.heads),
             64 if case.mode == "all" else case.block_size,
-            None if case.mode == "all" else case.local_attn_ctx,
-            1 if case.mode == "fixed" else None,
+            *(case.local_attn_ctx, 1),
         )
         major, minor = torch.cuda.get_device_capability()
         plans = abi.plans(

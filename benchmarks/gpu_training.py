@@ -33,12 +33,13 @@ import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
 from sparse_attention.keras import xla  # noqa: E402
+from sparse_attention.plan.patterns import PAPERS_MODELS  # noqa: E402
 
 ATTENTION = {
-    "dense": "all",
+    "dense": PAPERS_MODELS["dense"],
     "fixed": "fixed",
-    "strided": "local,strided",
-    "TensorFlow dense": "all",
+    "strided": PAPERS_MODELS["strided"],
+    "TensorFlow dense": PAPERS_MODELS["dense"],
 }
 PAPER = {"dense": 1.31, "fixed": 0.55, "strided": 0.35}  # s/step on V100s
 LENGTHS = [16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144]

@@ -5,7 +5,7 @@ with gelu and Dense 512, with residuals, width 512, 8 heads of 64. It is compile
 `model.compile("adam", "mse")`, so that Keras decides about XLA, and timed through
 `train_on_batch`, as the user runs it. The attention is one of
   MultiHeadAttention  `keras.layers.MultiHeadAttention` with `use_causal_mask=True`
-  fixed, local, all   `sa.SparseSelfAttention` with that pattern and windows of 128
+  a pattern's name    `sa.SparseSelfAttention` with that pattern and windows of 128
   none                no attention: what the rest of the model takes
 
     python benchmarks/keras_model.py --shapes 4x4096 8x1024 16x512 --out keras_model.json
@@ -24,9 +24,10 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
+from sparse_attention.plan.patterns import PATTERNS  # noqa: E402
 
 WIDTH, HEADS, BLOCKS = 512, 8, 4
-CONTENDERS = ("MultiHeadAttention", "fixed", "local", "all", "none")
+CONTENDERS = ("MultiHeadAttention", *PATTERNS, "none")
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -36,8 +37,7 @@ def attend(contender, x):
     if contender == "MultiHeadAttention":
         layer = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
         return layer(x, x, use_causal_mask=True)
-    window = None if contender == "all" else 128
-    return sa.SparseSelfAttention(HEADS, attn_mode=contender, local_attn_ctx=window)(x)
+    return sa.SparseSelfAttention(HEADS, attn_mode=contender, local_attn_ctx=128)(x)
 
 
 def model_of(contender, length):

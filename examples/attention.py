@@ -26,7 +26,7 @@ PATTERNS = {
     "strided": {"local_attn_ctx": 32},
     # The own window of 128 positions and, in every window before it, a summary: one
     # (vertsize) of the last four (num_verts) blocks of 32, which depends on the head.
-    "fixed": {"local_attn_ctx": 128, "num_verts": 4, "vertsize": 1},
+    "fixed": {"local_attn_ctx": 128},
 }
 
 

@@ -1,4 +1,4 @@
-"""Draws the four patterns, query by query and key by key, side by side in one PNG.
+"""Draws the patterns, query by query and key by key, side by side in one PNG.
 
     python examples/draw_layouts.py [docs/layouts.png]
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from sparse_attention.plan.block_mask import EMPTY, BlockMask
-from sparse_attention.plan.patterns import pattern_block_mask
+from sparse_attention.plan.patterns import PATTERNS, pattern_block_mask
 
 LENGTH, BLOCK_SIZE, STRIDE = 96, 8, 24
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -64,11 +64,11 @@ def element_kinds(mode):
 
 
 def draw(path):
-    width = LEFT + len(RULES) * (SIDE + GAP) - GAP + RIGHT
+    width = LEFT + len(PATTERNS) * (SIDE + GAP) - GAP + RIGHT
     height = TOP + SIDE + BOTTOM
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     colors = ListedColormap([LEGEND[kind][0] for kind in sorted(LEGEND)])
-    for n, (mode, rule) in enumerate(RULES.items()):
+    for n, mode in enumerate(PATTERNS):
         left = LEFT + n * (SIDE + GAP)
         axis = figure.add_axes(
             [left / width, BOTTOM / height, SIDE / width, SIDE / height]
@@ -79,6 +79,7 @@ def draw(path):
         for spine in axis.spines.values():
             spine.set(color=FRAME, linewidth=0.8)
         axis.set_title(mode, fontsize=14, fontweight="bold", color=INK, pad=24)
+        rule = RULES.get(mode, "")
         axis.text(0.5, 1.03, rule, transform=axis.transAxes, ha="center", color=INK)
         axis.set_xlabel(f"key $j$\ndensity {100 * density:.0f} %", color=INK)
         axis.set_ylabel("query $i$", color=INK)

@@ -40,13 +40,8 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
-
-ATTENTION = {  # the patterns of a model's layers in turn
-    "dense": "all",
-    "local": "local",
-    "strided": "local,strided",
-    "fixed": "fixed",
-}
+from sparse_attention.plan.masks import NUM_VERTS, VERTSIZE  # noqa: E402
+from sparse_attention.plan.patterns import PAPERS_MODELS, PATTERNS  # noqa: E402
 
 PRESETS = {
     "cpu": {
@@ -56,8 +51,8 @@ PRESETS = {
         "heads": 4,
         "local_attn_ctx": 128,
         "block_size": 32,
-        "num_verts": 4,
-        "vertsize": 1,
+        "num_verts": NUM_VERTS,
+        "vertsize": VERTSIZE,
         "dropout": 0.0,
         "recompute": False,
         "dtype": "float32",
@@ -74,8 +69,8 @@ PRESETS = {
         "heads": 8,
         "local_attn_ctx": 128,
         "block_size": 32,
-        "num_verts": 4,
-        "vertsize": 1,
+        "num_verts": NUM_VERTS,
+        "vertsize": VERTSIZE,
         "dropout": 0.0,
         "recompute": True,
         "dtype": "mixed_bfloat16",
@@ -104,8 +99,8 @@ def main(argv=None):
         check_sizes(args, len(data), strategy.num_replicas_in_sync)
         runs = {}
         for name in args.attention.split(","):
-            if name not in ATTENTION:
-                raise ValueError(f"attention must be of {list(ATTENTION)}, got {name}")
+            if name not in models():
+                raise ValueError(f"attention must be of {list(models())}, got {name}")
             config = run_config(args, name, data)
             sa.SparseTransformer(**config["model"])  # raises where it cannot be
             check_folder(args.output / name, config)
@@ -131,12 +126,18 @@ def main(argv=None):
     return 0
 
 
+def models():
+    """{name: the patterns of its layers in turn}, the paper's models first."""
+    alone = {name: name for name in PATTERNS if name not in PAPERS_MODELS}
+    return {**PAPERS_MODELS, **alone}
+
+
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--attention", default="fixed", help="of " + ", ".join(ATTENTION)
+        "--attention", default="fixed", help="of " + ", ".join(models())
     )
     parser.add_argument("--data", type=Path, help="a file; else the standard library")
     parser.add_argument("--output", type=Path, default=Path("train_lm"))
@@ -209,7 +210,7 @@ def check_sizes(args, data_bytes, replicas):
 
 def run_config(args, attention, data):
     model = {name: getattr(args, name) for name in MODEL_SETTINGS}
-    model.update(vocab_size=256, attention=ATTENTION[attention])
+    model.update(vocab_size=256, attention=models()[attention])
     rest = {name: getattr(args, name) for name in PRESETS["cpu"] if name not in model}
     rest.update(seed=args.seed, data_bytes=len(data), data_crc32=zlib.crc32(data))
     return {"model": model, "training": rest}

@@ -17,6 +17,7 @@ from .native import abi, libraries
 from .native.cuda import kernels
 from .native.cuda.devices import name_of
 from .plan.block_mask import BlockMask
+from .plan.patterns import PATTERNS
 from .plan.tiling import EFFICIENCY, kv_tile_sizes
 
 
@@ -24,13 +25,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m sparse_attention.build", description=__doc__.split("\n")[0]
     )
-    every = ["all", "local", "strided", "fixed"]
     for name, parse, default in (
         ("arch", _arch, []),
         ("dtype", _one_of(abi.DTYPES), ["float32", "float16", "bfloat16"]),
         ("head-dim", int, [64]),
         ("block-size", _one_of(EFFICIENCY, int), [32]),
-        ("pattern", _one_of(every), every),
+        ("pattern", _one_of(PATTERNS), list(PATTERNS)),
     ):
         said = "with commas between; default: " + (
             ",".join(map(str, default)) or "none"
@@ -90,7 +90,10 @@ def _library():
 def _kernels(library, arch, options):
     """{(kernel, macros)} of all that the options name."""
     found = []
-    strides = {1 + (pattern == "strided") for pattern in options.pattern}
+    # Kernels differ by whether rows are strided, not by how far.
+    strides = {
+        1 if PATTERNS[name].row_stride is None else 2 for name in options.pattern
+    }
     for dtype, head_dim, block_size in itertools.product(
         options.dtype, options.head_dim, options.block_size
     ):

@@ -13,13 +13,8 @@ from hypothesis import example, given, settings
 
 from sparse_attention.plan import block_mask as block_mask_module
 from sparse_attention.plan import layouts, masks
-from sparse_attention.plan.block_mask import (
-    EMPTY,
-    FULL,
-    PARTIAL,
-    BlockMask,
-    pattern_block_mask,
-)
+from sparse_attention.plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
+from sparse_attention.plan.patterns import pattern_block_mask
 
 
 def in_rows(case):
@@ -155,72 +150,6 @@ def test_plans_are_made_once_and_are_read_only():
     for array in arrays:
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
-
-
-# ---- patterns ----
-
-
-@pytest.mark.parametrize("q_len", [1, 8, 31, 96, 100])
-@pytest.mark.parametrize("ctx", [1, 8, 16, 40, 200])
-@pytest.mark.parametrize("block_size", [8, 32])
-def test_patterns_follow_the_rules(q_len, ctx, block_size):
-    rules = {
-        "all": lambda i, j: j <= i,
-        "local": lambda i, j: 0 <= i - j < ctx,
-        "strided": lambda i, j: j <= i and (i - j) % ctx == 0,
-    }
-    for mode, rule in rules.items():
-        dense = pattern_block_mask(mode, q_len, 4, block_size, ctx).to_dense()
-        expected = [[rule(i, j) for j in range(q_len)] for i in range(q_len)]
-        np.testing.assert_array_equal(dense, [expected], mode)
-
-
-@pytest.mark.parametrize("num_verts, vertsize", [(None, None), (2, 2), (1, 4), (1, 1)])
-def test_fixed_pattern_follows_the_rule(num_verts, vertsize):
-    dense = pattern_block_mask("fixed", 100, 8, 8, 32, num_verts, vertsize).to_dense()
-    num_verts, vertsize = num_verts or 4, vertsize or 1
-    assert len(dense) == 8
-    for head, i, j in np.ndindex(8, 100, 100):
-        end = 4 - vertsize * (head % num_verts)
-        is_summary = end - vertsize <= j % 32 // 8 < end
-        assert dense[head, i, j] == (j <= i and (i // 32 == j // 32 or is_summary))
-
-
-def test_patterns_are_cached():
-    first = pattern_block_mask("fixed", 256, 4, 32, 128)
-    assert pattern_block_mask("fixed", 256, 4, 32, 128) is first
-    assert pattern_block_mask("fixed", 256, 8, 32, 128) is not first
-
-
-def test_a_stride_beyond_the_sequence_costs_nothing():
-    block_mask = pattern_block_mask("strided", 20, 1, 8, local_attn_ctx=10**9)
-    np.testing.assert_array_equal(block_mask.to_dense(), [np.eye(20, dtype=bool)])
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("sideways", 64, 4), "attn_mode must be 'all', .*, got 'sideways'"),
-        (("all", 0, 4), "q_len must be a positive integer, got 0"),
-        (("all", 64, -1), "heads must be a positive integer, got -1"),
-        (
-            ("all", 64, 4, 24),
-            r"block_size must be one of \[8, 16, 32, 64, 128\], got 24",
-        ),
-        (("all", 64, 4, 256), "block_size must be one of .*, got 256"),
-        (("all", 64, 4, 0), "block_size must be a positive integer, got 0"),
-        (("local", 64, 4, 32), "local_attn_ctx must be a positive integer, got None"),
-        (("strided", 64, 4, 32, 0), "local_attn_ctx must be .*, got 0"),
-        (("fixed", 64, 4, 32, -128), "local_attn_ctx must be .*, got -128"),
-        (("fixed", 64, 4, 32, 100), "local_attn_ctx.* multiple of .*=32, got 100"),
-        (("fixed", 64, 6, 32, 128), "heads must be a multiple of num_verts=4, got 6"),
-        (("fixed", 64, 4, 32, 128, 1, 3), "vertsize must divide .* 4 blocks .*, got 3"),
-        (("fixed", 64, 4, 32, 128, 4, 2), r"num_verts \* vertsize must be at most"),
-    ],
-)
-def test_patterns_name_what_does_not_fit(args, message):
-    with pytest.raises(ValueError, match=message):
-        pattern_block_mask(*args)
 
 
 # ---- errors ----

@@ -140,6 +140,20 @@ def test_config_makes_the_same_layer_again():
     assert_same_bits(model.predict(x), other.predict(x))
 
 
+def test_numpys_integers_are_configured_as_pythons():
+    sizes = {"heads": 4, "head_dim": 8, "kv_heads": 2, "block_size": 8}
+    sizes.update(local_attn_ctx=16, num_verts=2, vertsize=1)
+    layer, wide = (
+        sa.SparseSelfAttention(
+            attn_mode="fixed", name="a", **{k: dtype(n) for k, n in sizes.items()}
+        )
+        for dtype in (int, np.int64)
+    )
+    wide.build([None, TIME, WIDTH])
+    config = json.loads(json.dumps(wide.get_config()))
+    assert config == json.loads(json.dumps(layer.get_config()))
+
+
 def test_config_holds_a_block_mask_of_the_user():
     mask = sa.BlockMask(
         np.random.RandomState(0).random_sample([4, 6, 6]) < 0.5,
@@ -193,6 +207,8 @@ def test_saved_model_gives_the_same_bits_in_a_new_process(tmp_path):
         ({"attn_mode": None}, "attn_mode must be 'all', .* got None"),
         ({"attn_mode": "local"}, "local_attn_ctx must be a positive integer, got None"),
         ({"block_size": 7}, "got 7"),
+        ({"block_size": 8.0}, "block_size must be a positive integer, got 8.0"),
+        ({"num_verts": np.array(2)}, r"num_verts must be .* integer, got array\(2\)"),
         ({"block_mask": everyone(2)}, "1 head or heads = 4, got .* 2 heads"),
         (
             {"block_mask": sa.BlockMask(np.eye(2), None, 8)},

@@ -238,6 +238,26 @@ def test_a_file_gives_the_same_bits(tmp_path):
     assert sa.SparseTransformer.from_config(config).get_config() == model.get_config()
 
 
+def test_numpys_integers_are_saved_as_pythons(tmp_path):
+    sizes = [VOCAB, TIME, LAYERS, WIDTH, 4]
+    options = {"local_attn_ctx": 16, "block_size": 8, "num_verts": 2, "vertsize": 1}
+    model, wide = (
+        sa.SparseTransformer(
+            *map(integer, sizes),
+            **{name: integer(size) for name, size in options.items()},
+            dropout=real(0.25),
+        )
+        for integer, real in ((int, float), (np.int64, np.float32))
+    )
+    wide.build([None, TIME])
+    wide.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_bits(loaded(tokens()).numpy(), wide(tokens()).numpy())
+    assert {**wide.get_config(), "name": ""} == {**model.get_config(), "name": ""}
+    model.build([None, TIME])
+    model.load_weights(tmp_path / "model.keras")
+
+
 # ---- errors ----
 
 
@@ -252,6 +272,8 @@ def test_a_file_gives_the_same_bits(tmp_path):
         ({"attention": ""}, "attn_mode must be 'all', .* got ''"),
         ({"local_attn_ctx": None}, "local_attn_ctx must be a positive integer"),
         ({"block_size": 24}, "must be a multiple of block_size=24, got 128"),
+        ({"block_size": 8.0}, "block_size must be a positive integer, got 8.0"),
+        ({"heads": 4.0}, "heads must be a positive integer, got 4.0"),
         ({"num_verts": 3}, "heads must be a multiple of num_verts=3, got 4"),
     ],
 )

@@ -6,9 +6,13 @@ import tensorflow as tf
 from ..ops.attention import block_sparse_attention, not_converted, static_time
 from ..ops.recompute import recomputable
 from ..plan.checks import check_positive
-from ..plan.masks import fixed_mask
-from ..plan.patterns import pattern_block_mask
+from ..plan.masks import NUM_VERTS, VERTSIZE, check_fixed
+from ..plan.patterns import check_known, pattern_block_mask, resolve
 from .transformer import get_blocksparse_obj
+
+# The modes that `get_attn_mask` and `get_callback` tell by themselves: what they say is
+# independent of the table of patterns, which the tests hold against it.
+OPENAIS_MODES = ("all", "local", "strided", "fixed")
 
 
 @recomputable("attention_impl")
@@ -100,34 +104,32 @@ def blocksparse_attention_impl(
       ImportError: If `backend` is "blocksparse", and that package does not import.
     """
     q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
-    pattern = (attn_mode, blocksize, local_attn_ctx, num_verts, vertsize)
+    q_len = static_time("q", q)
+    sizes = (blocksize, local_attn_ctx, num_verts, vertsize)
     if backend == "fused":
-        attn_mode, *rest = pattern
-        q_len = static_time("q", q)
-        block_mask = pattern_block_mask(attn_mode, q_len, heads, *rest)
+        block_mask = pattern_block_mask(attn_mode, q_len, heads, *sizes)
         return block_sparse_attention(q, k, v, block_mask, heads)
     if backend not in ("blocksparse_ops", "blocksparse"):
         raise ValueError(
             "backend must be 'fused', 'blocksparse_ops' or 'blocksparse', "
             f"got {backend!r}"
         )
-    return _three_ops(q, k, v, heads, pattern, backend == "blocksparse")
+    is_real = backend == "blocksparse"
+    bst = get_blocksparse_obj(q_len, heads, attn_mode, *sizes, real=is_real)
+    pattern, settings = resolve(attn_mode, q_len, heads, *sizes)
+    return _three_ops(bst, q, k, v, pattern.row_stride_of(settings))
 
 
-def _three_ops(q, k, v, heads, pattern, real):
-    """Scores, softmax and weighted sum of blocksparse; strided by way of transposes."""
-    attn_mode, blocksize, stride, num_verts, vertsize = pattern
+def _three_ops(bst, q, k, v, row_stride):
+    """Scores, softmax and weighted sum of blocksparse, on rows in the pattern's order."""
     n_ctx = static_time("q", q)
-    bst = get_blocksparse_obj(
-        n_ctx, heads, attn_mode, blocksize, stride, num_verts, vertsize, real
-    )
-    if attn_mode == "strided":
-        q, k, v = (strided_transpose(x, n_ctx, stride, blocksize) for x in (q, k, v))
+    if row_stride > 1:
+        q, k, v = (strided_transpose(x, n_ctx, row_stride, 1) for x in (q, k, v))
     w = bst.query_key_op(q, k)
-    w = bst.masked_softmax(w, scale=(shape_list(q)[-1] // heads) ** -0.5)
+    w = bst.masked_softmax(w, scale=(shape_list(q)[-1] // bst.heads) ** -0.5)
     o = bst.weight_value_op(w, v)
-    if attn_mode == "strided":  # and back
-        o = strided_transpose(o, n_ctx, n_ctx // stride, 1)
+    if row_stride > 1:  # and back
+        o = strided_transpose(o, n_ctx, n_ctx // row_stride, 1)
     return o
 
 
@@ -168,10 +170,10 @@ def get_attn_mask(
     elif attn_mode == "strided":
         attends &= tf.equal((i - j) % local_attn_ctx, 0)
     elif attn_mode == "fixed":
-        num_verts = 4 if num_verts is None else num_verts
-        vertsize = 1 if vertsize is None else vertsize
+        num_verts = NUM_VERTS if num_verts is None else num_verts
+        vertsize = VERTSIZE if vertsize is None else vertsize
         heads = num_verts if heads is None else heads
-        fixed_mask(local_attn_ctx, blocksize, num_verts, vertsize)  # checks them
+        check_fixed(local_attn_ctx, blocksize, num_verts, vertsize)
         if heads % num_verts:
             raise ValueError(f"num_verts must divide heads={heads}, got {num_verts}")
         # Summary columns count from the end of a window.
@@ -217,10 +219,7 @@ def get_callback(attn_mode, local_attn_ctx=None):
 
 
 def _check_mode(attn_mode, local_attn_ctx):
-    if attn_mode not in ("all", "local", "strided", "fixed"):
-        raise ValueError(
-            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
-        )
+    check_known(attn_mode, OPENAIS_MODES)
     if attn_mode != "all":
         check_positive(local_attn_ctx=local_attn_ctx)
 

@@ -18,9 +18,10 @@ import importlib
 import numpy as np
 import tensorflow as tf
 
+from ..plan.block_mask import in_positions
 from ..plan.checks import check_positive
-from ..plan.layouts import all_layout, fixed_layout, local_layout, strided_layout
-from ..plan.masks import causal_mask, chunk_mask, local_mask
+from ..plan.masks import NUM_VERTS, VERTSIZE, as_mask
+from ..plan.patterns import resolve
 from .ops import load_blocksparse_ops
 from .tables import BlocksparseTables
 
@@ -209,8 +210,8 @@ def get_blocksparse_obj(
     attn_mode,
     blocksize=32,
     local_attn_ctx=None,
-    num_verts=4,
-    vertsize=1,
+    num_verts=NUM_VERTS,
+    vertsize=VERTSIZE,
     real=False,
 ):
     """The `BlocksparseTransformer` of a pattern, as openai/sparse_attention builds it.
@@ -241,32 +242,19 @@ def get_blocksparse_obj(
         raise ValueError(
             f"n_ctx must be a multiple of blocksize={blocksize}, got {n_ctx}"
         )
-    if attn_mode in ("local", "strided", "fixed"):
-        check_positive(local_attn_ctx=local_attn_ctx)
-    mask = causal_mask()
-    if attn_mode == "all":
-        layout = all_layout(n_ctx, blocksize)
-    elif attn_mode == "local":
-        layout = local_layout(n_ctx, blocksize, local_attn_ctx)
-        mask = local_mask(local_attn_ctx)
-    elif attn_mode == "strided":
-        if n_ctx % local_attn_ctx:
-            raise ValueError(
-                f"local_attn_ctx must divide n_ctx={n_ctx}, got {local_attn_ctx}"
-            )
-        layout = strided_layout(n_ctx, blocksize, local_attn_ctx)
-        mask = mask & chunk_mask(n_ctx // local_attn_ctx)
-    elif attn_mode == "fixed":
-        num_verts = 4 if num_verts is None else num_verts
-        vertsize = 1 if vertsize is None else vertsize
-        heads = 1 if num_verts == 1 else n_heads
-        layout = fixed_layout(
-            n_ctx, blocksize, local_attn_ctx, num_verts, vertsize, heads
-        )
-    else:
+    pattern, settings = resolve(
+        attn_mode, n_ctx, n_heads, blocksize, local_attn_ctx, num_verts, vertsize
+    )
+    row_stride = pattern.row_stride_of(settings)
+    if n_ctx % row_stride:
         raise ValueError(
-            f"attn_mode must be 'all', 'local', 'strided' or 'fixed', got {attn_mode!r}"
+            f"local_attn_ctx must divide n_ctx={n_ctx}, got {local_attn_ctx} (a stride "
+            f"of {row_stride} rows)"
         )
+    layout, mask = pattern.layout(settings), as_mask(pattern.mask(settings))
+    if mask.per_head is False and (layout == layout[:1]).all():
+        layout = layout[:1]  # the tables of one head serve all
+    mask = in_positions(mask, n_ctx, row_stride)
     if not real:
         return BlocksparseTransformer(layout, blocksize, n_heads, mask)
 

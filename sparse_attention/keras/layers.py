@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
 from ..plan.block_mask import BlockMask
-from ..plan.checks import check_positive
+from ..plan.checks import as_ints, check_positive
+from ..plan.masks import NUM_VERTS, VERTSIZE
 from ..plan.patterns import pattern_block_mask
 from .backend import keras
 from .xla import Dense
@@ -68,8 +69,8 @@ class SparseSelfAttention(keras.layers.Layer):
         attn_mode="all",
         local_attn_ctx=None,
         block_size=32,
-        num_verts=4,
-        vertsize=1,
+        num_verts=NUM_VERTS,
+        vertsize=VERTSIZE,
         block_mask=None,
         kv_heads=None,
         use_bias=True,
@@ -78,22 +79,31 @@ class SparseSelfAttention(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.heads = heads
-        self.head_dim = head_dim
+        sizes = as_ints(
+            heads=heads,
+            head_dim=head_dim,
+            local_attn_ctx=local_attn_ctx,
+            block_size=block_size,
+            num_verts=num_verts,
+            vertsize=vertsize,
+            kv_heads=heads if kv_heads is None else kv_heads,
+        )
+        self.heads = sizes["heads"]
+        self.head_dim = sizes["head_dim"]
+        self.kv_heads = sizes["kv_heads"]
         self.attn_mode = attn_mode if block_mask is None else None
-        self.local_attn_ctx = local_attn_ctx
-        self.block_size = block_size
-        self.num_verts = num_verts
-        self.vertsize = vertsize
+        self.local_attn_ctx = sizes["local_attn_ctx"]
+        self.block_size = sizes["block_size"]
+        self.num_verts = sizes["num_verts"]
+        self.vertsize = sizes["vertsize"]
         self.block_mask = block_mask
-        self.kv_heads = heads if kv_heads is None else kv_heads
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
         self.supports_masking = True
         self.supports_jit = False
-        check_positive(heads=heads, kv_heads=self.kv_heads)
-        if heads % self.kv_heads:
+        check_positive(heads=self.heads, kv_heads=self.kv_heads)
+        if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
         if not isinstance(block_mask, (BlockMask, type(None))):
             raise TypeError(

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from ..ops.recompute import recomputable
-from ..plan.checks import check_positive
-from ..plan.patterns import pattern_block_mask
+from ..plan.checks import as_ints, check_positive
+from ..plan.masks import NUM_VERTS, VERTSIZE
+from ..plan.patterns import layer_patterns, pattern_block_mask
 from .backend import keras, require_keras_3
 from .layers import SparseSelfAttention, serializable
 from .xla import Dense, fused_on_gpu
@@ -157,17 +158,25 @@ class SparseTransformer(keras.Model):
         attention="fixed",
         local_attn_ctx=128,
         block_size=32,
-        num_verts=4,
-        vertsize=1,
+        num_verts=NUM_VERTS,
+        vertsize=VERTSIZE,
         dropout=0.0,
         recompute=False,
         **kwargs,
     ):
         require_keras_3("SparseTransformer")
         super().__init__(**kwargs)
-        check_positive(
+        sizes = as_ints(
             vocab_size=vocab_size, time=time, layers=layers, width=width, heads=heads
         )
+        pattern = as_ints(
+            local_attn_ctx=local_attn_ctx,
+            block_size=block_size,
+            num_verts=num_verts,
+            vertsize=vertsize,
+        )
+        check_positive(**sizes)
+        vocab_size, time, layers, width, heads = sizes.values()
         if width % (8 * heads):
             raise ValueError(
                 f"width must be a multiple of 8 * heads = {8 * heads}, got {width}"
@@ -175,18 +184,11 @@ class SparseTransformer(keras.Model):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self._config = {
-            "vocab_size": vocab_size,
-            "time": time,
-            "layers": layers,
-            "width": width,
-            "heads": heads,
+            **sizes,
             "attention": attention,
-            "local_attn_ctx": local_attn_ctx,
-            "block_size": block_size,
-            "num_verts": num_verts,
-            "vertsize": vertsize,
-            "dropout": dropout,
-            "recompute": recompute,
+            **pattern,
+            "dropout": float(dropout),
+            "recompute": bool(recompute),
         }
         self.vocab_size = vocab_size
         self.time = time
@@ -195,23 +197,15 @@ class SparseTransformer(keras.Model):
         residual_scale = (2 * layers) ** -0.5
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
         self.position_embedding = _embedding("position_embedding", time, width, policy)
-        attn_modes = [
-            "all" if name.strip() == "dense" else name.strip()
-            for name in attention.split(",")
-        ]
+        attn_modes = layer_patterns(attention)
         for attn_mode in attn_modes:  # errors now; the blocks find the plans made
-            pattern_block_mask(
-                attn_mode, time, heads, block_size, local_attn_ctx, num_verts, vertsize
-            )
+            pattern_block_mask(attn_mode, time, heads, **pattern)
         self.blocks = [
             SparseTransformerBlock(
                 SparseSelfAttention(
                     heads,
                     attn_mode=attn_mode,
-                    local_attn_ctx=local_attn_ctx,
-                    block_size=block_size,
-                    num_verts=num_verts,
-                    vertsize=vertsize,
+                    **pattern,
                     kernel_initializer=_normal(1.0),
                     output_initializer=_normal(residual_scale),
                     dtype=policy,

@@ -10,7 +10,7 @@ import io
 import numpy as np
 
 from .checks import check_positive
-from .masks import Span, as_mask
+from .masks import Mask, Span, as_mask
 from .tile_plans import (
     EMPTY,
     FULL,
@@ -330,6 +330,8 @@ class BlockMask:
     def from_config(cls, config):
         """The plan that `get_config` tells of.
 
+        >>> from sparse_attention.plan.layouts import all_layout
+        >>> from sparse_attention.plan.masks import causal_mask
         >>> plan = BlockMask(all_layout(64, 16), causal_mask(), block_size=16)
         >>> np.array_equal(BlockMask.from_config(plan.get_config()).to_dense(),
         ...                plan.to_dense())
@@ -375,6 +377,54 @@ class BlockMask:
         return "\n".join(lines)
 
 
+def in_positions(mask, length, row_stride):
+    """The mask over positions that is `mask` over the rows which they visit.
+
+    >>> from sparse_attention.plan.masks import strided_mask
+    >>> mask = in_positions(strided_mask(2), length=8, row_stride=2)
+    >>> mask(0, 6, np.arange(8)).astype(int)  # 4 to 7: the rows 1, 3, 5 and 7
+    array([0, 0, 0, 0, 1, 1, 1, 0])
+
+    Args:
+      mask: A `Mask`; what its bounds know of rows, the result's know of positions.
+      length: Queries and keys in rows; a multiple of `row_stride`.
+      row_stride: As of `BlockMask`.
+
+    Returns:
+      `Mask`.
+    """
+    if row_stride == 1:
+        return mask
+    visits = length // row_stride
+
+    def rows_of(span):
+        first, lo = _visit(span.lo, visits, row_stride)
+        last, hi = _visit(span.hi, visits, row_stride)
+        is_one = first == last
+        # A longer span holds the second residue's first row, the last but one's last.
+        lo = np.where(is_one, lo, np.minimum(lo, first + 1))
+        hi = np.where(is_one, hi, np.maximum(hi, length - row_stride + last - 1))
+        return Span(lo, hi, np.where(is_one, row_stride, 1))
+
+    def fn(head, q_idx, kv_idx):
+        _, q_row = _visit(q_idx, visits, row_stride)
+        _, kv_row = _visit(kv_idx, visits, row_stride)
+        return mask(head, q_row, kv_row)
+
+    def bounds(head, q, kv):
+        return mask.bounds(head, rows_of(q), rows_of(kv))
+
+    return Mask(
+        fn, bounds, mask.per_head, f"in_positions({mask}, {length}, {row_stride})"
+    )
+
+
+def _visit(position, visits, row_stride):
+    """The residue and the row that a position visits, with so many rows a residue."""
+    residue, visit = np.divmod(position, visits)
+    return residue, visit * row_stride + residue
+
+
 class _Axis:
     """One side of the score matrix: which rows its blocks of positions visit."""
 
@@ -387,8 +437,7 @@ class _Axis:
                 f"block_size={block_size}, row_stride={row_stride}, got {blocks}"
             )
         position = np.arange(blocks * block_size).reshape(blocks, block_size)
-        residue, visit = np.divmod(position, visits)
-        row = visit * row_stride + residue
+        residue, row = _visit(position, visits, row_stride)
         self.exists = (residue < row_stride) & (row < length)
         self.rows = np.minimum(row, length - 1)
         self.span = Span(

@@ -3,6 +3,24 @@
 import numbers
 
 
+def as_ints(**sizes):
+    """The same sizes as Python's ints, NumPy's integers among them; None stays None.
+
+    What is normalised once, where a user passes it, can be hashed and saved as JSON.
+
+    >>> import numpy as np
+    >>> as_ints(heads=np.int64(8), local_attn_ctx=None)
+    {'heads': 8, 'local_attn_ctx': None}
+
+    Raises:
+      ValueError: If a size is neither an integer nor None.
+    """
+    for name, size in sizes.items():
+        if size is not None and not _is_integer(size):
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+    return {n: size if size is None else int(size) for n, size in sizes.items()}
+
+
 def check_positive(**sizes):
     """Raises ValueError unless every named size is a positive integer.
 
@@ -11,6 +29,9 @@ def check_positive(**sizes):
     ValueError: window must be a positive integer, got 0
     """
     for name, size in sizes.items():
-        is_integer = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-        if not is_integer or size < 1:
+        if not _is_integer(size) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def _is_integer(size):
+    return isinstance(size, numbers.Integral) and not isinstance(size, bool)

@@ -9,6 +9,8 @@ import numpy as np
 
 from .checks import check_positive
 from .masks import (
+    NUM_VERTS,
+    VERTSIZE,
     Span,
     as_mask,
     causal_mask,
@@ -176,7 +178,9 @@ def strided_layout(q_len, block_size, stride, heads=1):
     )
 
 
-def fixed_layout(q_len, block_size, stride, num_verts=4, vertsize=1, heads=None):
+def fixed_layout(
+    q_len, block_size, stride, num_verts=NUM_VERTS, vertsize=VERTSIZE, heads=None
+):
     """Each query sees its own window so far, and a summary of every earlier window.
 
     >>> for head in fixed_layout(96, 16, stride=32, num_verts=2).astype(int):
@@ -218,7 +222,8 @@ def fixed_layout(q_len, block_size, stride, num_verts=4, vertsize=1, heads=None)
     check_positive(heads=heads)
     if heads % num_verts:
         raise ValueError(
-            f"heads must be a multiple of num_verts={num_verts}, got {heads}"
+            f"heads must be a multiple of num_verts={num_verts}, got {heads}; "
+            "num_verts=1 gives all of them the same column"
         )
     return mask_layout(mask, q_len, block_size, heads=heads)
 

@@ -26,6 +26,10 @@ import numpy as np
 
 from .checks import check_positive
 
+# Of `fixed`, where nothing else is asked for, as in OpenAI's code: different summary
+# columns among the heads, and blocks in each.
+NUM_VERTS, VERTSIZE = 4, 1
+
 
 class Span(NamedTuple):
     """The rows of a block: lo, lo + step, ..., hi; ints, or arrays for many blocks."""
@@ -270,10 +274,10 @@ def strided_mask(stride):
         is_hit = (q.lo - kv.lo) % stride == 0
         # Other blocks are empty if no multiple of the stride is among their distances.
         is_missed = (q.hi - kv.lo) // stride < -((kv.hi - q.lo) // stride)
-        return is_alike & is_hit, (is_alike & ~is_hit) | is_missed
+        return is_alike & is_hit, (is_alike & np.logical_not(is_hit)) | is_missed
 
     aligned = Mask(
-        lambda head, q_idx, kv_idx: (q_idx - kv_idx) % stride == 0,
+        lambda head, q_idx, kv_idx: q_idx % stride == kv_idx % stride,
         bounds,
         per_head=False,
     )
@@ -282,7 +286,7 @@ def strided_mask(stride):
     return mask
 
 
-def fixed_mask(stride, block_size, num_verts=4, vertsize=1):
+def fixed_mask(stride, block_size, num_verts=NUM_VERTS, vertsize=VERTSIZE):
     """Each query sees its own window so far, and a summary of every earlier window.
 
     A summary is one column of `vertsize` blocks: counted from the window's end, head h
@@ -308,24 +312,7 @@ def fixed_mask(stride, block_size, num_verts=4, vertsize=1):
 
     Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
     """
-    check_positive(stride=stride, block_size=block_size)
-    check_positive(num_verts=num_verts, vertsize=vertsize)
-    window = stride // block_size
-    if stride % block_size:
-        raise ValueError(
-            f"stride (local_attn_ctx) must be a multiple of block_size={block_size}, "
-            f"got {stride}"
-        )
-    if window % vertsize:
-        raise ValueError(
-            f"vertsize must divide the window's {window} blocks (stride / block_size), "
-            f"got {vertsize}"
-        )
-    if num_verts * vertsize > window:
-        raise ValueError(
-            f"num_verts * vertsize must be at most the window's {window} blocks "
-            f"(stride / block_size), got {num_verts} * {vertsize}"
-        )
+    check_fixed(stride, block_size, num_verts, vertsize)
 
     def column(kv_idx):
         return (stride - 1 - kv_idx % stride) // (vertsize * block_size)
@@ -345,6 +332,28 @@ def fixed_mask(stride, block_size, num_verts=4, vertsize=1):
     mask = causal_mask() & (chunk_mask(stride) | summary)
     mask.name = f"fixed_mask({stride}, {block_size}, {num_verts}, {vertsize})"
     return mask
+
+
+def check_fixed(stride, block_size, num_verts, vertsize):
+    """Raises the errors that `fixed_mask` lists."""
+    check_positive(stride=stride, block_size=block_size)
+    check_positive(num_verts=num_verts, vertsize=vertsize)
+    window = stride // block_size
+    if stride % block_size:
+        raise ValueError(
+            f"stride (local_attn_ctx) must be a multiple of block_size={block_size}, "
+            f"got {stride}"
+        )
+    if window % vertsize:
+        raise ValueError(
+            f"vertsize must divide the window's {window} blocks (stride / block_size), "
+            f"got {vertsize}"
+        )
+    if num_verts * vertsize > window:
+        raise ValueError(
+            f"num_verts * vertsize must be at most the window's {window} blocks "
+            f"(stride / block_size), got {num_verts} * {vertsize}"
+        )
 
 
 # ---- compatibility ----
