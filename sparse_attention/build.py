@@ -3,9 +3,8 @@
     python -m sparse_attention.build --arch sm_70,sm_80,sm_90a --dtype float16
 
 compiles the ops and, for GPUs of those architectures, the kernels that the patterns run,
-the three ops' too.
-It needs NVRTC, but no GPU; wherever the cache is then copied, the kernels need neither
-NVRTC nor a compiler.
+those of the three ops among them. It needs NVRTC, but no GPU. A machine to which the cache is
+copied needs neither NVRTC nor a compiler to run the kernels.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def _one_of(names, parse=str):
 
 
 def _arch(word):
-    """90 of "sm_90a"."""
+    """The architecture as a number: 90 for "sm_90a"."""
     digits = word[len("sm_") :].rstrip("a")
     if not word.startswith("sm_") or not digits.isdigit():
         raise argparse.ArgumentTypeError(f"must be like sm_80, got {word}")
@@ -73,7 +72,10 @@ def _arch(word):
 
 
 def _library():
-    """The core, in the op library if there is TensorFlow; all libraries are compiled."""
+    """Compiles all libraries and returns the one that holds the core.
+
+    With TensorFlow that is the op library, and without it a library of its own.
+    """
     try:
         import tensorflow  # noqa: F401
     except ImportError:
@@ -88,7 +90,7 @@ def _library():
 
 
 def _kernels(library, arch, options):
-    """{(kernel, macros)} of all that the options name."""
+    """The (kernel, macros) of every kernel that the options name, sorted."""
     found = []
     # Kernels differ by whether rows are strided, not by how far.
     strides = {
@@ -97,7 +99,7 @@ def _kernels(library, arch, options):
     for dtype, head_dim, block_size in itertools.product(
         options.dtype, options.head_dim, options.block_size
     ):
-        if block_size <= 64:  # as the three ops have them
+        if block_size <= 64:  # The three ops have no larger blocks.
             sizes = arch, block_size, dtype, head_dim
             found += abi.blocks_kernels(library, *sizes).values()
         if dtype == "bfloat16" and arch < 80:

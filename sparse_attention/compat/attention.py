@@ -10,8 +10,8 @@ from ..plan.masks import NUM_VERTS, VERTSIZE, check_fixed
 from ..plan.patterns import check_known, pattern_block_mask, resolve
 from .transformer import get_blocksparse_obj
 
-# The modes that `get_attn_mask` and `get_callback` tell by themselves: what they say is
-# independent of the table of patterns, which the tests hold against it.
+# The modes for which `get_attn_mask` and `get_callback` have rules of their own. They do not
+# read the table of patterns, so that tests can hold one against the other.
 OPENAIS_MODES = ("all", "local", "strided", "fixed")
 
 
@@ -87,11 +87,11 @@ def blocksparse_attention_impl(
     Args:
       q, k, v: float32, float16 or bfloat16 [batch, time, heads * head_dim].
       heads: Number of heads.
-      attn_mode, local_attn_ctx, num_verts, vertsize: As for `get_attn_mask`.
-      blocksize: Side of a block in positions: 8, 16, 32, 64 or 128.
-      backend: "fused": `block_sparse_attention`. "blocksparse_ops": the seed's data path,
-        three ops with scores and weights in memory, 16 bits each. "blocksparse": the same
-        on the real package, where it imports.
+      attn_mode, local_attn_ctx, num_verts, vertsize: As for `pattern_block_mask`.
+      blocksize: Side of a block in positions: 8, 16, 32, 64 or, if "fused", 128.
+      backend: "fused" runs `block_sparse_attention`. "blocksparse_ops" runs the three ops
+        of OpenAI's code, which keep scores and weights in memory, 16 bits each.
+        "blocksparse" does the same on the real package, where that imports.
       recompute: Whether to run the ops again in the backward pass instead of keeping
         their results.
 
@@ -142,13 +142,14 @@ def get_attn_mask(
     num_verts=None,
     vertsize=None,
 ):
-    """Which keys each query attends to, as the dense reference multiplies it in.
+    """Which keys each query attends to, written out for the dense reference: causal.
 
     Args:
       n: Sequence length in positions; an int or a scalar int32 tensor.
       attn_mode: "all" (everything so far), "local" (the last `local_attn_ctx`
-        positions), "strided" (every `local_attn_ctx`-th) or "fixed" (the own window of
-        `local_attn_ctx`, and in all earlier ones a column of summary blocks).
+        positions), "strided" (every `local_attn_ctx`-th so far) or "fixed" (its own window
+        of `local_attn_ctx`, and a column of summary blocks in each earlier one). Other
+        patterns of the table are unknown here.
       local_attn_ctx: Window or stride in positions; unused by "all".
       heads: Heads of "fixed"; None: `num_verts`.
       blocksize: Side of a block in positions, for "fixed".
@@ -186,7 +187,7 @@ def get_attn_mask(
 
 
 def get_callback(attn_mode, local_attn_ctx=None):
-    """blocksparse's `mask_callback` of a pattern: what is masked inside of its blocks.
+    """The `mask_callback` for blocksparse: what a pattern masks inside of its blocks.
 
     >>> get_callback("local", 3)((4, 4), 0, 1, 0, 0).astype(int)  # queries from 4 on
     array([[0, 0, 1, 1],

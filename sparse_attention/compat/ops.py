@@ -1,7 +1,7 @@
-"""blocksparse's TensorFlow ops, loaded on first use, and their gradients.
+"""blocksparse's TensorFlow ops, which are loaded on first use, and their gradients.
 
-A process can register an op once. Where the real blocksparse is loaded, its ops and
-gradients are the ones in use, and ours stay out.
+A process can register an op only once. Where the real blocksparse is loaded, its ops and
+gradients are used, and ours are not registered.
 """
 
 import functools
@@ -58,7 +58,12 @@ def _load_ours():
 
 
 def _products(op, q_blocks, kv_blocks):
-    """nt, nn and tn in the blocks of an op, given the attributes that count its blocks."""
+    """The products nt, nn and tn in the blocks of an op.
+
+    Args:
+      op: The op whose tables and attributes they share.
+      q_blocks, kv_blocks: Names of the attributes that count its blocks.
+    """
     ops, luts = load_blocksparse_ops(), op.inputs[2:]
     names = ("heads", "blocks", "blk_size", "nn_max", "tn_max", "bench")
     attrs = {name: op.get_attr(name) for name in names}
@@ -103,8 +108,8 @@ def _tn_gradient(op, dy):
 def _softmax_gradient(op, dy):
     """y = softmax(scale x): dx = scale y (dy - sum(y dy)), in the dtype of x.
 
-    Under float16 weights, blocksparse gives bfloat16 scores a float16 gradient, which
-    breaks whatever else stands between the scores and the softmax.
+    (blocksparse gives bfloat16 scores a float16 gradient if the weights are float16. That
+    breaks any other op between the scores and the softmax.)
     """
     x, scale, lut = op.inputs[:3]
     attrs = {

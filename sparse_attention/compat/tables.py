@@ -6,7 +6,7 @@ from ..plan.checks import check_positive
 from ..plan.masks import Mask, Span
 
 _MASK_WORDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-_BLOCKS_AT_ONCE = 1024  # whose elements are in memory: 4 MB at block size 64
+_BLOCKS_AT_ONCE = 1024  # The elements of so many are in memory: 4 MB at block size 64.
 
 
 class BlocksparseTables:
@@ -18,8 +18,8 @@ class BlocksparseTables:
     every kv block and its (block, q block).
 
     Heads may have different numbers of blocks, which blocksparse refuses. `blocks` is
-    then the largest. A block that a head does not use is (-1, -1) in `nt_lut`, in no
-    list, without mask bits, and 0 in every tensor of blocks.
+    then the largest of them. A block that a head does not use is (-1, -1) in `nt_lut`; it
+    is in no list, has no mask bits, and is 0 in every tensor of blocks.
 
     >>> tables = BlocksparseTables([[1, 0], [1, 1]], block_size=8, heads=4)
     >>> tables.nt_lut.tolist()
@@ -36,8 +36,8 @@ class BlocksparseTables:
       heads: Number of heads; None: as many as the layout has.
       mask_callback: `(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx)` ->
         bool or integer [block_size, block_size], nonzero = attend; called once per
-        block of the layout. Or a `Mask` over positions, which answers for many blocks
-        at once. None: every element of every block.
+        block of the layout. It may also be a `Mask` over positions, which answers for
+        many blocks at once. None: every element of every block attends.
       name: Kept as the attribute `name`.
 
     Raises:
@@ -73,10 +73,10 @@ class BlocksparseTables:
         self.blk_shape = (block_size, block_size)
         self.heads = heads
         self.lut_heads, self.ctx_blks_q, self.ctx_blks_k = layout.shape
-        self._cache = {}  # what is derived from the tables, once asked for
+        self._cache = {}  # what has been derived from the tables
         self._init_luts(layout)
-        # What the kernels read: [lut_heads, block_size, blocks], bit k of a query's word
-        # is set where it attends to key k of the block.
+        # What the kernels read, [lut_heads, block_size, blocks]: bit k of a query's word is
+        # set where the query attends to key k of the block.
         self.softmax_mask = None
         if mask_callback is not None:
             self.softmax_mask = self._mask_words(mask_callback)
@@ -117,17 +117,17 @@ class BlocksparseTables:
 
     @property
     def nt_list(self):
-        """Per head, the (q block, kv block) of every block."""
+        """The (q block, kv block) of every block, for each head."""
         return self._cached("nt_list", self._block_list)
 
     @property
     def nn_list(self):
-        """Per head and q block, its [(block, kv block), ...]."""
+        """The [(block, kv block), ...] of each q block, for each head."""
         return self._cached("nn_list", _entry_lists, self.nn_lut, self.ctx_blks_q)
 
     @property
     def tn_list(self):
-        """Per head and kv block, its [(block, q block), ...]."""
+        """The [(block, q block), ...] of each kv block, for each head."""
         return self._cached("tn_list", _entry_lists, self.tn_lut, self.ctx_blks_k)
 
     def _block_list(self):
@@ -249,7 +249,7 @@ class BlocksparseTables:
         return y
 
     def masked_softmax_grad_test(self, dy, y, scale=1.0):
-        """Gradient of x in NumPy: dy is that of `y = masked_softmax_test(x, scale)`."""
+        """The gradient of x in NumPy; dy is that of `y = masked_softmax_test(x, scale)`."""
         dx = np.zeros_like(dy)
         for n, h in np.ndindex(dy.shape[:2]):
             for entries in self.nn_list[h % self.lut_heads]:
@@ -261,7 +261,7 @@ class BlocksparseTables:
 
 
 def _unpack_words(words):
-    """bool [..., block_size], from the words of a mask."""
+    """The bits of a mask's words: bool [..., block_size]."""
     words = words[..., None].view(np.uint8)
     return np.unpackbits(words, axis=-1, bitorder="little").astype(bool)
 

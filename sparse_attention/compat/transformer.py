@@ -8,7 +8,7 @@ openai/blocksparse, so code written for it runs on any TensorFlow, and on a CPU:
     weights = bst.masked_softmax(scores, scale=0.125)
     y = bst.weight_value_op(weights, v)  # [batch, q_len, heads * head_dim]
 
-Scores and weights go through memory, 16 bits each: that is its contract. The fused
+Its users can read scores and weights, so they go through memory, 16 bits each. The fused
 `block_sparse_attention` stores neither.
 """
 
@@ -25,7 +25,7 @@ from ..plan.patterns import resolve
 from .ops import load_blocksparse_ops
 from .tables import BlocksparseTables
 
-# A graph's collection; those that are not named by a str are not saved with it.
+# The name of a collection of a graph. As it is no str, it is not saved with the graph.
 _CONSTANTS = ("sparse_attention", "tables")
 
 
@@ -35,7 +35,7 @@ class BlocksparseTransformer(BlocksparseTables):
     Arguments, tables and masks are those of `BlocksparseTables`.
     """
 
-    softmax_dtype = None  # of the weights; `query_key_op` sets it
+    softmax_dtype = None  # The dtype of the weights, which `query_key_op` sets.
 
     # ---- tables as tensors ----
 
@@ -110,8 +110,10 @@ class BlocksparseTransformer(BlocksparseTables):
         )
 
     def query_key_op(self, q, k, name=None, bench=0, dtype=tf.bfloat16):
-        """`nt_op`. The weights of the softmax that follows are float16 if q is, else
-        bfloat16."""
+        """`nt_op`, which also sets the dtype of the weights that a softmax gives next.
+
+        They are float16 if q is, and otherwise bfloat16.
+        """
         is_half = tf.as_dtype(q.dtype).base_dtype == tf.float16
         self.softmax_dtype = tf.float16 if is_half else tf.bfloat16
         return self.nt_op(q, k, name, bench, dtype)
@@ -144,8 +146,8 @@ class BlocksparseTransformer(BlocksparseTables):
           scale: Number or scalar tensor. Gets no gradient.
           autoregress_at_key: int or scalar tensor in [0, kv_len): keys from there on
             are also hidden from the queries before them. None: the mask alone decides.
-          dtype: Of the weights: bfloat16, float16 or float32. None: as the last
-            `query_key_op` set it.
+          dtype: The dtype of the weights: bfloat16, float16 or float32. None: as the
+            last `query_key_op` set it.
 
         Returns:
           `dtype`, shape of x.
@@ -195,7 +197,7 @@ class BlocksparseTransformer(BlocksparseTables):
 
 
 def _on_host(scale):
-    """float32, where the ops read it: made on a GPU, it would have to be waited for."""
+    """The scale in float32 on the CPU, where the ops read it without waiting for a GPU."""
     with tf.device("/cpu:0"):
         return tf.cast(scale, tf.float32)
 
@@ -214,7 +216,7 @@ def get_blocksparse_obj(
     vertsize=VERTSIZE,
     real=False,
 ):
-    """The `BlocksparseTransformer` of a pattern, as openai/sparse_attention builds it.
+    """The `BlocksparseTransformer` of a causal pattern, as OpenAI's code builds it.
 
     >>> get_blocksparse_obj(96, 4, "local", 32, local_attn_ctx=32).nt_list
     [[(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]]
@@ -223,11 +225,12 @@ def get_blocksparse_obj(
       n_ctx: Sequence length in positions; a multiple of `blocksize`.
       n_heads: Number of heads.
       attn_mode: "all", "local", "strided" (for inputs that went through
-        `strided_transpose`) or "fixed".
+        `strided_transpose`), "fixed", or another pattern of the table.
       blocksize: Side of a block in positions: 8, 16, 32 or 64.
       local_attn_ctx: Window or stride in positions, for all modes but "all". It divides
-        `n_ctx` if "strided", and is a multiple of `blocksize` if "fixed".
-      num_verts, vertsize: As for `fixed_layout`; None: 4 and 1.
+        `n_ctx` if "strided", unless it is larger, and is a multiple of `blocksize` if
+        "fixed".
+      num_verts, vertsize: As for `fixed_layout`; None: its defaults.
       real: Whether to build the class of the real blocksparse package.
 
     Returns:
@@ -269,7 +272,7 @@ def get_blocksparse_obj(
 def _real_class():
     try:
         return importlib.import_module("blocksparse.transformer").BlocksparseTransformer
-    except Exception as error:  # its compiled half fails in many ways
+    except Exception as error:  # Its compiled half fails in many ways.
         raise ImportError(
             "backend='blocksparse' needs the package blocksparse 1.13.1 to import, which "
             "needs TensorFlow 1.13 with CUDA 10 and a GPU; backend='blocksparse_ops' "

@@ -15,7 +15,7 @@ from .xla import Dense
 
 
 def serializable(cls):
-    """Lets Keras, where it keeps such a list, find the class of a saved layer."""
+    """Registers a class, so that Keras finds it when it loads a saved layer."""
     register = getattr(keras.utils, "register_keras_serializable", None)
     return register(package="sparse_attention")(cls) if register else cls
 
@@ -36,19 +36,19 @@ class SparseSelfAttention(keras.layers.Layer):
     Args:
       heads: Number of query heads.
       head_dim: Width of a head, a multiple of 8, at most 256; None: width / heads.
-      attn_mode, local_attn_ctx, block_size, num_verts, vertsize: The pattern, as for
-        `pattern_block_mask`.
+      attn_mode, local_attn_ctx, block_size, num_verts, vertsize: The pattern, which is
+        causal, as for `pattern_block_mask`.
       block_mask: `BlockMask` to use instead, with one head or `heads`.
       kv_heads: Number of key heads, which divides `heads`; None: `heads`.
       use_bias: Whether the projections add a bias.
-      kernel_initializer: Of the query, key and value projections.
-      output_initializer: Of the output projection.
+      kernel_initializer: Initializer of the query, key and value projections.
+      output_initializer: Initializer of the output projection.
       **kwargs: What every layer takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
       x: float [batch, time, width]; only the batch may be unknown.
-      mask: bool [batch, time], as Keras hands it on: True = a token, all of them before
-        the padding, whose keys then do not exist. None: no padding.
+      mask: bool [batch, time], as Keras passes it on: True = a token. All tokens come
+        before the padding, whose keys then do not exist. None: there is no padding.
 
     Returns:
       Like x.
@@ -166,9 +166,9 @@ class SparseSelfAttention(keras.layers.Layer):
         dense = Dense(
             width,
             use_bias=self.use_bias,
-            # A copy of it: Keras 3 draws the same values for all that share one.
+            # Each gets a copy: Keras 3 draws the same values for all that share one.
             kernel_initializer=keras.initializers.serialize(initializer),
-            # The policy; Keras 2 has it under the second name.
+            # This is the policy, which Keras 2 has under the second name.
             dtype=getattr(self, "dtype_policy", None) or self._dtype_policy,
             name=name,
         )
@@ -220,7 +220,10 @@ class SparseSelfAttention(keras.layers.Layer):
 
 
 def _lengths(mask):
-    """int32 [batch], the tokens before the padding; an error if others come after it."""
+    """Counts the tokens before the padding: int32 [batch].
+
+    It is an error if a token comes after the padding.
+    """
     mask = tf.convert_to_tensor(mask)
     if mask.dtype != tf.bool or mask.shape.rank != 2:
         raise ValueError(

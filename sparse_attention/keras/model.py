@@ -16,7 +16,7 @@ from .xla import Dense, fused_on_gpu
 
 
 def gelu(x):
-    """x times the sigmoid of 1.702 x, as the paper has it."""
+    """x times the sigmoid of 1.702 x, which is what the paper uses."""
     return x * tf.sigmoid(1.702 * x)
 
 
@@ -26,7 +26,7 @@ def layer_norm(x, gamma, beta):
 
 
 class LayerNorm(keras.layers.LayerNormalization):
-    """Keras's, fused on a GPU."""
+    """Keras's LayerNormalization, compiled by XLA where it runs on a GPU."""
 
     def call(self, x):
         gamma, beta = (tf.convert_to_tensor(w) for w in (self.gamma, self.beta))
@@ -41,7 +41,7 @@ class SparseTransformerBlock(keras.layers.Layer):
 
     Args:
       attention: `SparseSelfAttention`.
-      width: Of x.
+      width: Width of x.
       residual_scale: Multiplies the initial weights of `contract`.
       dropout: The fraction of what is added that is dropped.
       recompute: Whether the backward pass computes the block again from its input,
@@ -49,7 +49,7 @@ class SparseTransformerBlock(keras.layers.Layer):
 
     Call arguments:
       x: float [batch, time, width].
-      seeds: int32 [2, 2], for the two dropouts; None: nothing is dropped.
+      seeds: int32 [2, 2], a seed for each of the two dropouts; None: nothing is dropped.
 
     Returns:
       Like x.
@@ -122,11 +122,13 @@ class SparseTransformer(keras.Model):
       layers: Number of blocks.
       width: Width of what flows between them; a multiple of 8 * heads.
       heads: Attention heads.
-      attention: The patterns of the layers in turn, by comma: "all" (or "dense"),
-        "local", "strided", "fixed". The paper's strided attention is "local,strided".
+      attention: The patterns that the layers have in turn, with commas between: "all"
+        (or "dense"), "local", "strided", "fixed"; all are causal. The paper's strided
+        attention is "local,strided".
       local_attn_ctx, block_size, num_verts, vertsize: As for `pattern_block_mask`.
       dropout: The fraction dropped of what a block adds.
-      recompute: Whether to keep of each block only what it reads for the backward pass.
+      recompute: Whether the backward pass computes each block again from what it reads,
+        so that nothing else of it is kept.
       **kwargs: What every model takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
@@ -198,7 +200,7 @@ class SparseTransformer(keras.Model):
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
         self.position_embedding = _embedding("position_embedding", time, width, policy)
         attn_modes = layer_patterns(attention)
-        for attn_mode in attn_modes:  # errors now; the blocks find the plans made
+        for attn_mode in attn_modes:  # Errors are raised now, and the plans are cached.
             pattern_block_mask(attn_mode, time, heads, **pattern)
         self.blocks = [
             SparseTransformerBlock(
@@ -229,7 +231,8 @@ class SparseTransformer(keras.Model):
         for block in self.blocks:
             block.build(between)
         self.final_norm.build(between)
-        # How many calls have dropped something: a weight, so that checkpoints hold it.
+        # Counts the calls that have dropped something. It is a weight, so that
+        # checkpoints hold it.
         self.dropout_calls = self.add_weight(
             name="dropout_calls",
             shape=(),
@@ -245,38 +248,40 @@ class SparseTransformer(keras.Model):
                 f"tokens must be [batch, time = {self.time}], got shape {tokens.shape}"
             )
         seeds = self._draw_seeds() if training and self.dropout else None
-        # The position embedding is added as it is: of a look-up with several replicas the
-        # gradient lists each row once for each, which Adam of Keras 3.15 does not add up.
+        # The position embedding is added without a look-up. With several replicas, the
+        # gradient of a look-up lists each row once for each of them, and Adam of Keras
+        # 3.15 does not add these up.
         x = self.token_embedding(tokens) + self.position_embedding.embeddings
         for i, block in enumerate(self.blocks):
             x = block(x, seeds if seeds is None else seeds[i])
         return self.logits(x)
 
     def logits(self, x):
-        """float32 [..., vocab_size], of what the last block gives."""
+        """The logits of what the last block gives: float32 [..., vocab_size]."""
         embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
-        # The gradient of einsum("...w,vw->...v") has a tensor [v, w, ...].
+        # Not einsum("...w,vw->...v"), whose gradient makes a tensor [v, w, ...].
         return tf.tensordot(self.final_norm(x), embeddings, [[-1], [1]])
 
     def _draw_seeds(self):
-        """int32 [layers, 2, 2]: no two calls share one, nor do two devices."""
+        """Seeds that no two calls and no two devices share: int32 [layers, 2, 2]."""
         self.dropout_calls.assign_add(1)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         seed = tf.stack([self.dropout_calls.value, replica])
         seeds = tf.random.split(seed, 2 * len(self.blocks))
         return tf.reshape(seeds, [-1, 2, 2])
 
-    # What Keras 3.15 lacks to fit a model under MultiWorkerMirroredStrategy.
+    # The next two methods do what Keras 3.15 lacks to fit a model under
+    # MultiWorkerMirroredStrategy.
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        if _spans_workers(self.distribute_strategy):  # Keras would average a batch
+        if _spans_workers(self.distribute_strategy):  # Keras would average a batch.
             tokens = keras.KerasTensor((1, self.time), "int32")
             iterator, data_batch = None, (tokens, tokens)
         super()._maybe_symbolic_build(iterator, data_batch)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         metrics = super().compute_metrics(x, y, y_pred, sample_weight)
-        if _spans_workers(self.distribute_strategy):  # it averages over the first axis
+        if _spans_workers(self.distribute_strategy):  # Keras averages the first axis.
             return {name: tf.reshape(value, [1]) for name, value in metrics.items()}
         return metrics
 
@@ -286,7 +291,8 @@ class SparseTransformer(keras.Model):
     def get_config(self):
         return {**super().get_config(), **self._config}
 
-    # Keras by itself loads what it finds: of a checkpoint with more layers, the first.
+    # Keras by itself loads what it finds: the first layers of a checkpoint that has more.
+    # So the weights are saved with the configuration, which is compared when they are loaded.
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

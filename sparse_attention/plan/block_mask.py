@@ -1,7 +1,7 @@
 """BlockMask: a layout and a mask, compiled into the lists that kernels read.
 
-A block is EMPTY (not computed), PARTIAL (computed, then masked by bits) or FULL (needs
-no mask). All of this is decided here, once, on the host.
+A block is EMPTY (it is not computed), PARTIAL (it is computed, then masked by bits) or FULL
+(it needs no mask). All of this is decided here, once, on the host.
 """
 
 import base64
@@ -25,11 +25,12 @@ from .tile_plans import (
 )
 from .tiling import EFFICIENCY
 
-CHUNK = 1 << 20  # blocks judged, or elements evaluated, at a time: bounds the memory
+# So many blocks are judged, or elements evaluated, at a time, which bounds the memory.
+CHUNK = 1 << 20
 
 
 class BlockMask:
-    """A layout and a mask, compiled.
+    """A layout and a mask, compiled into the plan that kernels read.
 
     >>> from sparse_attention.plan.layouts import local_layout
     >>> from sparse_attention.plan.masks import local_mask
@@ -46,9 +47,9 @@ class BlockMask:
 
     Args:
       layout: bool [heads or 1, q_blocks, kv_blocks] or [q_blocks, kv_blocks], True =
-        computed. One head: shared between all heads.
+        computed. A layout of one head is shared between all heads.
       mask: A `Mask`, or a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts;
-        both in rows. None: every element of a computed block.
+        both indices are rows. None: every element of a computed block.
       block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
       q_len: Queries in rows; None: as many as the blocks hold.
       kv_len: Keys in rows; None: as many as the blocks hold.
@@ -58,7 +59,7 @@ class BlockMask:
 
     Attributes (arrays are read-only):
       layout, mask, block_size, q_len, kv_len, row_stride: As given.
-      heads, q_blocks, kv_blocks: The layout's shape; one head: shared.
+      heads, q_blocks, kv_blocks: The layout's shape.
       block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL.
 
     Raises:
@@ -104,7 +105,7 @@ class BlockMask:
     # ---- building ----
 
     def _judge_blocks(self):
-        """Block kinds as far as the mask's bounds tell, PARTIAL where they cannot."""
+        """The kinds of the blocks by the mask's bounds, PARTIAL where they cannot tell."""
         kinds = np.empty(self.layout.shape, np.int8)
         exists = self._q.exists.any(axis=1)[:, None] & self._kv.exists.any(axis=1)
         head = np.arange(self.heads)[:, None, None] if self._heads_differ else 0
@@ -121,12 +122,13 @@ class BlockMask:
         """Settles the PARTIAL blocks, in `block_kinds`, by looking at their elements.
 
         Returns:
-          Of the blocks that stay PARTIAL: flat indices, increasing; for each which mask
-          block it has; the different mask blocks, uint8 [:, block_size, tile_q / 8].
+          For the blocks that stay PARTIAL: their flat indices, increasing; the number of
+          the mask block that each has; and the different mask blocks, uint8 [:,
+          block_size, block_size / 8].
         """
         undecided = np.flatnonzero(self.block_kinds == PARTIAL)
         once, again = undecided, np.arange(len(undecided))
-        if not self._heads_differ:  # evaluate once for all heads
+        if not self._heads_differ:  # what holds for one head holds for all
             in_head = undecided % (self.q_blocks * self.kv_blocks)
             once, again = np.unique(in_head, return_inverse=True)
         kinds = np.full(len(once), PARTIAL, np.int8)
@@ -199,8 +201,8 @@ class BlockMask:
         reads; mask bits hide it from the others.
 
         Args:
-          tile_q: `block_size` times a power of two, at most 128; None: the cheapest,
-            by computed elements over `EFFICIENCY`.
+          tile_q: `block_size` times a power of two, at most 128; None: the size with
+            the fewest computed elements over `EFFICIENCY`.
 
         Returns:
           `Tiles`, the same object each time.
@@ -222,20 +224,20 @@ class BlockMask:
     def kv_tiles(self, tile_kv, group=1):
         """The plan for kv tiles of `tile_kv` positions: what the GPU's backward reads.
 
-        A tile collects kv blocks that nearly the same queries read, neighbours or not: a
-        summary column of `fixed` is read by all later queries, the blocks beside it by
-        few, and a tile that mixed them would compute all of its rows for all of those.
-        What room is left takes blocks with other queries where that saves work: in
-        `strided` each kv block may be read by one q block, its own.
+        A tile collects kv blocks that nearly the same queries read, be they neighbours or
+        not. All later queries read a summary column of `fixed`, few read the blocks beside
+        it, and a tile that mixed them would compute all of its rows for all those queries.
+        Room that is left takes blocks with other queries where that saves work: in
+        `strided`, only one q block, its own, may read a kv block.
 
         Args:
           tile_kv: `block_size` times a power of two, from 32 to 128.
           group: Query heads that share a kv head: they get the same tiles.
 
         Returns:
-          `KvTiles`, the same object each time; tiles with the longest lists first. Heads
-          that share tiles (all, if the layout has one head; else those of a group) have
-          one share of `tile_blocks`, in which every kv block is in one tile.
+          `KvTiles`, the same object each time, with the longest lists first. All heads
+          share tiles if the layout has one head, and otherwise those of a group do; they
+          have one share of `tile_blocks`, in which every kv block is in one tile.
 
         Raises:
           ValueError: If `tile_kv` is none of these, or `group` does not divide the heads.
@@ -271,7 +273,7 @@ class BlockMask:
         return dense[:, self._q.positions[:, None], self._kv.positions]
 
     def keys_of(self, row):
-        """The keys that one query attends to, found without a look at other queries.
+        """The keys that one query attends to, found without looking at other queries.
 
         >>> from sparse_attention.plan.masks import local_mask
         >>> BlockMask(np.ones([2, 2]), local_mask(3), block_size=8).keys_of(9)
@@ -282,7 +284,7 @@ class BlockMask:
 
         Returns:
           int32 [heads, keys], rows of keys as kernels visit them: in increasing order
-          where `row_stride` is 1. -1 fills up the heads that attend to fewer keys.
+          where `row_stride` is 1. Heads that attend to fewer keys are filled up by -1.
 
         Raises:
           ValueError: If there is no such row.
@@ -308,12 +310,12 @@ class BlockMask:
     # ---- saving ----
 
     def get_config(self):
-        """What `from_config` makes this plan of again, as JSON holds it.
+        """What `from_config` needs to make this plan again; JSON can hold it.
 
-        A mask is a function, which no file can hold: its answers are saved.
+        A mask is a function, which no file can hold, so its answers are saved.
 
         Returns:
-          dict of ints and a string, "arrays": a compressed .npz file in base 64.
+          dict of ints and one string, "arrays", a compressed .npz file in base 64.
         """
         file = io.BytesIO()
         np.savez_compressed(
@@ -328,7 +330,7 @@ class BlockMask:
 
     @classmethod
     def from_config(cls, config):
-        """The plan that `get_config` tells of.
+        """The plan whose `get_config` this was.
 
         >>> from sparse_attention.plan.layouts import all_layout
         >>> from sparse_attention.plan.masks import causal_mask
@@ -338,7 +340,8 @@ class BlockMask:
         True
 
         Returns:
-          `BlockMask`; its `mask` is None, its `layout` True where a block is not EMPTY.
+          `BlockMask`. Its `mask` is None, and its `layout` is True where a block is not
+          EMPTY.
         """
         sizes = dict(config)
         file = io.BytesIO(base64.b64decode(sizes.pop("arrays")))
@@ -364,7 +367,7 @@ class BlockMask:
         return f"BlockMask({values}, {density})\n{self._drawing()}"
 
     def _drawing(self):
-        """Up to four heads side by side, one character for each square of blocks."""
+        """Draws up to four heads side by side, one character for a square of blocks."""
         width = 32 if self.heads == 1 else 16
         side = -(-max(self.q_blocks, self.kv_blocks) // width)
         padding = [(0, 0), (0, -self.q_blocks % side), (0, -self.kv_blocks % side)]
@@ -401,7 +404,8 @@ def in_positions(mask, length, row_stride):
         first, lo = _visit(span.lo, visits, row_stride)
         last, hi = _visit(span.hi, visits, row_stride)
         is_one = first == last
-        # A longer span holds the second residue's first row, the last but one's last.
+        # A span that goes on holds the first row of its second residue, and the last row
+        # of its last residue but one.
         lo = np.where(is_one, lo, np.minimum(lo, first + 1))
         hi = np.where(is_one, hi, np.maximum(hi, length - row_stride + last - 1))
         return Span(lo, hi, np.where(is_one, row_stride, 1))
@@ -420,13 +424,13 @@ def in_positions(mask, length, row_stride):
 
 
 def _visit(position, visits, row_stride):
-    """The residue and the row that a position visits, with so many rows a residue."""
+    """The residue and the row that a position visits; a residue has `visits` rows."""
     residue, visit = np.divmod(position, visits)
     return residue, visit * row_stride + residue
 
 
 class _Axis:
-    """One side of the score matrix: which rows its blocks of positions visit."""
+    """One side of the score matrix: the rows that its blocks of positions visit."""
 
     def __init__(self, name, length, block_size, row_stride, blocks):
         visits = -(-length // row_stride)

@@ -1,8 +1,8 @@
 """Layouts: which blocks of the score matrix are computed at all.
 
-A layout is bool [heads or 1, q_blocks, kv_blocks], True = computed. Each builder is the
-mask of the same name seen from afar: a block is computed unless the mask knows that it
-is empty. Lengths that are no multiple of the block size round up.
+A layout is bool [heads or 1, q_blocks, kv_blocks], True = computed. Each builder asks the
+mask of the same name about whole blocks: a block is computed unless the mask knows that
+it is empty. Lengths that are no multiple of the block size round up.
 """
 
 import numpy as np
@@ -33,8 +33,8 @@ def mask_layout(mask, q_len, block_size, kv_len=None, heads=1):
            [0, 0, 1, 1]])
 
     Args:
-      mask: A `Mask`. A plain function may touch every block, for only its elements
-        tell; `BlockMask` then drops the empty ones.
+      mask: A `Mask`. Of a plain function every block is kept, because it can only be
+        asked about elements; `BlockMask` then drops the empty ones.
       q_len: Queries in positions.
       block_size: Side of a block in positions.
       kv_len: Keys in positions; None: as many as queries.
@@ -87,7 +87,9 @@ def dense_layout(q_len, block_size, kv_len=None, heads=1):
 
 
 def all_layout(q_len, block_size, heads=1):
-    """Each query looks back at everything: causal attention, the seed's "all".
+    """Each query attends to itself and everything before it: causal attention.
+
+    This is the pattern "all" of OpenAI's code.
 
     >>> all_layout(64, 16)[0].astype(int)
     array([[1, 0, 0, 0],
@@ -111,7 +113,7 @@ def all_layout(q_len, block_size, heads=1):
 
 
 def local_layout(q_len, block_size, window, heads=1):
-    """Each query looks back over `window` positions, itself included.
+    """Each query attends to itself and the `window - 1` positions before it: causal.
 
     >>> local_layout(64, 16, window=32)[0].astype(int)
     array([[1, 0, 0, 0],
@@ -140,10 +142,11 @@ def local_layout(q_len, block_size, window, heads=1):
 
 
 def strided_layout(q_len, block_size, stride, heads=1):
-    """Each query looks back at every `stride`-th position, itself included.
+    """Each query attends to itself and every `stride`-th position before it: causal.
 
     Blocks fit these diagonals only in transposed time: positions visit the rows 0,
-    stride, 2 * stride, ..., then 1, 1 + stride, ...: causal attention inside chunks.
+    stride, 2 * stride, ..., then the rows 1, 1 + stride, ... In this order the pattern
+    is causal attention inside of chunks.
 
     >>> strided_layout(64, 8, stride=4)[0].astype(int)
     array([[1, 0, 0, 0, 0, 0, 0, 0],
@@ -181,7 +184,7 @@ def strided_layout(q_len, block_size, stride, heads=1):
 def fixed_layout(
     q_len, block_size, stride, num_verts=NUM_VERTS, vertsize=VERTSIZE, heads=None
 ):
-    """Each query sees its own window so far, and a summary of every earlier window.
+    """Each query attends to its window so far, and a summary of each one before: causal.
 
     >>> for head in fixed_layout(96, 16, stride=32, num_verts=2).astype(int):
     ...     print(head)
@@ -245,7 +248,8 @@ def chunk_layout(q_len, block_size, chunk, heads=1):
 
     Returns:
       bool [heads, q_blocks, q_blocks], q_blocks = ceil(q_len / block_size); True =
-        computed. Pair with `chunk_mask(chunk)` if blocks do not divide the chunk.
+        computed. Pair with `chunk_mask(chunk)` where a chunk is no multiple of the
+        block size.
 
     Raises:
       ValueError: If a size is not a positive integer.
@@ -254,7 +258,7 @@ def chunk_layout(q_len, block_size, chunk, heads=1):
 
 
 def sink_layout(q_len, block_size, window, sinks, heads=1):
-    """Each query looks back over `window` positions, and at the first `sinks` of all.
+    """Each query attends to the last `window` positions and the first `sinks`: causal.
 
     >>> sink_layout(80, 16, window=16, sinks=4)[0].astype(int)
     array([[1, 0, 0, 0, 0],

@@ -26,8 +26,8 @@ import numpy as np
 
 from .checks import check_positive
 
-# Of `fixed`, where nothing else is asked for, as in OpenAI's code: different summary
-# columns among the heads, and blocks in each.
+# The defaults of `fixed`, which are those of OpenAI's code: the number of different summary
+# columns among the heads, and the number of blocks in each.
 NUM_VERTS, VERTSIZE = 4, 1
 
 
@@ -49,8 +49,8 @@ class Mask:
     Args:
       fn: `fn(head, q_idx, kv_idx)` -> bool, broadcasting; indices are rows (time).
       bounds: `bounds(head, q, kv)` -> `(all_true, none_true)`, see `Mask.bounds`; None:
-        only the elements tell.
-      per_head: Whether `head` matters; None: unknown, so it is asked for each.
+        the elements of every block are evaluated.
+      per_head: Whether `head` matters; None: this is not known, so each head is asked.
       name: What `repr` shows.
     """
 
@@ -64,7 +64,7 @@ class Mask:
         return self.fn(head, q_idx, kv_idx)
 
     def bounds(self, head, q, kv):
-        """Whether all, and whether none, of a block's elements are allowed.
+        """Whether all of a block's elements are allowed, and whether none of them is.
 
         >>> keys = Span(np.array([0, 8, 16]), np.array([7, 15, 23]))
         >>> causal_mask().bounds(0, Span(8, 15), keys)
@@ -76,7 +76,8 @@ class Mask:
           kv: `Span` of the block's key rows.
 
         Returns:
-          `(all_true, none_true)`, bool, broadcast; both False where it cannot tell.
+          `(all_true, none_true)`, bool, broadcast; both are False where the mask
+          cannot tell without looking at the elements.
         """
         return self._bounds(head, q, kv) if self._bounds else (False, False)
 
@@ -112,7 +113,7 @@ def as_mask(mask):
 
 
 def _combine(a, b, operator):
-    """`a & b` or `a | b`; for blocks by Kleene's logic: one side alone may decide."""
+    """`a & b` or `a | b`. One side alone may decide about a block (Kleene's logic)."""
     ufuncs = [np.logical_and, np.logical_or]
     join, dual = ufuncs if operator == "&" else ufuncs[::-1]
 
@@ -146,7 +147,7 @@ def dense_mask():
 
 
 def causal_mask():
-    """No query sees the future: key j is allowed for query i where j <= i.
+    """Each query attends to itself and everything before it: key j where j <= i.
 
     >>> causal_mask()(0, 2, np.arange(4)).astype(int)
     array([1, 1, 1, 0])
@@ -191,7 +192,7 @@ def chunk_mask(chunk):
 
 
 def sink_mask(sinks):
-    """Every query attends to the first keys, the attention's sinks.
+    """Every query attends to the first `sinks` keys, in both directions.
 
     >>> sink_mask(2)(0, 5, np.arange(6)).astype(int)
     array([1, 1, 0, 0, 0, 0])
@@ -221,7 +222,7 @@ def sink_mask(sinks):
 
 
 def local_mask(window):
-    """Each query looks back over `window` positions, itself included.
+    """Each query attends to itself and the `window - 1` positions before it: causal.
 
     >>> local_mask(2)(0, 3, np.arange(5)).astype(int)
     array([0, 0, 1, 1, 0])
@@ -236,7 +237,8 @@ def local_mask(window):
       ValueError: If `window` is not positive.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2; one position fewer than there, as in its code.
+      arXiv:1904.10509, section 4.2. The paper has one position more; this is what its
+      authors' code computes.
     """
     check_positive(window=window)
     recent = Mask(
@@ -250,7 +252,7 @@ def local_mask(window):
 
 
 def strided_mask(stride):
-    """Each query looks back at every `stride`-th position, itself included.
+    """Each query attends to itself and every `stride`-th position before it: causal.
 
     >>> strided_mask(2)(0, 4, np.arange(6)).astype(int)
     array([1, 0, 1, 0, 1, 0])
@@ -269,10 +271,10 @@ def strided_mask(stride):
     check_positive(stride=stride)
 
     def bounds(head, q, kv):
-        # Rows that step by multiples of the stride share a residue: pairs are alike.
+        # Where rows step by multiples of the stride, all pairs have the same residue.
         is_alike = (q.step % stride == 0) & (kv.step % stride == 0)
         is_hit = (q.lo - kv.lo) % stride == 0
-        # Other blocks are empty if no multiple of the stride is among their distances.
+        # Any other block is empty if no multiple of the stride is among its distances.
         is_missed = (q.hi - kv.lo) // stride < -((kv.hi - q.lo) // stride)
         return is_alike & is_hit, (is_alike & np.logical_not(is_hit)) | is_missed
 
@@ -287,7 +289,7 @@ def strided_mask(stride):
 
 
 def fixed_mask(stride, block_size, num_verts=NUM_VERTS, vertsize=VERTSIZE):
-    """Each query sees its own window so far, and a summary of every earlier window.
+    """Each query attends to its window so far, and a summary of each one before: causal.
 
     A summary is one column of `vertsize` blocks: counted from the window's end, head h
     reads column h mod `num_verts`.
@@ -360,7 +362,7 @@ def check_fixed(stride, block_size, num_verts, vertsize):
 
 
 def callback_mask(mask_callback, layout, block_size):
-    """The rule that blocksparse's `mask_callback` draws, block by computed block.
+    """The rule that blocksparse's `mask_callback` gives for each computed block.
 
     >>> def causal(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):
     ...     block = np.ones(blk_shape, bool)

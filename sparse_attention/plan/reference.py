@@ -93,7 +93,12 @@ def attention_bwd(q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=N
 
 
 def _prepare(q, k, v, mask, softmax_scale, kv_lengths):
-    """float64 inputs, allowed [batch, heads, q_len, kv_len], scale, heads a kv head."""
+    """Checks and widens the inputs of `attention_fwd`.
+
+    Returns:
+      q, k and v in float64; allowed, bool [batch, heads, q_len, kv_len]; the scale; and
+      the number of query heads for each kv head.
+    """
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     for name, x in ("q", q), ("k", k), ("v", v):
         if x.ndim != 4:
@@ -117,7 +122,7 @@ def _prepare(q, k, v, mask, softmax_scale, kv_lengths):
 
 
 def _softmax(s, allowed):
-    """Weights and log-sum-exp of the allowed scores; of none: zeros and -inf."""
+    """Weights and log-sum-exp of the allowed scores; zeros and -inf where none is."""
     s = np.where(allowed, s, -np.inf)
     row_max = s.max(axis=1, initial=-np.inf)
     row_max = np.where(np.isneginf(row_max), 0, row_max)
@@ -128,7 +133,7 @@ def _softmax(s, allowed):
 
 
 def _matmul_allowed(w, x, allowed):
-    """`w @ x` where only allowed pairs count, though x hold NaN or Inf elsewhere."""
+    """`w @ x` over the allowed pairs alone, even where x is NaN or Inf elsewhere."""
     is_finite = np.isfinite(x).all(axis=1)
     out = w @ np.where(is_finite[:, None], x, 0)
     for j in np.flatnonzero(~is_finite):

@@ -16,7 +16,7 @@ class Blocks(NamedTuple):
     """All blocks of the score matrix."""
 
     kinds: np.ndarray  # int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL
-    partial: np.ndarray  # [PARTIAL blocks], flat indices into kinds, increasing
+    partial: np.ndarray  # [PARTIAL blocks], their flat indices in kinds, increasing
     mask_ids: np.ndarray  # int32 [PARTIAL blocks], index into mask_bits
     mask_bits: np.ndarray  # uint8 [mask_blocks, block_size, tile_q / 8]
 
@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
         return self.mask_bits.shape[1]
 
     def codes(self, head, q_block, kv_block):
-        """int32, broadcast: where in `code_bits` a block's elements are."""
+        """The place of each block's elements in `code_bits`: int32, broadcast."""
         block = np.ravel_multi_index((head, q_block, kv_block), self.kinds.shape)
         kinds = self.kinds[head, q_block, kv_block]
         codes = np.array([0, 2, 1], np.int32)[kinds]  # by EMPTY, PARTIAL, FULL
@@ -35,7 +35,11 @@ class Blocks(NamedTuple):
         return codes
 
     def code_bits(self):
-        """uint8 [codes, block_size, tile_q / 8]: EMPTY, FULL, then the mask blocks."""
+        """The elements of EMPTY, of FULL, then those of the mask blocks.
+
+        Returns:
+          uint8 [codes, block_size, block_size / 8].
+        """
         empty = np.zeros((1, *self.mask_bits.shape[1:]), np.uint8)
         return np.concatenate([empty, ~empty, self.mask_bits])
 
@@ -75,7 +79,7 @@ class KvTiles(NamedTuple):
 
 
 def cheapest(blocks, sizes):
-    """Of sizes of q tiles, that with the least computed elements over `EFFICIENCY`."""
+    """The size of q tile that computes the fewest elements over `EFFICIENCY`."""
 
     def cost(tile_q):
         entries = np.count_nonzero(_tile_kinds(blocks, tile_q).max(axis=2))
@@ -85,7 +89,7 @@ def cheapest(blocks, sizes):
 
 
 def tiles_of(blocks, tile_q):
-    """`BlockMask.tiles` of a size that fits."""
+    """What `BlockMask.tiles` gives for a size that has been checked."""
     kinds = _tile_kinds(blocks, tile_q)
     is_read = kinds.max(axis=2) != EMPTY
     is_mixed = is_read & (kinds.min(axis=2) != FULL)
@@ -106,7 +110,7 @@ def tiles_of(blocks, tile_q):
 
 
 def _tile_kinds(blocks, tile_q):
-    """int8 [heads, q_tiles, q blocks of a tile, kv_blocks]: the kinds by tiles.
+    """The kinds by tiles: int8 [heads, q_tiles, q blocks of a tile, kv_blocks].
 
     The last q block is repeated until it fills the last tile: only rows that do not
     exist see the difference.
@@ -122,7 +126,7 @@ def _tile_kinds(blocks, tile_q):
 
 
 def kv_tiles_of(blocks, tile_kv, group):
-    """`BlockMask.kv_tiles` of a size and a group that fit."""
+    """What `BlockMask.kv_tiles` gives for a size and a group that have been checked."""
     block_size, (heads, _, kv_blocks) = blocks.block_size, blocks.kinds.shape
     count = tile_kv // block_size
     shares = 1 if heads == 1 else heads // group
@@ -161,7 +165,7 @@ def kv_tiles_of(blocks, tile_kv, group):
 
 
 def _by_key(kinds):
-    """int8 [kv_blocks + 1, q_blocks]: `kinds` transposed, all EMPTY in the last row."""
+    """`kinds` transposed, and a last row of EMPTY: int8 [kv_blocks + 1, q_blocks]."""
     by_key = np.full((kinds.shape[1] + 1, len(kinds)), EMPTY, np.int8)
     for start in range(0, len(kinds), 16):  # 4 times as fast as at once
         by_key[:-1, start : start + 16] = kinds[start : start + 16].T
@@ -169,23 +173,24 @@ def _by_key(kinds):
 
 
 def _collect(lists, count, gather):
-    """Puts kv blocks into tiles of up to `count`; longest lists first.
+    """Puts kv blocks into tiles of up to `count` blocks, those with long lists first.
 
-    Greedy, in two passes. At first every block is a tile. In turn, each tile takes, of
-    the next `32 * count`, the one that fits and shares most q blocks with it, until none
-    fits: it must find room, and half of its q blocks at least must be the tile's too.
-    (Summary columns of `fixed` meet where a window has 32 blocks at most.)
+    It is greedy and makes two passes. At first every block is a tile. Each tile in turn
+    looks at the next `32 * count` and takes the one that fits and shares most q blocks
+    with it, until none fits. One fits if there is room for it, and if the tile reads at
+    least half of its q blocks already. (The summary columns of `fixed` meet where a
+    window has at most 32 blocks.)
 
-    In the second pass the longest list comes first, and steps count in place of q blocks:
-    the kernel takes `gather` q blocks a step, so that short lists may share a step. A
-    tile fits that adds at most half of the steps it takes alone. No mask is new: tiles
-    with room have masks everywhere.
+    The second pass begins with the longest list, and counts steps instead of q blocks: the
+    kernel takes `gather` q blocks in a step, so short lists may share one. A tile then
+    fits if it adds at most half of the steps that it takes alone. This makes no new masks,
+    because tiles with room have masks everywhere.
 
     Args:
       lists: bool [kv_blocks, q_blocks], the q blocks reading each kv block, those of all
         heads that share the tiles; overwritten.
       count: kv blocks in a tile.
-      gather: q blocks in a step, as if one head had them all.
+      gather: q blocks in a step, counted as if one head had them all.
 
     Returns:
       int32 [tiles, count], -1: none.
@@ -226,7 +231,7 @@ def _collect(lists, count, gather):
 
 
 def csr(is_read):
-    """Offsets and indices, int32, of the True elements of each row of each head."""
+    """The True elements of each row of each head: int32 offsets, and their indices."""
     counts = [np.count_nonzero(head, axis=1) for head in is_read]
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int32)
     indptr = np.concatenate([np.zeros(1, np.int32), offsets])
@@ -236,7 +241,7 @@ def csr(is_read):
 
 
 def number(arrays, seen):
-    """Gives equal arrays equal numbers, from 0; `seen` maps their bytes to them."""
+    """Numbers arrays from 0, equal ones alike; `seen` maps their bytes to the numbers."""
     return [seen.setdefault(array.tobytes(), len(seen)) for array in arrays]
 
 

@@ -1,21 +1,22 @@
 """Tile policy: how high and how wide the tiles are that kernels work on.
 
-This file decides what a plan decides. `csrc/cuda/host/configs.cc` decides the rest, for
+This file decides what depends on the plan. `csrc/cuda/host/configs.cc` decides the rest, for
 GPUs alone: which tiles fit a device's shared memory, and how a kernel works on them.
 """
 
-# Block sizes, each with the share of its peak a kernel reaches on q tiles that high.
+# The block sizes, each with the share of its peak that a kernel reaches on q tiles so high.
 EFFICIENCY = {8: 0.35, 16: 0.55, 32: 0.75, 64: 0.92, 128: 1.0}
 PASSING = 128  # queries that a kv tile reads at a time, at most
 
-# kv tiles of 64 pay where they list at most so many times the blocks of those of 128: 1.5
-# for `local` and `strided` (dkv: 0.54 for 0.61 ms, 0.49 for 0.53), 1.9 for `fixed` and
-# 2 for `all`, where they cost (3.7 for 3.4 ms). Not with head_dim 128 (0.81 for 0.53).
+# Tiles of 64 keys pay where they list fewer than so many times the blocks that tiles of 128
+# list. It is 1.5 times for `local` and `strided`, where dkv takes 0.54 instead of 0.61 ms,
+# and 0.49 instead of 0.53. It is 1.9 times for `fixed` and 2 for `all`, where they cost time:
+# 3.7 instead of 3.4 ms. With head_dim 128 they never pay: 0.81 instead of 0.53 ms.
 HALF_TILE = 1.6
 
 
 def kv_tile_sizes(tile_kv, block_size, head_dims):
-    """[int]: the sizes of kv tile to choose from, the largest first.
+    """The sizes of kv tile to choose from, [int], the largest first.
 
     Args:
       tile_kv: The largest that fits the GPU.
