@@ -22,6 +22,7 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
+from sparse_attention.ops import signature
 
 # ---- numbers ----
 
@@ -204,6 +205,21 @@ def test_function_captures_nothing():
 
 
 # ---- gradients ----
+
+
+def test_the_op_and_its_gradient_share_what_the_signature_lists():
+    attention = attention_on(pattern("local"), 2)
+    with tf.Graph().as_default() as graph:
+        x = tf.zeros([2, 72, 16])
+        tf.gradients(attention(x, x, x), x)
+        found = {op.type: op for op in graph.get_operations()}
+    forward, backward = found["BlockSparseAttention"], found["BlockSparseAttentionGrad"]
+    for op, own in ((forward, 3), (backward, 7)):
+        names = [argument.name for argument in op.op_def.input_arg[own:]]
+        assert tuple(names) == signature.SHARED_INPUTS
+        names = [attribute.name for attribute in op.op_def.attr]
+        assert sorted(names) == sorted(("T", *signature.ATTRIBUTES))
+    assert list(forward.inputs)[3:] == list(backward.inputs)[7:]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,6 +13,7 @@ from . import (
     gradients,  # noqa: F401 - registers them
 )
 from .plan_tensors import plan_tensors
+from .signature import ATTRIBUTES
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 MAX_HEAD_DIM = 256
@@ -100,20 +101,11 @@ def block_sparse_attention(
         tile_q, tile_kv, plan = plan_tensors(
             ops, block_mask, q, head_dims, heads // kv_heads
         )
+        kv_lengths = no_lengths if kv_lengths is None else kv_lengths
+        sizes = block_mask.row_stride, tile_q, block_mask.block_size, tile_kv
+        attributes = zip(ATTRIBUTES, (heads, kv_heads, softmax_scale, *sizes))
         o, lse = ops.block_sparse_attention(
-            q,
-            k,
-            v,
-            no_lengths if kv_lengths is None else kv_lengths,
-            *plan,
-            heads=heads,
-            kv_heads=kv_heads,
-            softmax_scale=softmax_scale,
-            row_stride=block_mask.row_stride,
-            block_q=tile_q,
-            block_kv=block_mask.block_size,
-            tile_kv=tile_kv,
-            name=name,
+            q, k, v, kv_lengths, *plan, **dict(attributes), name=name
         )
     return (o, lse) if return_lse else o
 

@@ -3,28 +3,21 @@
 import tensorflow as tf
 
 from ..native import loader
+from .signature import ATTRIBUTES, SHARED_INPUTS
 
 
 @tf.RegisterGradient("BlockSparseAttention")
 def _attention_gradient(op, do, dlse):
-    """dq, dk, dv; the lengths and the plan have no gradient."""
-    q, k, v, *plan = op.inputs
+    """dq, dk and dv; the lengths and the plan have no gradient."""
+    q, k, v, *shared = op.inputs
     o, lse = op.outputs
     do = tf.zeros_like(o) if do is None else do
     dlse = tf.zeros_like(lse) if dlse is None else dlse
-    attributes = (
-        "heads",
-        "kv_heads",
-        "softmax_scale",
-        "row_stride",
-        "block_q",
-        "block_kv",
-        "tile_kv",
-    )
+    attributes = {name: op.get_attr(name) for name in ATTRIBUTES}
     grads = loader.attention_ops().block_sparse_attention_grad(
-        q, k, v, o, lse, do, dlse, *plan, **{a: op.get_attr(a) for a in attributes}
+        q, k, v, o, lse, do, dlse, *shared, **attributes
     )
-    return [*grads, *[None] * len(plan)]
+    return [*grads, *[None] * len(SHARED_INPUTS)]
 
 
 @tf.RegisterGradient("BlockSparseAttentionGrad")

@@ -1,0 +1,31 @@
+"""What the attention op and its gradient share: their inputs and their attributes.
+
+`csrc/tf/attention_op.cc` lists the same for C++; a test compares the two.
+"""
+
+# The inputs that follow q, k and v, and that the gradient takes over as they are.
+SHARED_INPUTS = (
+    "kv_lengths",
+    # The plan by queries, which is `Tiles`.
+    "kv_indptr",
+    "kv_indices",
+    "mask_ids",
+    "mask_bits",
+    # The plan by keys, which is `KvTiles`.
+    "tile_blocks",
+    "q_indptr",
+    "q_indices",
+    "kv_mask_ids",
+    "kv_mask_bits",
+)
+
+# Saved graphs hold these names, so they stay.
+ATTRIBUTES = (
+    "heads",
+    "kv_heads",
+    "softmax_scale",
+    "row_stride",
+    "block_q",
+    "block_kv",
+    "tile_kv",
+)
