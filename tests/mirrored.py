@@ -1,14 +1,20 @@
 """What two devices compute together is what one computes; for CPUs and for GPUs."""
 
+import collections
+
 import keras
 import numpy as np
 import tensorflow as tf
 from helpers import assert_close
+from tensorflow.python.eager import context
 from tf_helpers import assert_same_bits
 
 import sparse_attention as sa
+from sparse_attention.ops.plan_tensors import kept
+from sparse_attention.ops.signature import SHARED_INPUTS
 
 TIME, VOCAB, BATCH, STEPS = 64, 50, 4, 16
+PLAN_INPUTS = len(SHARED_INPUTS) - 1  # the first is kv_lengths
 
 
 def check_training(devices, attention):
@@ -87,3 +93,57 @@ def check_op(devices):
     for replica, half in zip(got, halves):
         alone = results(tf.constant(half))
         assert_same_bits(*([x.numpy() for x in xs] for xs in (replica, alone)))
+
+
+def check_plans(devices):
+    """No plan goes from one device to another: every op reads constants beside it.
+
+    TensorFlow's placer has the last word, so this looks at the graphs that it ran.
+    """
+    block_mask = sa.pattern_block_mask("local", 64, 2, 16, 32)
+
+    def attention(x):
+        return sa.block_sparse_attention(x, x, x, block_mask, 2)
+
+    nested = tf.function(attention)
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = nested(attention(x))
+            y = tf.cond(tf.reduce_sum(y) < np.inf, lambda: attention(y), lambda: y)
+            _, y = tf.while_loop(
+                lambda i, y: i < 2, lambda i, y: (i + 1, attention(y)), (0, y)
+            )
+        return tape.gradient(y, x)
+
+    for device in devices:
+        with tf.device(device):
+            attention(tf.ones([1, 64, 16]))
+    eager = {key[0]: plan.inputs for key, plan in kept(block_mask).items()}
+    assert len(eager) == len(devices)
+    assert all(x.device == device for device in eager for x in eager[device])
+
+    strategy = tf.distribute.MirroredStrategy(devices)
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.ones([1, 64, 16])
+    )
+    run = tf.function(lambda values: strategy.run(gradient, args=(values,)))
+    context.enable_run_metadata()
+    run(values)
+    metadata = context.export_run_metadata()
+    context.disable_run_metadata()
+    readers = collections.Counter()
+    for function in metadata.function_graphs:
+        for graph in function.partition_graphs:
+            nodes = {node.name: node for node in graph.node}
+            for node in graph.node:
+                if not node.op.startswith("BlockSparseAttention"):
+                    continue
+                readers[node.device] += 1
+                for name in node.input[-PLAN_INPUTS:]:
+                    plan = nodes[name.partition(":")[0]]
+                    assert (plan.op, plan.device) == ("Const", node.device), plan.name
+    # Forward and backward, each directly, in a function, in a branch and in a loop.
+    counts = [readers[name] for d in devices for name in readers if name.endswith(d)]
+    assert counts == [8, 8], readers

@@ -1,8 +1,8 @@
 """block_sparse_attention's numbers, plans and gradients, in all of TensorFlow's modes."""
 
 import gc
-import sys
 import weakref
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,10 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
+from sparse_attention.native import abi, loader
+from sparse_attention.native.cuda import devices
 from sparse_attention.ops import signature
+from sparse_attention.ops.plan_tensors import kept
 
 # ---- numbers ----
 
@@ -145,14 +148,101 @@ def test_plan_is_made_once_for_eager_calls_and_dies_with_its_block_mask():
         arrays = random_qkv(block_mask)
         attention = attention_on(block_mask, 2)
         attention(*arrays)
-        module = sys.modules["sparse_attention.ops.plan_tensors"]
-        (plan,) = module._eager_plans[block_mask].values()
-        arrays_of_plan = weakref.ref(plan[2][1])
+        (plan,) = kept(block_mask).values()
+        tensor = weakref.ref(plan.inputs[1])
         attention(*arrays)
-        assert list(module._eager_plans[block_mask].values()) == [plan]
+        assert list(kept(block_mask).values()) == [plan]
         del plan, attention, block_mask
         gc.collect()
-        assert arrays_of_plan() is None
+        assert tensor() is None
+
+
+def test_a_graph_does_not_keep_a_block_mask():
+    with tf.Graph().as_default() as graph:
+        block_mask = sa.BlockMask(sa.all_layout(64, 8), sa.causal_mask(), 8)
+        o, _ = attention_on(block_mask, 2)(*map(tf.constant, random_qkv(block_mask)))
+        dead = weakref.ref(block_mask)
+        del block_mask
+        gc.collect()
+        assert dead() is None
+        with tf.compat.v1.Session(graph=graph) as session:
+            assert session.run(o).shape == (2, 64, 16)
+
+
+def test_plan_of_a_graph_lies_on_the_device_of_its_op():
+    block_mask = pattern("local")
+    arrays = random_qkv(block_mask)
+    scopes = ["/cpu:0", "/cpu:1", lambda op: "/cpu:2", None]
+    with tf.Graph().as_default() as graph:
+        q, k, v = map(tf.constant, arrays)
+        lengths = tf.constant([72, 5])
+        for device in [*scopes, *scopes]:  # the second time nothing is made anew
+            with tf.compat.v1.device(device):
+                sa.block_sparse_attention(q, k, v, block_mask, 2)
+                sa.block_sparse_attention(q, k, v, block_mask, 2, kv_lengths=lengths)
+        readers = [
+            op for op in graph.get_operations() if op.type == "BlockSparseAttention"
+        ]
+        plans = {op.device: set() for op in readers}
+        for op in readers:
+            assert {x.device for x in op.inputs[3:]} == {op.device}
+            plans[op.device] |= {x.name for x in op.inputs[4:]}
+        assert len(readers) == 16 and len(plans) == 4
+        assert [len(names) for names in plans.values()] == 4 * [9]
+
+
+# ---- plans for the GPUs at hand ----
+
+Gpu = namedtuple("Gpu", "name capability")
+GPUS = [Gpu(f"/physical_device:GPU:{i}", x) for i, x in enumerate([(7, 0), (9, 0)])]
+
+
+@pytest.mark.parametrize("visible", [[], [0], [1], [0, 1]])
+@pytest.mark.parametrize("has_details", [True, False])
+def test_tiles_follow_the_gpus_that_tensorflow_sees(visible, has_details, monkeypatch):
+    config = tf.config.experimental
+    seen = [GPUS[i] for i in visible]
+    archs = {(70, 90)[i] for i in visible}
+    monkeypatch.setattr(config, "get_visible_devices", lambda kind: seen)
+    if has_details:
+        details = lambda gpu: {"compute_capability": gpu.capability}  # noqa: E731
+        monkeypatch.setattr(config, "get_device_details", details, raising=False)
+    else:
+        monkeypatch.delattr(config, "get_device_details", raising=False)
+        driver = (("a V100", 70), ("an H100", 90))
+        monkeypatch.setattr(devices, "devices", lambda: driver)
+    assert devices.visible_archs() == archs
+    block_mask = sa.BlockMask(sa.all_layout(256, 32), sa.causal_mask(), 32)
+    with tf.Graph().as_default():
+        x = tf.zeros([1, 256, 256])
+        op = sa.block_sparse_attention(x, x, x, block_mask, 1).op
+        tiles = op.get_attr("block_q"), op.get_attr("tile_kv")
+    each = [
+        abi.plans(
+            loader.attention_ops().core, {arch}, "float32", (256, 256), block_mask, 1
+        )
+        for arch in archs
+    ]
+    smallest = [min(sizes) for sizes in zip(*((q[0], kv[0]) for q, kv in each))]
+    assert list(tiles) == (smallest if archs else [block_mask.tiles()[0], 0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_driver_is_not_touched_where_tensorflow_sees_no_gpu(mode, monkeypatch):
+    def load(name, *_):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr(tf.config.experimental, "get_visible_devices", lambda kind: [])
+    monkeypatch.setattr(devices.ctypes, "CDLL", load)
+    devices.driver_version.cache_clear()
+    devices.devices.cache_clear()
+    block_mask = sa.BlockMask(sa.all_layout(64, 8), sa.causal_mask(), 8)
+    q, k, v = random_qkv(block_mask)
+    d_outputs = [np.ones_like(q), np.ones([2, 2, 64], np.float32)]
+    run_with_gradients(attention_on(block_mask, 2), [q, k, v], d_outputs, mode)
+
+
+# ---- plans as constants ----
 
 
 def test_plan_is_one_constant_of_a_graph_wherever_it_is_used():

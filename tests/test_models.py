@@ -211,6 +211,7 @@ def test_dropout_differs_by_call_and_comes_back_with_the_weights():
 
 MIRRORED = """
 import mirrored
+mirrored.check_plans(["CPU:0", "CPU:1"])
 mirrored.check_op(["CPU:0", "CPU:1"])
 for attention in ("fixed", "local,strided"):
     mirrored.check_training(["CPU:0", "CPU:1"], attention)

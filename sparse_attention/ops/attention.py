@@ -16,10 +16,11 @@ from .plan_tensors import plan_tensors
 from .signature import ATTRIBUTES
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
+_DTYPES = frozenset(DTYPES)
 MAX_HEAD_DIM = 256
 
 
-# Not for AutoGraph: there is nothing to convert in them, and much that they call.
+# AutoGraph would find nothing to convert in our functions, in much that they call.
 not_converted = tf.autograph.experimental.do_not_convert
 
 
@@ -62,7 +63,7 @@ def block_sparse_attention(
         floor(h / (heads / kv_heads)). None: `heads`.
       softmax_scale: Multiplies the scores; None: 1 / sqrt(head_dim).
       kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist.
-        None: all do. Others are an error on the CPU, the nearest of these on a GPU.
+        None: all do. The CPU refuses others; a GPU takes the nearest of these.
       return_lse: Whether to return lse as well.
       name: Name of the op.
 
@@ -82,14 +83,15 @@ def block_sparse_attention(
     Cost: 2 * block_size^2 * (head_dim + head_dim_v) FLOP per computed block; beside
       inputs and outputs, memory for lse alone.
     """
-    q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
+    q, k, v = _as_tensor(q, "q"), _as_tensor(k, "k"), _as_tensor(v, "v")
     kv_heads = heads if kv_heads is None else kv_heads
     head_dims = _check_tensors(q, k, v, block_mask, heads, kv_heads)
     if softmax_scale is None:
         softmax_scale = head_dims[0] ** -0.5
-    if not isinstance(softmax_scale, numbers.Real):
+    elif not isinstance(softmax_scale, numbers.Real):
         raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
-    kv_lengths = _as_lengths(kv_lengths, q)
+    if kv_lengths is not None:
+        kv_lengths = _as_lengths(kv_lengths, q)
     ops = loader.attention_ops()
     if ops is None:
         o, lse = fallback.attention(
@@ -97,17 +99,20 @@ def block_sparse_attention(
             why_not=loader.why_not("attention_ops"),
         )
     else:
-        no_lengths = np.zeros([0], np.int32)
-        tile_q, tile_kv, plan = plan_tensors(
-            ops, block_mask, q, head_dims, heads // kv_heads
+        kv_lengths, plan = plan_tensors(
+            ops, block_mask, q, kv_lengths, head_dims, heads // kv_heads
         )
-        kv_lengths = no_lengths if kv_lengths is None else kv_lengths
-        sizes = block_mask.row_stride, tile_q, block_mask.block_size, tile_kv
+        sizes = block_mask.row_stride, plan.tile_q, block_mask.block_size, plan.tile_kv
         attributes = zip(ATTRIBUTES, (heads, kv_heads, softmax_scale, *sizes))
         o, lse = ops.block_sparse_attention(
-            q, k, v, kv_lengths, *plan, **dict(attributes), name=name
+            q, k, v, kv_lengths, *plan.inputs, **dict(attributes), name=name
         )
     return (o, lse) if return_lse else o
+
+
+def _as_tensor(x, name):
+    """`tf.convert_to_tensor`, which takes its time with what is a tensor already."""
+    return x if isinstance(x, tf.Tensor) else tf.convert_to_tensor(x, name=name)
 
 
 def _check_tensors(q, k, v, block_mask, heads, kv_heads):
@@ -123,33 +128,35 @@ def _check_tensors(q, k, v, block_mask, heads, kv_heads):
         raise ValueError(
             f"block_mask must have 1 head or heads={heads}, got {block_mask.heads}"
         )
+    dtype = q.dtype
     batches, dims = [], []
     for name, tensor, tensor_heads, length_name in (
         ("q", q, heads, "q_len"),
         ("k", k, kv_heads, "kv_len"),
         ("v", v, kv_heads, "kv_len"),
     ):
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in _DTYPES:
             names = ", ".join(dtype.name for dtype in DTYPES)
             raise TypeError(f"{name} must be one of {names}, got {tensor.dtype.name}")
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != dtype:
             raise TypeError(
-                f"{name} must have q's dtype {q.dtype.name}, got {tensor.dtype.name}"
+                f"{name} must have q's dtype {dtype.name}, got {tensor.dtype.name}"
             )
+        batch, time, width = _static_shape(name, tensor)
         length = getattr(block_mask, length_name)
-        if static_time(name, tensor) != length:
+        if time != length:
             raise ValueError(
                 f"{name} must have time = block_mask.{length_name} = {length}, "
                 f"got shape {tensor.shape}"
             )
-        batch, _, width = tensor.shape.as_list()
         dim, rest = (0, 0) if width is None else divmod(width, tensor_heads)
         if rest or dim % 8 or not 0 < dim <= MAX_HEAD_DIM:
             raise ValueError(
                 f"{name} must have width = {tensor_heads} heads * a head dim that is a "
                 f"multiple of 8 and at most {MAX_HEAD_DIM}, got shape {tensor.shape}"
             )
-        batches += [] if batch is None else [batch]
+        if batch is not None:
+            batches.append(batch)
         dims.append(dim)
     if len(set(batches)) > 1:
         raise ValueError(f"q, k and v must have the same batch, got {batches}")
@@ -159,22 +166,27 @@ def _check_tensors(q, k, v, block_mask, heads, kv_heads):
 
 
 def static_time(name, tensor):
+    """The time of a tensor [batch, time, width]; ValueError where it is not known."""
+    return _static_shape(name, tensor)[1]
+
+
+def _static_shape(name, tensor):
     shape = tensor.shape
     if shape.rank != 3:
         raise ValueError(
             f"{name} must have rank 3, [batch, time, heads * dim], got shape {shape}"
         )
-    if shape.as_list()[1] is None:
+    sizes = shape.as_list()
+    if sizes[1] is None:
         raise ValueError(
             f"{name} must have a time dimension that is known when the graph is built, "
             f"as a plan is made for one length, got shape {shape}"
         )
-    return shape.as_list()[1]
+    return sizes
 
 
 def _as_lengths(kv_lengths, q):
-    if kv_lengths is None:
-        return None
+    """kv_lengths as an int32 tensor; raises unless its dtype and shape fit."""
     if not tf.is_tensor(kv_lengths):
         array = np.asarray(kv_lengths)
         if array.dtype.kind in "iu":

@@ -17,6 +17,10 @@ def test_the_op_gives_the_bits_of_one():
     mirrored.check_op(DEVICES)
 
 
+def test_every_op_reads_its_plan_where_it_runs():
+    mirrored.check_plans(DEVICES)
+
+
 @pytest.mark.parametrize("attention", ["fixed", "local,strided"])
 def test_a_model_trains_as_on_one(attention):
     mirrored.check_training(DEVICES, attention)

@@ -1,4 +1,4 @@
-"""The driver and the GPUs of this machine, as NVIDIA's driver tells."""
+"""The GPUs of this machine: those NVIDIA's driver shows, those TensorFlow sees."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,7 @@ import functools
 
 @functools.lru_cache(maxsize=None)
 def driver_version():
-    """The CUDA version of NVIDIA's driver, as 12040 of 12.4; 0 without a driver."""
+    """The CUDA version of NVIDIA's driver, 12040 for 12.4; 0 without a driver."""
     version = ctypes.c_int(0)
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -16,7 +16,7 @@ def driver_version():
 
 @functools.lru_cache(maxsize=None)
 def devices():
-    """((name, compute capability as 90 of 9.0), ...) of the GPUs that the driver shows."""
+    """((name, compute capability), ...) of the driver's GPUs; 90 stands for 9.0."""
     count, found = ctypes.c_int(0), []
     if driver_version() == 0:
         return ()
@@ -34,6 +34,27 @@ def devices():
     return tuple(found)
 
 
+def visible_archs():
+    """{int}: compute capabilities of the GPUs that TensorFlow sees; 90 stands for 9.0.
+
+    TensorFlow is asked first, and the driver not at all unless TensorFlow has a GPU. It
+    is asked for physical devices: its own settings can still be changed afterwards.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.experimental.get_visible_devices("GPU")
+    details_of = getattr(tf.config.experimental, "get_device_details", None)
+    archs = set()
+    for gpu in gpus:
+        if details_of is not None:
+            found = details_of(gpu).get("compute_capability")  # unknown of other makes
+            archs |= {found[0] * 10 + found[1]} if found else set()
+        else:  # TensorFlow before 2.3 numbers its GPUs as the driver does
+            index = int(gpu.name.rpartition(":")[2])
+            archs |= {arch for _, arch in devices()[index : index + 1]}
+    return archs
+
+
 def name_of(arch):
-    """NVRTC's name of a compute capability: "sm_90a" of 90."""
+    """NVRTC's name for a compute capability: "sm_90a" for 90."""
     return f"sm_{arch}a" if 90 <= arch < 120 else f"sm_{arch}"
