@@ -48,6 +48,7 @@ _TENSORFLOW_NAMES = {
     "attention_impl": "compat.attention",
     "block_sparse_attention": "ops.attention",
     "blocksparse_attention_impl": "compat.attention",
+    "clear_plans": "ops.plan_tensors",
     "generate": "keras.generation",
     "get_attn_mask": "compat.attention",
     "get_blocksparse_obj": "compat.transformer",

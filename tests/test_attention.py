@@ -157,6 +157,36 @@ def test_plan_is_made_once_for_eager_calls_and_dies_with_its_block_mask():
         assert tensor() is None
 
 
+def test_clear_plans_frees_all_and_calls_work_as_before():
+    arrays = random_qkv(pattern("local"))
+
+    def is_freed(dead):
+        assert dead() is not None
+        sa.clear_plans()
+        gc.collect()
+        return dead() is None
+
+    def first_kept(owner):
+        made = next(iter(kept(owner).values()))
+        return weakref.ref(made.inputs[1] if hasattr(made, "inputs") else made)
+
+    with context.eager_mode():
+        block_mask = sa.BlockMask(sa.all_layout(72, 8), sa.causal_mask(), 8)
+        attention = attention_on(block_mask, 2)
+        function = tf.function(attention)
+        want = [x.numpy() for x in attention(*arrays)]
+        assert_same_bits([x.numpy() for x in function(*arrays)], want)
+        assert is_freed(first_kept(block_mask))
+        table = sa.get_blocksparse_obj(64, 2, "all", 8)
+        table.get_lut_constants()
+        assert is_freed(first_kept(table))
+        cached = weakref.ref(pattern("local"))
+        assert is_freed(cached)
+        table.get_lut_constants()
+        for again in (attention, function, tf.function(attention)):
+            assert_same_bits([x.numpy() for x in again(*arrays)], want)
+
+
 def test_a_graph_does_not_keep_a_block_mask():
     with tf.Graph().as_default() as graph:
         block_mask = sa.BlockMask(sa.all_layout(64, 8), sa.causal_mask(), 8)

@@ -1,6 +1,8 @@
 """The pure-TensorFlow path, which is taken where nothing can be compiled."""
 
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tf_helpers import (
 
 import sparse_attention as sa
 from sparse_attention.native import loader
+from sparse_attention.ops.plan_tensors import kept
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +133,21 @@ def test_fallback_refuses_lengths_out_of_range(mode, kv_lengths):
             np.array(kv_lengths, np.int32),
             mode=mode,
         )
+
+
+def test_fallback_keeps_what_it_reads_until_it_is_cleared():
+    block_mask = sa.pattern_block_mask("local", 24, 2, 8, local_attn_ctx=8)
+    x = np.ones([1, 24, 16], np.float32)
+    want = run(attention_on(block_mask, 2), x, x, x)
+    (pairs,) = kept(block_mask).values()
+    run(attention_on(block_mask, 2), x, x, x)
+    assert list(kept(block_mask).values()) == [pairs]
+    masks = weakref.ref(pairs.masks)
+    sa.clear_plans()
+    del pairs
+    gc.collect()
+    assert masks() is None
+    assert_same_bits(run(attention_on(block_mask, 2), x, x, x), want)
 
 
 NO_COMPILER = """

@@ -63,6 +63,7 @@ TENSORFLOW_NAMES = [
     "attention_impl",
     "block_sparse_attention",
     "blocksparse_attention_impl",
+    "clear_plans",
     "generate",
     "get_attn_mask",
     "get_blocksparse_obj",
@@ -86,7 +87,14 @@ def test_every_name_is_there():
 
 
 @pytest.mark.parametrize(
-    "name", ["ops.attention", "compat.attention", "keras.layers", "ops.recompute"]
+    "name",
+    [
+        "compat.attention",
+        "keras.layers",
+        "ops.attention",
+        "ops.plan_tensors",
+        "ops.recompute",
+    ],
 )
 def test_documentation_examples(name):
     module = importlib.import_module("sparse_attention." + name)

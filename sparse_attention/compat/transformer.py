@@ -18,6 +18,7 @@ import importlib
 import numpy as np
 import tensorflow as tf
 
+from ..ops.plan_tensors import kept
 from ..plan.block_mask import in_positions
 from ..plan.checks import check_positive
 from ..plan.masks import NUM_VERTS, VERTSIZE, as_mask
@@ -47,7 +48,10 @@ class BlocksparseTransformer(BlocksparseTables):
         """A table as a tensor. Equal tables are one constant of a graph."""
         array = getattr(self, table)
         if tf.executing_eagerly():
-            return self._cached(table, tf.constant, array)
+            made = kept(self)
+            if table not in made:
+                made[table] = tf.constant(array)
+            return made[table]
         graph = tf.compat.v1.get_default_graph()
         constants = graph.get_collection_ref(_CONSTANTS)  # [] or [a dict]
         if not constants:

@@ -17,6 +17,8 @@ from collections import namedtuple
 import numpy as np
 import tensorflow as tf
 
+from .plan_tensors import kept
+
 # A plan as these ops read it, for all heads; n pairs.
 Pairs = namedtuple(
     "Pairs",
@@ -42,7 +44,10 @@ def attention(
     """
     _warn_once(why_not)
     with tf.name_scope(name or "block_sparse_attention"):
-        pairs = _pairs(block_mask, heads, kv_heads)
+        made, key = kept(block_mask), ("pairs", heads, kv_heads)
+        if key not in made:
+            made[key] = _pairs(block_mask, heads, kv_heads)
+        pairs = made[key]
         end = _end(kv_lengths, block_mask.kv_len)
         rows = np.arange(block_mask.kv_len)[:, None, None]
         exists = pairs.is_attended & (rows < end[:, None, None, None])
@@ -75,7 +80,7 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     row_max = tf.math.unsorted_segment_max(
         tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
     )
-    # Where all is masked it is -inf, and s - row_max must not be NaN.
+    # row_max is -inf where all keys are masked, and s - row_max must not be NaN.
     row_max = tf.stop_gradient(_select(row_max > -np.inf, row_max, 0.0))
     p = tf.exp(s - gather_tile(row_max)[..., None])
     row_sum = sum_tile(tf.reduce_sum(p, axis=3))
@@ -87,7 +92,7 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
 
 
 def _end(kv_lengths, kv_len):
-    """int32 [batch or 1]: the first key that does not exist; checked as in the op."""
+    """int32 [batch or 1]: the first key that does not exist, after the op's checks."""
     if kv_lengths is None:
         return tf.constant([kv_len])
     expectation = f"kv_lengths must be in [0, kv_len={kv_len}]"
@@ -129,8 +134,8 @@ def _select(condition, x, y):
     return tf.compat.v1.where_v2(condition, x, y)
 
 
-@functools.lru_cache(maxsize=32)
 def _pairs(block_mask, heads, kv_heads):
+    """The `Pairs` of a `BlockMask`."""
     tile_q, block_size, kv_indptr, kv_indices, mask_ids, mask_bits = block_mask.tiles()
     stride = block_mask.row_stride
     q_rows, q_positions = _axis(block_mask.q_len, stride, tile_q)
@@ -162,7 +167,10 @@ def _pairs(block_mask, heads, kv_heads):
 
 
 def _axis(length, row_stride, block):
-    """Rows of positions, [blocks, block], `length` where there is none; the inverse."""
+    """The row of each position, [blocks, block], and the position of each row.
+
+    A position that has no row is given `length`.
+    """
     row = np.arange(length)
     visits = -(-length // row_stride)
     positions = row % row_stride * visits + row // row_stride

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from ..native import abi
 from ..native.cuda.devices import visible_archs
+from ..plan import patterns
 from ..plan.tile_plans import KvTiles
 
 
@@ -25,9 +26,30 @@ _kept = weakref.WeakKeyDictionary()
 
 
 def kept(owner):
-    """dict: what was made of an object, until it is gone."""
+    """dict: what was made of an object, until it is gone or `clear_plans` is called."""
     found = _kept.get(owner)
     return _kept.setdefault(owner, {}) if found is None else found
+
+
+def clear_plans():
+    """Frees the plans that calls have left behind, on the host and on all devices.
+
+    These are the tensors that eager calls made of a plan, the tables that eager calls
+    made of a `BlocksparseTransformer`, the plans that `pattern_block_mask` remembers,
+    and what TensorFlow's own ops read where there are no kernels. Whatever is called
+    afterwards makes its own anew.
+
+    A graph keeps the constants in it, so a `tf.function` that was traced before runs on
+    as it is. A `BlockMask` that you hold keeps its arrays on the host.
+
+    >>> import sparse_attention as sa
+    >>> plan = sa.pattern_block_mask("all", 64, 4, 16)
+    >>> sa.clear_plans()
+    >>> sa.pattern_block_mask("all", 64, 4, 16) is plan
+    False
+    """
+    _kept.clear()
+    patterns.clear()
 
 
 def plan_tensors(ops, block_mask, q, kv_lengths, head_dims, group):

@@ -208,3 +208,8 @@ def _block_mask(pattern, settings):
     layout, mask = pattern.layout(settings), pattern.mask(settings)
     q_len, row_stride = settings.q_len, pattern.row_stride_of(settings)
     return BlockMask(layout, mask, settings.block_size, q_len, q_len, row_stride)
+
+
+def clear():
+    """Forgets the plans that are cached."""
+    _block_mask.cache_clear()
