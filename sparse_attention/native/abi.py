@@ -100,7 +100,16 @@ def blocks_kernels(library, arch, block_size, dtype, head_dim):
 
 
 def plans(library, archs, dtype, head_dims, block_mask, group):
-    """The `Tiles` and `KvTiles` of a BlockMask that GPUs of all of `archs` run best."""
+    """The `Tiles` and `KvTiles` of a BlockMask that suit all of some GPUs.
+
+    Args:
+      library: `ctypes.CDLL` of a library with the core in it.
+      archs: Compute capabilities of the GPUs; the tiles fit each of them.
+      dtype: One of DTYPES.
+      head_dims: head_dim and head_dim_v.
+      block_mask: `BlockMask`.
+      group: Query heads that share a kv head.
+    """
     shapes = [shape_of(library, arch, dtype, head_dims, block_mask) for arch in archs]
     return tiling.choose(
         block_mask,

@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-# TensorFlow 1's variables that are no resources; reading them is no op of its own.
+# TensorFlow 1's variables that are not resources: no op of its own reads them.
 REF_VARIABLE_OPS = ("Variable", "VariableV2")
 
 

@@ -22,7 +22,7 @@ from .nvrtc import find_nvrtc
 
 SOURCES = "cuda/device"  # in csrc
 
-# NVRTC has no C library headers; core.h wants this one.
+# NVRTC has no headers of the C library, and core.h includes this one.
 STDINT = b"""#pragma once
 typedef signed char int8_t; typedef unsigned char uint8_t;
 typedef short int16_t; typedef unsigned short uint16_t;
@@ -76,7 +76,7 @@ def compiled(kernel, macros, arch):
       arch: "sm_90a": a cubin; "compute_70": PTX.
 
     Raises:
-      RuntimeError: If it is not there and cannot be compiled: why.
+      RuntimeError: If it is not there and cannot be compiled; it says why.
     """
     nvrtc, why = _nvrtc(arch)
     flags, files = options(macros, arch), sources(kernel)
@@ -134,7 +134,7 @@ def sources(kernel):
 
 
 def _nvrtc(arch):
-    """(`Nvrtc` or None, why there is none)."""
+    """The `Nvrtc` to compile with, or None; and a str, why there is none, or None."""
     if cache.is_set("SPARSE_ATTENTION_NO_JIT"):
         return None, "SPARSE_ATTENTION_NO_JIT is set"
     try:

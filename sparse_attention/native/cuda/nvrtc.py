@@ -11,16 +11,16 @@ import sys
 from .devices import driver_version
 
 NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
-# Of the pip packages, beside this one; and the toolkit's.
+# Where the pip packages beside this one keep it, and where CUDA's toolkit does.
 FOLDERS = ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "/usr/local/cuda/lib64")
 
 
 @functools.lru_cache(maxsize=None)
 def find_nvrtc(arch):
-    """The first `Nvrtc` that compiles for `arch`, and code that this driver loads.
+    """The first `Nvrtc` that compiles for `arch` and makes code that the driver loads.
 
     Raises:
-      RuntimeError: If there is none: which were found, and why they do not do.
+      RuntimeError: If there is none; it says which were found, and why none will do.
     """
     driver, unfit = driver_version(), []
     for path in nvrtc_paths():
@@ -43,7 +43,7 @@ def find_nvrtc(arch):
 
 
 def nvrtc_paths():
-    """Where NVRTC is: in this process, wherever the loader looks, in FOLDERS."""
+    """Yields where NVRTC may be: in this process, where the loader looks, in FOLDERS."""
     for mode, name in itertools.product((os.RTLD_NOLOAD, os.RTLD_NOW), NAMES):
         with contextlib.suppress(OSError):
             ctypes.CDLL(name, mode=mode)
@@ -60,7 +60,7 @@ class Nvrtc:
     Attributes:
       path: What it was opened by.
       version: "12.9".
-      archs: Compute capabilities that it compiles for, as 90 of 9.0.
+      archs: Compute capabilities that it compiles for; 90 stands for 9.0.
     """
 
     def __init__(self, path):
@@ -84,11 +84,11 @@ class Nvrtc:
         """Compiles `kernel`.cu of `files`, {name: text}.
 
         Returns:
-          bytes: a cubin, or PTX for an option --gpu-architecture=compute_XY; what the
-          compiler said.
+          bytes, a cubin, or PTX for an option --gpu-architecture=compute_XY; and a str,
+          what the compiler said.
 
         Raises:
-          RuntimeError: If it does not compile: what the compiler said.
+          RuntimeError: If it does not compile; the compiler's words go to stderr.
         """
         headers = {n: text for n, text in files.items() if not n.endswith(".cu")}
         source = files[f"{kernel}.cu"]
