@@ -268,7 +268,8 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
         sa.block_sparse_attention(x, x, x, block_mask, heads=1)
-print([str(w.message) for w in caught if w.category is RuntimeWarning])
+said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+print([text for text in said if "kernels" in text])  # NumPy warns, too, in TensorFlow 1
 try:
     sa.load_ops()
 except RuntimeError as error:

@@ -43,15 +43,13 @@ def _load(name):
 
 
 def _in_short(error):
-    """str: how the compiler ended, its first error, and what it is."""
+    """str: how the compiler ended, its first complaint, and what it is."""
     how, *said = str(error).split("\n")
-    errors = [line for line in said[1:] if "error" in line.lower()]
+    words = ("error", "undefined reference", "cannot find")
+    complaints = [line for line in said[1:] if any(w in line.lower() for w in words)]
     compiler = libraries.compiler()
-    return " ".join([how, *errors[:1]]) + (
-        f" ({compiler.version}; C++17 needs g++ 7, clang++ 5 or newer)"
-        if compiler
-        else ""
-    )
+    version = f"({compiler.version}; g++ 7 or clang++ 5 is needed)" if compiler else ""
+    return " ".join([how, *complaints[:1], version])
 
 
 def _open(name):
@@ -61,19 +59,19 @@ def _open(name):
     while True:
         try:
             path = libraries.library(name, unfit=unfit)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:  # the cache cannot be written, say
+            return Loaded(None, f"{name} cannot be compiled: {error}")
+        except RuntimeError as error:
             return Loaded(None, f"{name} cannot be compiled: {_in_short(error)}")
         if path is None:
             whys = unfit.values() or [libraries.why_no_compiling()]
             return Loaded(None, "; ".join(whys))
         try:
             ops = tf.load_op_library(path)
-        except (
-            tf.errors.NotFoundError
-        ) as error:  # so TensorFlow says that dlopen failed
-            unfit[path] = f"{name} does not load: {error.message}"
+            ops.path = path
+            ops.core = ctypes.CDLL(path)  # the same library, for what is not an op
+        except (tf.errors.OpError, OSError) as error:
+            unfit[path] = f"{name} does not load: {getattr(error, 'message', error)}"
             continue
-        ops.path = path
-        ops.core = ctypes.CDLL(path)  # the same library, for what is no op
         kernels.attach(ops.core)
         return Loaded(ops, None)

@@ -233,14 +233,14 @@ def main():
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for arch in options.arch:
             number, cases = (90, CASES) if arch == "sm_90a" else (70, VOLTA_CASES)
-            kernels = set()
+            wanted = set()
             for find, some in ((kernels_of, cases), (blocks_kernels_of, BLOCKS_CASES)):
                 for c in some:
                     if any(k in c.name for k in options.k.split(",")):
                         found = find(library, c, number)
-                        kernels |= {(k.name.decode(), k.macros.decode()) for k in found}
+                        wanted |= {(k.name.decode(), k.macros.decode()) for k in found}
             compiled = functools.partial(kernels.compiled, arch=arch)
-            print(len(list(pool.map(compiled, *zip(*kernels)))), "kernels for", arch)
+            print(len(list(pool.map(compiled, *zip(*wanted)))), "kernels for", arch)
 
 
 if __name__ == "__main__":
