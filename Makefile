@@ -49,6 +49,7 @@ lint: .venv-lint/ready
 	.venv-lint/bin/ruff format --check .
 	.venv-lint/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 	.venv-lint/bin/mypy
+	.venv-lint/bin/mypy tests/typing_user.py
 
 format: .venv-lint/ready
 	.venv-lint/bin/ruff check --fix .

@@ -63,7 +63,7 @@ setup(
     author="sparse_attention authors",
     license="MIT",
     packages=find_packages(include=["sparse_attention*"]),
-    package_data={"sparse_attention": ["csrc/*/*.*", "csrc/cuda/*/*.*"]},
+    package_data={"sparse_attention": ["py.typed", "csrc/*/*.*", "csrc/cuda/*/*.*"]},
     python_requires=">=3.7",
     install_requires=["numpy"],
     extras_require={"tf": ["tensorflow>=1.15"]},

@@ -9,7 +9,10 @@ What builds plans needs NumPy alone; TensorFlow is imported when something that 
 it is first asked for.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from .plan import block_mask, layouts, masks, reference
 from .plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
@@ -35,6 +38,29 @@ from .plan.masks import (
     strided_mask,
 )
 from .plan.patterns import pattern_block_mask
+
+if TYPE_CHECKING:
+    from .compat.attention import (
+        attention_impl,
+        blocksparse_attention_impl,
+        get_attn_mask,
+        get_callback,
+        merge_heads,
+        merge_states,
+        shape_list,
+        split_heads,
+        split_states,
+        strided_transpose,
+    )
+    from .compat.ops import load_ops
+    from .compat.transformer import BlocksparseTransformer, get_blocksparse_obj
+    from .keras.generation import Decoder, generate
+    from .keras.layers import SparseSelfAttention
+    from .keras.model import SparseTransformer
+    from .keras.optimizer import Adam
+    from .ops.attention import block_sparse_attention
+    from .ops.plan_tensors import clear_plans
+    from .ops.recompute import recomputable
 
 __version__ = "0.1.0"
 
@@ -94,7 +120,7 @@ __all__ = [
 __all__ += sorted(_TENSORFLOW_NAMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _TENSORFLOW_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -108,5 +134,5 @@ def __getattr__(name):
     return globals().setdefault(name, getattr(module, name))
 
 
-def __dir__():
+def __dir__() -> list:
     return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import re
 
 import pytest
@@ -99,6 +100,20 @@ def test_every_name_is_there():
 def test_documentation_examples(name):
     module = importlib.import_module("sparse_attention." + name)
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(PLAN_NAMES + TENSORFLOW_NAMES))
+def test_exported_functions_have_types(name):
+    exported = getattr(sa, name)
+    if isinstance(exported, type):
+        exported = exported.__init__
+    if not callable(exported):
+        return
+    signature = inspect.signature(inspect.unwrap(exported))
+    for parameter in signature.parameters.values():
+        if parameter.name != "self":
+            assert parameter.annotation is not parameter.empty, parameter
+    assert signature.return_annotation is not signature.empty
 
 
 def test_unknown_names_are_refused():

@@ -1,10 +1,15 @@
 """OpenAI's functions: dense and block-sparse attention, and their helpers."""
 
+from __future__ import annotations
+
+from typing import Any, Callable
+
 import numpy as np
 import tensorflow as tf
 
 from ..ops.attention import block_sparse_attention, not_converted, static_time
 from ..ops.recompute import recomputable
+from ..ops.signature import TensorLike
 from ..plan.checks import check_positive
 from ..plan.masks import NUM_VERTS, VERTSIZE, check_fixed
 from ..plan.patterns import check_known, pattern_block_mask, resolve
@@ -18,16 +23,16 @@ OPENAIS_MODES = ("all", "local", "strided", "fixed")
 @recomputable("attention_impl")
 @not_converted
 def attention_impl(
-    q,
-    k,
-    v,
-    heads,
-    attn_mode,
-    local_attn_ctx=None,
-    blocksize=32,
-    num_verts=None,
-    vertsize=None,
-):
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    heads: int,
+    attn_mode: str,
+    local_attn_ctx: int | None = None,
+    blocksize: int = 32,
+    num_verts: int | None = None,
+    vertsize: int | None = None,
+) -> tf.Tensor:
     """The dense masked reference: every score is computed, then masked.
 
     Args:
@@ -71,17 +76,17 @@ def attention_impl(
 @recomputable("blocksparse_attention_impl")
 @not_converted
 def blocksparse_attention_impl(
-    q,
-    k,
-    v,
-    heads,
-    attn_mode,
-    local_attn_ctx=None,
-    blocksize=32,
-    num_verts=None,
-    vertsize=None,
-    backend="fused",
-):
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    heads: int,
+    attn_mode: str,
+    local_attn_ctx: int | None = None,
+    blocksize: int = 32,
+    num_verts: int | None = None,
+    vertsize: int | None = None,
+    backend: str = "fused",
+) -> tf.Tensor:
     """`attention_impl` in the blocks that the pattern needs.
 
     Args:
@@ -115,7 +120,16 @@ def blocksparse_attention_impl(
             f"got {backend!r}"
         )
     is_real = backend == "blocksparse"
-    bst = get_blocksparse_obj(q_len, heads, attn_mode, *sizes, real=is_real)
+    bst = get_blocksparse_obj(
+        q_len,
+        heads,
+        attn_mode,
+        blocksize,
+        local_attn_ctx,
+        num_verts,
+        vertsize,
+        is_real,
+    )
     pattern, settings = resolve(attn_mode, q_len, heads, *sizes)
     return _three_ops(bst, q, k, v, pattern.row_stride_of(settings))
 
@@ -134,14 +148,14 @@ def _three_ops(bst, q, k, v, row_stride):
 
 
 def get_attn_mask(
-    n,
-    attn_mode,
-    local_attn_ctx=None,
-    heads=None,
-    blocksize=32,
-    num_verts=None,
-    vertsize=None,
-):
+    n: Any,
+    attn_mode: str,
+    local_attn_ctx: Any = None,
+    heads: int | None = None,
+    blocksize: int = 32,
+    num_verts: int | None = None,
+    vertsize: int | None = None,
+) -> tf.Tensor:
     """Which keys each query attends to, written out for the dense reference: causal.
 
     Args:
@@ -186,7 +200,7 @@ def get_attn_mask(
     return tf.reshape(attends, [1, -1, n, n])
 
 
-def get_callback(attn_mode, local_attn_ctx=None):
+def get_callback(attn_mode: str, local_attn_ctx: int | None = None) -> Callable:
     """The `mask_callback` for blocksparse: what a pattern masks inside of its blocks.
 
     >>> get_callback("local", 3)((4, 4), 0, 1, 0, 0).astype(int)  # queries from 4 on
@@ -225,7 +239,9 @@ def _check_mode(attn_mode, local_attn_ctx):
         check_positive(local_attn_ctx=local_attn_ctx)
 
 
-def strided_transpose(x, n_ctx, local_attn_ctx, blocksize):
+def strided_transpose(
+    x: TensorLike, n_ctx: int, local_attn_ctx: int, blocksize: int
+) -> tf.Tensor:
     """Moves position a * local_attn_ctx + b to b * (n_ctx / local_attn_ctx) + a.
 
     Strided attention is then causal attention inside of chunks.
@@ -254,17 +270,17 @@ def strided_transpose(x, n_ctx, local_attn_ctx, blocksize):
     return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, time, width])
 
 
-def split_heads(x, n):
+def split_heads(x: TensorLike, n: Any) -> tf.Tensor:
     """[batch, time, n * dim] -> [batch, n, time, dim]"""
     return tf.transpose(split_states(x, n), [0, 2, 1, 3])
 
 
-def merge_heads(x):
+def merge_heads(x: TensorLike) -> tf.Tensor:
     """[batch, heads, time, dim] -> [batch, time, heads * dim]"""
     return merge_states(tf.transpose(x, [0, 2, 1, 3]))
 
 
-def split_states(x, n):
+def split_states(x: TensorLike, n: Any) -> tf.Tensor:
     """[..., n * dim] -> [..., n, dim]"""
     *outer, width = shape_list(x)
     check_positive(n=n)
@@ -273,13 +289,13 @@ def split_states(x, n):
     return tf.reshape(x, [*outer, n, width // n])
 
 
-def merge_states(x):
+def merge_states(x: TensorLike) -> tf.Tensor:
     """[..., n, dim] -> [..., n * dim]"""
     *outer, n, dim = shape_list(x)
     return tf.reshape(x, [*outer, n * dim])
 
 
-def shape_list(x):
+def shape_list(x: TensorLike) -> list:
     """The shape of x: ints, and scalar tensors for what only the running graph knows."""
     dynamic = tf.shape(x)
     return [dynamic[i] if n is None else n for i, n in enumerate(x.shape.as_list())]

@@ -4,8 +4,11 @@ A process can register an op only once. Where the real blocksparse is loaded, it
 gradients are used, and ours are not registered.
 """
 
+from __future__ import annotations
+
 import functools
 import sys
+from typing import Any
 
 import tensorflow as tf
 
@@ -13,7 +16,7 @@ from ..native import loader
 from ..ops import gradients  # noqa: F401 - registers them
 
 
-def load_blocksparse_ops():
+def load_blocksparse_ops() -> Any:
     """The module with the ops. Until it is called, graphs that hold them do not load.
 
     Raises:
@@ -23,7 +26,7 @@ def load_blocksparse_ops():
     return real or _load_ours()
 
 
-def load_ops():
+def load_ops() -> None:
     """Loads all ops and their gradients, compiling them if need be.
 
     For programs that load a SavedModel or a GraphDef with our ops, or blocksparse's, in it

@@ -1,5 +1,9 @@
 """The host side of blocksparse's class: look-up tables, masks, and the ops in NumPy."""
 
+from __future__ import annotations
+
+from typing import Any, Callable
+
 import numpy as np
 
 from ..plan.checks import check_positive
@@ -45,8 +49,13 @@ class BlocksparseTables:
     """
 
     def __init__(
-        self, layout, block_size=64, heads=None, mask_callback=None, name=None
-    ):
+        self,
+        layout: Any,
+        block_size: int = 64,
+        heads: int | None = None,
+        mask_callback: Callable | None = None,
+        name: str | None = None,
+    ) -> None:
         layout = np.asarray(layout).astype(bool)
         if block_size not in _MASK_WORDS:
             raise ValueError(f"block_size must be 8, 16, 32 or 64, got {block_size!r}")
@@ -116,17 +125,17 @@ class BlocksparseTables:
         return lut
 
     @property
-    def nt_list(self):
+    def nt_list(self) -> list:
         """The (q block, kv block) of every block, for each head."""
         return self._cached("nt_list", self._block_list)
 
     @property
-    def nn_list(self):
+    def nn_list(self) -> list:
         """The [(block, kv block), ...] of each q block, for each head."""
         return self._cached("nn_list", _entry_lists, self.nn_lut, self.ctx_blks_q)
 
     @property
-    def tn_list(self):
+    def tn_list(self) -> list:
         """The [(block, q block), ...] of each kv block, for each head."""
         return self._cached("tn_list", _entry_lists, self.tn_lut, self.ctx_blks_k)
 
@@ -134,7 +143,7 @@ class BlocksparseTables:
         heads = zip(self.nt_lut, self._counts)
         return [list(map(tuple, lut[:count].tolist())) for lut, count in heads]
 
-    def block_coord(self, block, head=0):
+    def block_coord(self, block: int, head: int = 0) -> tuple:
         """The (q block, kv block) of a block."""
         return self.nt_list[head][block]
 

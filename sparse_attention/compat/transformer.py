@@ -12,13 +12,17 @@ Its users can read scores and weights, so they go through memory, 16 bits each. 
 `block_sparse_attention` stores neither.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ..ops.plan_tensors import kept
+from ..ops.signature import TensorLike
 from ..plan.block_mask import in_positions
 from ..plan.checks import check_positive
 from ..plan.masks import NUM_VERTS, VERTSIZE, as_mask
@@ -40,7 +44,7 @@ class BlocksparseTransformer(BlocksparseTables):
 
     # ---- tables as tensors ----
 
-    def get_lut_constants(self):
+    def get_lut_constants(self) -> tuple:
         """(nt_lut, nn_lut, tn_lut) as tensors."""
         return tuple(map(self._constant, ("nt_lut", "nn_lut", "tn_lut")))
 
@@ -64,7 +68,14 @@ class BlocksparseTransformer(BlocksparseTables):
 
     # ---- products ----
 
-    def nt_op(self, a, b, name=None, bench=0, dtype=tf.bfloat16):
+    def nt_op(
+        self,
+        a: TensorLike,
+        b: TensorLike,
+        name: str | None = None,
+        bench: int = 0,
+        dtype: Any = tf.bfloat16,
+    ) -> tf.Tensor:
         """Every computed block of a b^T.
 
         Args:
@@ -91,7 +102,9 @@ class BlocksparseTransformer(BlocksparseTables):
             **self._matmul_attrs(name, bench),
         )
 
-    def nn_op(self, a, b, name=None, bench=0):
+    def nn_op(
+        self, a: TensorLike, b: TensorLike, name: str | None = None, bench: int = 0
+    ) -> tf.Tensor:
         """a b with `a` as from `nt_op` and `b` [batch, kv_len, heads * head_dim]."""
         return load_blocksparse_ops().blocksparse_transformer_nn(
             a,
@@ -102,7 +115,9 @@ class BlocksparseTransformer(BlocksparseTables):
             **self._matmul_attrs(name, bench),
         )
 
-    def tn_op(self, a, b, name=None, bench=0):
+    def tn_op(
+        self, a: TensorLike, b: TensorLike, name: str | None = None, bench: int = 0
+    ) -> tf.Tensor:
         """a^T b with `a` as from `nt_op` and `b` [batch, q_len, heads * head_dim]."""
         return load_blocksparse_ops().blocksparse_transformer_tn(
             a,
@@ -113,7 +128,14 @@ class BlocksparseTransformer(BlocksparseTables):
             **self._matmul_attrs(name, bench),
         )
 
-    def query_key_op(self, q, k, name=None, bench=0, dtype=tf.bfloat16):
+    def query_key_op(
+        self,
+        q: TensorLike,
+        k: TensorLike,
+        name: str | None = None,
+        bench: int = 0,
+        dtype: Any = tf.bfloat16,
+    ) -> tf.Tensor:
         """`nt_op`, which also sets the dtype of the weights that a softmax gives next.
 
         They are float16 if q is, and otherwise bfloat16.
@@ -122,7 +144,9 @@ class BlocksparseTransformer(BlocksparseTables):
         self.softmax_dtype = tf.float16 if is_half else tf.bfloat16
         return self.nt_op(q, k, name, bench, dtype)
 
-    def weight_value_op(self, w, v, name=None, bench=0):
+    def weight_value_op(
+        self, w: TensorLike, v: TensorLike, name: str | None = None, bench: int = 0
+    ) -> tf.Tensor:
         """`nn_op`."""
         return self.nn_op(w, v, name, bench)
 
@@ -139,7 +163,13 @@ class BlocksparseTransformer(BlocksparseTables):
 
     # ---- softmax ----
 
-    def masked_softmax(self, x, scale=1.0, autoregress_at_key=None, dtype=None):
+    def masked_softmax(
+        self,
+        x: TensorLike,
+        scale: float = 1.0,
+        autoregress_at_key: int | None = None,
+        dtype: Any = None,
+    ) -> tf.Tensor:
         """Softmax of `scale * x` over the keys that the mask allows to each query.
 
         A query that has blocks but no allowed key spreads its weight evenly over all
@@ -181,7 +211,9 @@ class BlocksparseTransformer(BlocksparseTables):
             x, _on_host(scale), lut, mask, **self._softmax_attrs(dtype)
         )
 
-    def softmax(self, x, scale=1.0, dtype=None):
+    def softmax(
+        self, x: TensorLike, scale: float = 1.0, dtype: Any = None
+    ) -> tf.Tensor:
         """`masked_softmax` over every key of a query's blocks."""
         lut = self._constant("nn_lut")
         return load_blocksparse_ops().blocksparse_softmax(
@@ -211,15 +243,15 @@ def _content_key(array):
 
 
 def get_blocksparse_obj(
-    n_ctx,
-    n_heads,
-    attn_mode,
-    blocksize=32,
-    local_attn_ctx=None,
-    num_verts=NUM_VERTS,
-    vertsize=VERTSIZE,
-    real=False,
-):
+    n_ctx: int,
+    n_heads: int,
+    attn_mode: str,
+    blocksize: int = 32,
+    local_attn_ctx: int | None = None,
+    num_verts: int = NUM_VERTS,
+    vertsize: int = VERTSIZE,
+    real: bool = False,
+) -> Any:
     """The `BlocksparseTransformer` of a causal pattern, as OpenAI's code builds it.
 
     >>> get_blocksparse_obj(96, 4, "local", 32, local_attn_ctx=32).nt_list

@@ -1,13 +1,17 @@
 """Generation: one token at a time, reading only the keys that the pattern allows."""
 
+from __future__ import annotations
+
 import time
 from collections import namedtuple
+from typing import Any, Callable
 
 import numpy as np
 import tensorflow as tf
 
 from ..compat.attention import split_heads
 from ..ops.attention import block_sparse_attention
+from ..ops.signature import TensorLike
 from ..plan.checks import check_positive
 
 # What `generate` measures, for each sequence of the batch.
@@ -40,7 +44,7 @@ class Decoder:
     Cost: Memory for 2 * layers * time * kv_heads * head_dim elements a sequence.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model: Any, batch: int) -> None:
         check_positive(batch=batch)
         self.model, self.batch = model, batch
         if not model.built:
@@ -64,7 +68,7 @@ class Decoder:
         zeros = tf.zeros([rows, attention.head_dim], attention.compute_dtype)
         return [tf.Variable(zeros, trainable=False) for _ in "kv"]
 
-    def prefill(self, tokens):
+    def prefill(self, tokens: TensorLike) -> None:
         """Fills the cache with the first positions, all at once by the training kernel.
 
         Args:
@@ -72,7 +76,7 @@ class Decoder:
         """
         self._layers(tokens, np.arange(tokens.shape[1]), self._attend_all)
 
-    def step(self, tokens, position):
+    def step(self, tokens: TensorLike, position: int) -> tf.Tensor:
         """Logits of what follows `position`; earlier positions must be in the cache.
 
         Args:
@@ -159,8 +163,14 @@ def _key_bytes(attention):
 
 
 def generate(
-    model, prompt, length, temperature=1.0, top_k=None, seed=None, on_token=None
-):
+    model: Any,
+    prompt: Any,
+    length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    on_token: Callable | None = None,
+) -> tuple:
     """Continues prompts, token by token.
 
     The prompt goes through the training kernel at once; then every new token costs one

@@ -3,9 +3,14 @@
 Runs on Keras 3 with the TensorFlow backend and on TensorFlow's own Keras 2.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import tensorflow as tf
 
 from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
+from ..ops.signature import TensorLike
 from ..plan.block_mask import BlockMask
 from ..plan.checks import as_ints, check_positive
 from ..plan.masks import NUM_VERTS, VERTSIZE
@@ -64,20 +69,20 @@ class SparseSelfAttention(keras.layers.Layer):
 
     def __init__(
         self,
-        heads,
-        head_dim=None,
-        attn_mode="all",
-        local_attn_ctx=None,
-        block_size=32,
-        num_verts=NUM_VERTS,
-        vertsize=VERTSIZE,
-        block_mask=None,
-        kv_heads=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        output_initializer="glorot_uniform",
-        **kwargs,
-    ):
+        heads: int,
+        head_dim: int | None = None,
+        attn_mode: str = "all",
+        local_attn_ctx: int | None = None,
+        block_size: int = 32,
+        num_verts: int = NUM_VERTS,
+        vertsize: int = VERTSIZE,
+        block_mask: BlockMask | None = None,
+        kv_heads: int | None = None,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        output_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         sizes = as_ints(
             heads=heads,
@@ -91,12 +96,12 @@ class SparseSelfAttention(keras.layers.Layer):
         self.heads = sizes["heads"]
         self.head_dim = sizes["head_dim"]
         self.kv_heads = sizes["kv_heads"]
-        self.attn_mode = attn_mode if block_mask is None else None
+        self.attn_mode: Any = attn_mode if block_mask is None else None
         self.local_attn_ctx = sizes["local_attn_ctx"]
         self.block_size = sizes["block_size"]
         self.num_verts = sizes["num_verts"]
         self.vertsize = sizes["vertsize"]
-        self.block_mask = block_mask
+        self.block_mask: Any = block_mask
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
@@ -114,7 +119,7 @@ class SparseSelfAttention(keras.layers.Layer):
                 f"attn_mode must be left out beside a block_mask, got {attn_mode!r}"
             )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
         if time is None or width is None:
             raise ValueError(
@@ -176,7 +181,7 @@ class SparseSelfAttention(keras.layers.Layer):
             dense.build([None, None, input_width])
         return dense
 
-    def call(self, x, mask=None):
+    def call(self, x: TensorLike, mask: TensorLike | None = None) -> Any:
         o = block_sparse_attention(
             self.query(x),
             self.key(x),
@@ -188,10 +193,10 @@ class SparseSelfAttention(keras.layers.Layer):
         )
         return self.output_dense(o)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict:
         names = (
             "heads",
             "head_dim",
@@ -213,7 +218,7 @@ class SparseSelfAttention(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> Any:
         plan = config["block_mask"]
         plan = plan and BlockMask.from_config(plan)
         return super().from_config({**config, "block_mask": plan})

@@ -1,12 +1,16 @@
 """The Sparse Transformer as a Keras model: a language model over long sequences."""
 
+from __future__ import annotations
+
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ..ops.recompute import recomputable
+from ..ops.signature import TensorLike
 from ..plan.checks import as_ints, check_positive
 from ..plan.masks import NUM_VERTS, VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask
@@ -152,20 +156,20 @@ class SparseTransformer(keras.Model):
 
     def __init__(
         self,
-        vocab_size,
-        time,
-        layers,
-        width,
-        heads,
-        attention="fixed",
-        local_attn_ctx=128,
-        block_size=32,
-        num_verts=NUM_VERTS,
-        vertsize=VERTSIZE,
-        dropout=0.0,
-        recompute=False,
-        **kwargs,
-    ):
+        vocab_size: int,
+        time: int,
+        layers: int,
+        width: int,
+        heads: int,
+        attention: str = "fixed",
+        local_attn_ctx: int = 128,
+        block_size: int = 32,
+        num_verts: int = NUM_VERTS,
+        vertsize: int = VERTSIZE,
+        dropout: float = 0.0,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
         require_keras_3("SparseTransformer")
         super().__init__(**kwargs)
         sizes = as_ints(
@@ -224,7 +228,7 @@ class SparseTransformer(keras.Model):
         ]
         self.final_norm = _layer_norm("final_norm", "float32")
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self.token_embedding.build(input_shape)
         self.position_embedding.build([self.time])
         between = [input_shape[0], self.time, self.token_embedding.output_dim]
@@ -242,7 +246,7 @@ class SparseTransformer(keras.Model):
             aggregation="only_first_replica",
         )
 
-    def call(self, tokens, training=False):
+    def call(self, tokens: TensorLike, training: bool = False) -> Any:
         if tokens.shape[1:] != (self.time,):
             raise ValueError(
                 f"tokens must be [batch, time = {self.time}], got shape {tokens.shape}"
@@ -256,7 +260,7 @@ class SparseTransformer(keras.Model):
             x = block(x, seeds if seeds is None else seeds[i])
         return self.logits(x)
 
-    def logits(self, x):
+    def logits(self, x: TensorLike) -> Any:
         """The logits of what the last block gives: float32 [..., vocab_size]."""
         embeddings = tf.cast(self.token_embedding.embeddings, tf.float32)
         # Not einsum("...w,vw->...v"), whose gradient makes a tensor [v, w, ...].
@@ -288,7 +292,7 @@ class SparseTransformer(keras.Model):
     def compute_output_spec(self, tokens, training=False):
         return keras.KerasTensor((*tokens.shape, self.vocab_size), "float32")
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), **self._config}
 
     # Keras by itself loads what it finds: the first layers of a checkpoint that has more.

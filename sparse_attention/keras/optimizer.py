@@ -1,5 +1,9 @@
 """Adam as one op a variable, of which Keras makes about twenty."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import tensorflow as tf
 
 from .backend import keras, require_keras_3
@@ -32,7 +36,7 @@ class Adam(keras.optimizers.Adam):
       arXiv:1412.6980.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         require_keras_3("Adam")
         super().__init__(*args, **kwargs)
 
@@ -42,7 +46,7 @@ class Adam(keras.optimizers.Adam):
         scalars = learning_rate, self.beta_1**step, self.beta_2**step
         super()._backend_update_step(grads, trainable_variables, scalars)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         learning_rate, beta1_power, beta2_power = learning_rate
         is_sparse = isinstance(gradient, tf.IndexedSlices)
         if self.amsgrad or is_sparse or variable.dtype != tf.float32:

@@ -1,6 +1,9 @@
 """The fused op: attention over the blocks that a plan lists."""
 
+from __future__ import annotations
+
 import numbers
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +16,7 @@ from . import (
     gradients,  # noqa: F401 - registers them
 )
 from .plan_tensors import plan_tensors
-from .signature import ATTRIBUTES
+from .signature import ATTRIBUTES, TensorLike
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 _DTYPES = frozenset(DTYPES)
@@ -29,17 +32,17 @@ not_converted = tf.autograph.experimental.do_not_convert
 
 @not_converted
 def block_sparse_attention(
-    q,
-    k,
-    v,
-    block_mask,
-    heads,
-    kv_heads=None,
-    softmax_scale=None,
-    kv_lengths=None,
-    return_lse=False,
-    name=None,
-):
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    block_mask: BlockMask,
+    heads: int,
+    kv_heads: int | None = None,
+    softmax_scale: float | None = None,
+    kv_lengths: TensorLike | None = None,
+    return_lse: bool = False,
+    name: str | None = None,
+) -> Any:
     """Attention over the blocks that a plan lists: scores are never a tensor.
 
         s_ij = softmax_scale * <q_i, k_j>     lse_i = log sum_j exp(s_ij)

@@ -1,5 +1,7 @@
 """Where a plan's tensors live: on the device of the op that reads them."""
 
+from __future__ import annotations
+
 import weakref
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ def kept(owner):
     return _kept.setdefault(owner, {}) if found is None else found
 
 
-def clear_plans():
+def clear_plans() -> None:
     """Frees the plans that calls have left behind, on the host and on all devices.
 
     These are the tensors that eager calls made of a plan, the tables that eager calls

@@ -10,11 +10,14 @@ With `recompute=True` nothing that `block` computes on the way is kept for the b
 pass: there it runs again, once the gradient of its result has arrived.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib
 import inspect
 import warnings
+from typing import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -23,7 +26,7 @@ import tensorflow as tf
 REF_VARIABLE_OPS = ("Variable", "VariableV2")
 
 
-def recomputable(name):
+def recomputable(name: str | Callable) -> Callable:
     """Lets the caller of a function choose to recompute it in the backward pass.
 
     Used as `@recomputable('name')`, where the name labels the recomputed ops, or bare

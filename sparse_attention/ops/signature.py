@@ -3,6 +3,10 @@
 `csrc/tf/attention_op.cc` lists the same for C++; a test compares the two.
 """
 
+from typing import Any
+
+TensorLike = Any  # a tf.Tensor, a tf.Variable or an array
+
 # The inputs that follow q, k and v, and that the gradient takes over as they are.
 SHARED_INPUTS = (
     "kv_lengths",

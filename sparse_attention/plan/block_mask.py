@@ -4,8 +4,11 @@ A block is EMPTY (it is not computed), PARTIAL (it is computed, then masked by b
 (it needs no mask). All of this is decided here, once, on the host.
 """
 
+from __future__ import annotations
+
 import base64
 import io
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from .tile_plans import (
     FULL,
     PARTIAL,
     Blocks,
+    KvTiles,
+    Tiles,
     cheapest,
     csr,
     freeze,
@@ -69,8 +74,14 @@ class BlockMask:
     """
 
     def __init__(
-        self, layout, mask=None, block_size=64, q_len=None, kv_len=None, row_stride=1
-    ):
+        self,
+        layout: Any,
+        mask: Any = None,
+        block_size: int = 64,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        row_stride: int = 1,
+    ) -> None:
         if block_size not in EFFICIENCY:
             raise ValueError(
                 f"block_size must be one of {list(EFFICIENCY)}, got {block_size!r}"
@@ -159,7 +170,7 @@ class BlockMask:
     # ---- reading ----
 
     @property
-    def density(self):
+    def density(self) -> float:
         """Computed fraction of the score matrix, counted in blocks.
 
         >>> from sparse_attention.plan.layouts import all_layout
@@ -170,22 +181,22 @@ class BlockMask:
         return float(np.mean(self.block_kinds != EMPTY))
 
     @property
-    def kv_indptr(self):
+    def kv_indptr(self) -> np.ndarray:
         """int32 [heads * q_blocks + 1], each q block's offset into `kv_indices`."""
         return self.tiles(self.block_size).kv_indptr
 
     @property
-    def kv_indices(self):
+    def kv_indices(self) -> np.ndarray:
         """int32 [computed blocks], the kv blocks each q block reads, increasing."""
         return self.tiles(self.block_size).kv_indices
 
     @property
-    def q_indptr(self):
+    def q_indptr(self) -> np.ndarray:
         """int32 [heads * kv_blocks + 1], each kv block's offset into `q_indices`."""
         return self._q_lists()[0]
 
     @property
-    def q_indices(self):
+    def q_indices(self) -> np.ndarray:
         """int32 [computed blocks], the q blocks reading each kv block, increasing."""
         return self._q_lists()[1]
 
@@ -194,7 +205,7 @@ class BlockMask:
             self._cache["q"] = csr(self.block_kinds.transpose(0, 2, 1) != EMPTY)
         return self._cache["q"]
 
-    def tiles(self, tile_q=None):
+    def tiles(self, tile_q: int | None = None) -> Tiles:
         """The plan for q tiles of `tile_q` positions: what the kernels read.
 
         A tile merges consecutive q blocks. It reads every kv block that one of them
@@ -221,7 +232,7 @@ class BlockMask:
             self._cache[tile_q] = tiles_of(self._blocks, tile_q)
         return self._cache[tile_q]
 
-    def kv_tiles(self, tile_kv, group=1):
+    def kv_tiles(self, tile_kv: int, group: int = 1) -> KvTiles:
         """The plan for kv tiles of `tile_kv` positions: what the GPU's backward reads.
 
         A tile collects kv blocks that nearly the same queries read, be they neighbours or
@@ -253,7 +264,7 @@ class BlockMask:
             self._cache[key] = kv_tiles_of(self._blocks, tile_kv, group)
         return self._cache[key]
 
-    def to_dense(self):
+    def to_dense(self) -> np.ndarray:
         """The exact pattern, element by element, in rows.
 
         >>> from sparse_attention.plan.masks import causal_mask
@@ -272,7 +283,7 @@ class BlockMask:
         )
         return dense[:, self._q.positions[:, None], self._kv.positions]
 
-    def keys_of(self, row):
+    def keys_of(self, row: int) -> np.ndarray:
         """The keys that one query attends to, found without looking at other queries.
 
         >>> from sparse_attention.plan.masks import local_mask
@@ -309,7 +320,7 @@ class BlockMask:
 
     # ---- saving ----
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """What `from_config` needs to make this plan again; JSON can hold it.
 
         A mask is a function, which no file can hold, so its answers are saved.
@@ -329,7 +340,7 @@ class BlockMask:
         return {**config, "arrays": base64.b64encode(file.getvalue()).decode()}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> BlockMask:
         """The plan whose `get_config` this was.
 
         >>> from sparse_attention.plan.layouts import all_layout
@@ -352,14 +363,14 @@ class BlockMask:
             plan._blocks = Blocks(
                 block_kinds, partial, arrays["mask_ids"], arrays["mask_bits"]
             )
-        plan.mask = None
+        plan.mask = None  # type: ignore[assignment]
         plan.layout, plan.block_kinds = block_kinds != EMPTY, block_kinds
         freeze(plan.layout, plan.block_kinds)
         return plan
 
     # ---- showing ----
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         names = ["q_len", "kv_len", "block_size", "heads"]
         names += ["row_stride"] if self.row_stride > 1 else []
         values = ", ".join(f"{name}={getattr(self, name)}" for name in names)

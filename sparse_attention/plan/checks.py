@@ -1,9 +1,10 @@
 """Checks of what users pass, with errors that name the argument and its value."""
 
 import numbers
+from typing import Any
 
 
-def as_ints(**sizes):
+def as_ints(**sizes: Any) -> dict:
     """The same sizes as Python's ints, NumPy's integers among them; None stays None.
 
     What is normalised once, where a user passes it, can be hashed and saved as JSON.
@@ -21,7 +22,7 @@ def as_ints(**sizes):
     return {n: size if size is None else int(size) for n, size in sizes.items()}
 
 
-def check_positive(**sizes):
+def check_positive(**sizes: Any) -> None:
     """Raises ValueError unless every named size is a positive integer.
 
     >>> check_positive(window=0)
@@ -33,5 +34,5 @@ def check_positive(**sizes):
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
-def _is_integer(size):
+def _is_integer(size: Any) -> bool:
     return isinstance(size, numbers.Integral) and not isinstance(size, bool)

@@ -5,6 +5,10 @@ mask of the same name about whole blocks: a block is computed unless the mask kn
 it is empty. Lengths that are no multiple of the block size round up.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 
 from .checks import check_positive
@@ -22,7 +26,9 @@ from .masks import (
 )
 
 
-def mask_layout(mask, q_len, block_size, kv_len=None, heads=1):
+def mask_layout(
+    mask: Any, q_len: int, block_size: int, kv_len: int | None = None, heads: int = 1
+) -> np.ndarray:
     """The blocks that a mask may touch.
 
     >>> from sparse_attention.plan.masks import causal_mask, chunk_mask
@@ -62,7 +68,9 @@ def mask_layout(mask, q_len, block_size, kv_len=None, heads=1):
     return layout
 
 
-def dense_layout(q_len, block_size, kv_len=None, heads=1):
+def dense_layout(
+    q_len: int, block_size: int, kv_len: int | None = None, heads: int = 1
+) -> np.ndarray:
     """Every query looks at every key, in both directions.
 
     >>> dense_layout(48, 16, kv_len=32)[0].astype(int)
@@ -86,7 +94,7 @@ def dense_layout(q_len, block_size, kv_len=None, heads=1):
     return mask_layout(dense_mask(), q_len, block_size, kv_len, heads)
 
 
-def all_layout(q_len, block_size, heads=1):
+def all_layout(q_len: int, block_size: int, heads: int = 1) -> np.ndarray:
     """Each query attends to itself and everything before it: causal attention.
 
     This is the pattern "all" of OpenAI's code.
@@ -112,7 +120,9 @@ def all_layout(q_len, block_size, heads=1):
     return mask_layout(causal_mask(), q_len, block_size, heads=heads)
 
 
-def local_layout(q_len, block_size, window, heads=1):
+def local_layout(
+    q_len: int, block_size: int, window: int, heads: int = 1
+) -> np.ndarray:
     """Each query attends to itself and the `window - 1` positions before it: causal.
 
     >>> local_layout(64, 16, window=32)[0].astype(int)
@@ -141,7 +151,9 @@ def local_layout(q_len, block_size, window, heads=1):
     return mask_layout(local_mask(window), q_len, block_size, heads=heads)
 
 
-def strided_layout(q_len, block_size, stride, heads=1):
+def strided_layout(
+    q_len: int, block_size: int, stride: int, heads: int = 1
+) -> np.ndarray:
     """Each query attends to itself and every `stride`-th position before it: causal.
 
     Blocks fit these diagonals only in transposed time: positions visit the rows 0,
@@ -182,8 +194,13 @@ def strided_layout(q_len, block_size, stride, heads=1):
 
 
 def fixed_layout(
-    q_len, block_size, stride, num_verts=NUM_VERTS, vertsize=VERTSIZE, heads=None
-):
+    q_len: int,
+    block_size: int,
+    stride: int,
+    num_verts: int = NUM_VERTS,
+    vertsize: int = VERTSIZE,
+    heads: int | None = None,
+) -> np.ndarray:
     """Each query attends to its window so far, and a summary of each one before: causal.
 
     >>> for head in fixed_layout(96, 16, stride=32, num_verts=2).astype(int):
@@ -231,7 +248,7 @@ def fixed_layout(
     return mask_layout(mask, q_len, block_size, heads=heads)
 
 
-def chunk_layout(q_len, block_size, chunk, heads=1):
+def chunk_layout(q_len: int, block_size: int, chunk: int, heads: int = 1) -> np.ndarray:
     """Positions of the same chunk attend to each other, in both directions.
 
     >>> chunk_layout(64, 16, chunk=32)[0].astype(int)
@@ -257,7 +274,9 @@ def chunk_layout(q_len, block_size, chunk, heads=1):
     return mask_layout(chunk_mask(chunk), q_len, block_size, heads=heads)
 
 
-def sink_layout(q_len, block_size, window, sinks, heads=1):
+def sink_layout(
+    q_len: int, block_size: int, window: int, sinks: int, heads: int = 1
+) -> np.ndarray:
     """Each query attends to the last `window` positions and the first `sinks`: causal.
 
     >>> sink_layout(80, 16, window=16, sinks=4)[0].astype(int)

@@ -20,7 +20,9 @@ plan for 65,536 positions takes a second: elements are evaluated only in the blo
 the mask cannot decide.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
@@ -54,16 +56,22 @@ class Mask:
       name: What `repr` shows.
     """
 
-    def __init__(self, fn, bounds=None, per_head=None, name=None):
+    def __init__(
+        self,
+        fn: Callable,
+        bounds: Callable | None = None,
+        per_head: bool | None = None,
+        name: str | None = None,
+    ) -> None:
         self.fn = fn
         self.per_head = per_head
-        self.name = name or getattr(fn, "__name__", repr(fn))
+        self.name: str = str(name or getattr(fn, "__name__", repr(fn)))
         self._bounds = bounds
 
-    def __call__(self, head, q_idx, kv_idx):
+    def __call__(self, head: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.fn(head, q_idx, kv_idx)
 
-    def bounds(self, head, q, kv):
+    def bounds(self, head: Any, q: Span, kv: Span) -> tuple:
         """Whether all of a block's elements are allowed, and whether none of them is.
 
         >>> keys = Span(np.array([0, 8, 16]), np.array([7, 15, 23]))
@@ -81,23 +89,23 @@ class Mask:
         """
         return self._bounds(head, q, kv) if self._bounds else (False, False)
 
-    def __and__(self, other):
+    def __and__(self, other: Any) -> Mask:
         return _combine(self, as_mask(other), "&")
 
-    def __or__(self, other):
+    def __or__(self, other: Any) -> Mask:
         return _combine(self, as_mask(other), "|")
 
-    def __rand__(self, other):
+    def __rand__(self, other: Any) -> Mask:
         return _combine(as_mask(other), self, "&")
 
-    def __ror__(self, other):
+    def __ror__(self, other: Any) -> Mask:
         return _combine(as_mask(other), self, "|")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.name
 
 
-def as_mask(mask):
+def as_mask(mask: Any) -> Mask:
     """Returns a `Mask` as it is, a plain function wrapped, None as `dense_mask()`.
 
     >>> as_mask(None)
@@ -132,7 +140,7 @@ def _combine(a, b, operator):
 # ---- single rules ----
 
 
-def dense_mask():
+def dense_mask() -> Mask:
     """Every query attends to every key.
 
     >>> bool(dense_mask()(0, 3, 5))
@@ -146,7 +154,7 @@ def dense_mask():
     )
 
 
-def causal_mask():
+def causal_mask() -> Mask:
     """Each query attends to itself and everything before it: key j where j <= i.
 
     >>> causal_mask()(0, 2, np.arange(4)).astype(int)
@@ -160,7 +168,7 @@ def causal_mask():
     )
 
 
-def chunk_mask(chunk):
+def chunk_mask(chunk: int) -> Mask:
     """Positions of the same chunk attend to each other, in both directions.
 
     >>> chunk_mask(2)(0, 2, np.arange(6)).astype(int)
@@ -191,7 +199,7 @@ def chunk_mask(chunk):
     )
 
 
-def sink_mask(sinks):
+def sink_mask(sinks: int) -> Mask:
     """Every query attends to the first `sinks` keys, in both directions.
 
     >>> sink_mask(2)(0, 5, np.arange(6)).astype(int)
@@ -221,7 +229,7 @@ def sink_mask(sinks):
 # ---- the patterns of the Sparse Transformer ----
 
 
-def local_mask(window):
+def local_mask(window: int) -> Mask:
     """Each query attends to itself and the `window - 1` positions before it: causal.
 
     >>> local_mask(2)(0, 3, np.arange(5)).astype(int)
@@ -251,7 +259,7 @@ def local_mask(window):
     return mask
 
 
-def strided_mask(stride):
+def strided_mask(stride: int) -> Mask:
     """Each query attends to itself and every `stride`-th position before it: causal.
 
     >>> strided_mask(2)(0, 4, np.arange(6)).astype(int)
@@ -288,7 +296,9 @@ def strided_mask(stride):
     return mask
 
 
-def fixed_mask(stride, block_size, num_verts=NUM_VERTS, vertsize=VERTSIZE):
+def fixed_mask(
+    stride: int, block_size: int, num_verts: int = NUM_VERTS, vertsize: int = VERTSIZE
+) -> Mask:
     """Each query attends to its window so far, and a summary of each one before: causal.
 
     A summary is one column of `vertsize` blocks: counted from the window's end, head h
@@ -361,7 +371,7 @@ def check_fixed(stride, block_size, num_verts, vertsize):
 # ---- compatibility ----
 
 
-def callback_mask(mask_callback, layout, block_size):
+def callback_mask(mask_callback: Callable, layout: Any, block_size: int) -> Mask:
     """The rule that blocksparse's `mask_callback` gives for each computed block.
 
     >>> def causal(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx):

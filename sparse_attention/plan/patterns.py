@@ -5,8 +5,10 @@ The fused op, OpenAI's three ops, the Keras layer and model, the build command a
 examples then know it by its name.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple
 
 from .block_mask import BlockMask
 from .checks import as_ints, check_positive
@@ -30,9 +32,9 @@ class Settings(NamedTuple):
     q_len: int
     heads: int
     block_size: int
-    local_attn_ctx: Optional[int]
-    num_verts: Optional[int]
-    vertsize: Optional[int]
+    local_attn_ctx: int | None
+    num_verts: int | None
+    vertsize: int | None
 
 
 class Pattern(NamedTuple):
@@ -40,8 +42,8 @@ class Pattern(NamedTuple):
 
     layout: Callable  # -> bool [heads or 1, q_blocks, kv_blocks], in positions
     mask: Callable  # -> `Mask`, in rows
-    needs: Tuple[str, ...] = ("local_attn_ctx",)  # which of the last three settings
-    row_stride: Optional[Callable] = None  # -> that of `BlockMask`; None: always 1
+    needs: tuple[str, ...] = ("local_attn_ctx",)  # which of the last three settings
+    row_stride: Callable | None = None  # -> that of `BlockMask`; None: always 1
 
     def row_stride_of(self, settings):
         return 1 if self.row_stride is None else self.row_stride(settings)
@@ -80,7 +82,7 @@ PATTERNS = {
 PAPERS_MODELS = {"dense": "all", "strided": "local,strided"}
 
 
-def check_known(attn_mode, known=None):
+def check_known(attn_mode: str, known: Any = None) -> None:
     """Raises ValueError unless `known`, or else the table, has a pattern of that name.
 
     >>> check_known("dense")
@@ -95,7 +97,7 @@ def check_known(attn_mode, known=None):
         )
 
 
-def layer_patterns(attention):
+def layer_patterns(attention: str) -> list:
     """The names of the patterns that a model's layers have in turn.
 
     >>> layer_patterns("dense, local")
@@ -153,14 +155,14 @@ def resolve(
 
 
 def pattern_block_mask(
-    attn_mode,
-    q_len,
-    heads,
-    block_size=32,
-    local_attn_ctx=None,
-    num_verts=None,
-    vertsize=None,
-):
+    attn_mode: str,
+    q_len: int,
+    heads: int,
+    block_size: int = 32,
+    local_attn_ctx: int | None = None,
+    num_verts: int | None = None,
+    vertsize: int | None = None,
+) -> BlockMask:
     """The plan of one of the Sparse Transformer's patterns, which are all causal.
 
     Equal arguments give the same object, as long as it is among the last 32.
@@ -210,6 +212,6 @@ def _block_mask(pattern, settings):
     return BlockMask(layout, mask, settings.block_size, q_len, q_len, row_stride)
 
 
-def clear():
+def clear() -> None:
     """Forgets the plans that are cached."""
     _block_mask.cache_clear()

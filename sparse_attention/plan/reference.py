@@ -7,11 +7,22 @@ Nothing fast imports this file; every kernel is tested against it. It settles:
 - `lse` is the natural log of the sum of the exponentials of the scaled, masked scores.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 
 
 @np.errstate(divide="ignore", invalid="ignore")  # log(0); whatever masked keys hold
-def attention_fwd(q, k, v, mask=None, softmax_scale=None, kv_lengths=None):
+def attention_fwd(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    softmax_scale: float | None = None,
+    kv_lengths: Any = None,
+) -> tuple:
     """Each query's average of the values, weighted by how well it matches their keys.
 
         s_ij = softmax_scale * <q_i, k_j>      lse_i = log sum_j exp(s_ij)
@@ -53,7 +64,16 @@ def attention_fwd(q, k, v, mask=None, softmax_scale=None, kv_lengths=None):
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def attention_bwd(q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None):
+def attention_bwd(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    do: Any,
+    dlse: Any = None,
+    softmax_scale: float | None = None,
+    kv_lengths: Any = None,
+) -> tuple:
     """The gradients of `attention_fwd` by the chain rule.
 
         p_ij  = exp(s_ij - lse_i)         dp_ij   = <do_i, v_j>

@@ -14,6 +14,7 @@ from collections import namedtuple
 import numpy as np
 
 from sparse_attention.native import abi, libraries
+from sparse_attention.native.cuda import kernels
 from sparse_attention.plan.block_mask import BlockMask
 from sparse_attention.plan.masks import causal_mask
 from sparse_attention.plan.patterns import pattern_block_mask
