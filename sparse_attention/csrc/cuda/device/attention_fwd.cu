@@ -26,8 +26,8 @@
 // After:   Child et al. 2019 (arXiv:1904.10509); Milakov & Gimelshein 2018 (arXiv:1805.02867);
 //          Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691).
 // Measured: benchmarks/results/gpu_kernels_h100.txt
-#include "cuda/device/matmul.cuh"
 #include "cuda/device/pipeline.cuh"
+#include "cuda/device/softmax.cuh"
 
 namespace spattn {
 
@@ -72,153 +72,6 @@ struct Warp {
   int index, lane;
   float* scratch;
 };
-
-// Scores of pairs that are not allowed become -inf, whatever they were.
-DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int first_key) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t allowed = FragmentMask<kTileRows, kWarpRows>(mask_smem, first_key, n, j);
-#pragma unroll
-      for (int i = 0; i < kM * 2; ++i) {
-        if (!(allowed >> (i * 8) & 1)) s[i / 2][n][i % 2 * 2 + j] = -kInf;
-      }
-    }
-  }
-}
-
-struct OnlineSoftmax {
-  // Of a row, scaled as exponents are (scale_exp). Rounded once, and the same in all places: what
-  // the exponentials of a row were shifted by must cancel to the last bit where they meet.
-  float shift[kM][2];    // subtracted; 0 as long as there was no key
-  float limit[kM][2];    // the largest score that the shift is good for; -inf: any key is more
-  float row_sum[kM][2];  // this lane's share
-
-  // exp(score - shift) may be up to 2^8: no type here overflows, 16 bits are as exact there, and
-  // once a row has seen some keys its shift hardly moves. float32 takes the maximum itself.
-  static constexpr float kSlack = kIsFloat ? 0 : 8;
-
-  __forceinline__ void Init() {
-#pragma unroll
-    for (int i = 0; i < kM * 2; ++i) {
-      shift[i / 2][i % 2] = row_sum[i / 2][i % 2] = 0;
-      limit[i / 2][i % 2] = -kInf;
-    }
-  }
-
-  // Turns scores into exp(s - shift), after it has rescaled what came before where that must be.
-  __forceinline__ void Update(float (&s)[kM][kN][4], float (&o)[kM][kOut][4], float scale_exp) {
-    float peaks[kM][2];
-    bool is_over = false;
-#pragma unroll
-    for (int i = 0; i < kM * 2; ++i) {
-      const int m = i / 2, h = i % 2;
-      float peak = s[m][0][h * 2], other_peak = s[m][0][h * 2 + 1];  // two chains: half the latency
-#pragma unroll
-      for (int n = 1; n < kN; ++n) {
-        peak = fmaxf(peak, s[m][n][h * 2]);
-        other_peak = fmaxf(other_peak, s[m][n][h * 2 + 1]);
-      }
-      peaks[m][h] = __fmul_rn(fmaxf(peak, other_peak), scale_exp);
-      is_over |= peaks[m][h] > limit[m][h];
-    }
-    if (__any_sync(kFullWarp, is_over)) Shift(peaks, o);
-#pragma unroll
-    for (int i = 0; i < kM * 2; ++i) {
-      const int m = i / 2, h = i % 2;
-      float sums[2] = {row_sum[m][h], 0};
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift[m][h]));
-          s[m][n][h * 2 + j] = p;
-          sums[j] += p;
-        }
-      }
-      row_sum[m][h] = sums[0] + sums[1];
-    }
-  }
-
-  // Shifts the rows whose limit is exceeded, and those alone: no row may notice another's keys.
-  // peaks: maxima over this lane's columns.
-  __forceinline__ void Shift(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
-    MatmulWait<0>(o);
-#pragma unroll
-    for (int i = 0; i < kM * 2; ++i) {
-      const int m = i / 2, h = i % 2;
-      float peak = peaks[m][h];
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
-      if (!(peak > limit[m][h])) continue;
-      const float correction = limit[m][h] == -kInf ? 1 : Exp(shift[m][h] - peak);
-      shift[m][h] = peak;
-      limit[m][h] = peak + kSlack;
-      row_sum[m][h] *= correction;
-#pragma unroll
-      for (int n = 0; n < kOut; ++n) {
-        o[m][n][h * 2] *= correction;
-        o[m][n][h * 2 + 1] *= correction;
-      }
-    }
-  }
-
-  // Divides o by the sums; returns lse of this lane's rows in nats.
-  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2]) {
-#pragma unroll
-    for (int i = 0; i < kM * 2; ++i) {
-      const int m = i / 2, h = i % 2;
-      float sum = row_sum[m][h];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      // One rounding, not two, for float32: delta = <do, o> cancels against dp in the backward.
-      const float divisor = sum == 0 ? 1 : sum, inverse = 1 / divisor;
-      lse[m][h] = sum == 0 ? -kInf : LogSumExp(shift[m][h], sum);
-#pragma unroll
-      for (int n = 0; n < kOut; ++n) {
-#pragma unroll
-        for (int j = h * 2; j < h * 2 + 2; ++j) {
-          o[m][n][j] = kIsFloat ? o[m][n][j] / divisor : o[m][n][j] * inverse;
-        }
-      }
-    }
-  }
-
-  // log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of
-  // one unit in the last place.
-  DEVICE float LogSumExp(float shift, float sum) {
-    if (kIsFloat) return static_cast<float>(shift + log(double(sum)));
-    return fmaf(shift, 1 / kExpScale, logf(sum));
-  }
-};
-
-// Gives the non-finite v that were zeroed in a PARTIAL tile to the rows that attend to them: with p
-// > 0, p * Inf is Inf and p * NaN is NaN, so adding them once is enough. Rare, hence not fast.
-template <typename KeyRow>
-DEVICE void AddNonfinite(float (&o)[kM][kOut][4], const uint32_t* mask_smem, const RowSpan& v,
-                         KeyRow key_row) {
-#pragma unroll 1
-  for (int key = 0; key < kTileKV; ++key) {
-    const int row = key_row(key);
-    const int lane = threadIdx.x % 32;
-    const uint32_t allowed = LaneMask<kTileRows, kWarpRows>(mask_smem, key);
-#pragma unroll
-    for (int n = 0; n < kOut; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = n * 8 + lane % 4 * 2 + j;
-        if (row < 0 || column >= kHeadDimV) continue;
-        const float value = ToFloat(v.Row(row)[column]);
-        if (fabsf(value) < kInf) continue;
-#pragma unroll
-        for (int i = 0; i < kM * 2; ++i) {
-          if (allowed >> (i * 8) & 1) o[i / 2][n][i % 2 * 2 + j] += value;
-        }
-      }
-    }
-  }
-}
 
 // ---- kernel ----
 
@@ -273,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                                                  q_row);
   RowOperand<kM, QTile, SPATTN_Q_IN_REGISTERS> q_operand;
   float o_frag[kM][kOut][4] = {};
-  OnlineSoftmax softmax;
+  OnlineSoftmax<kM, kN, kOut> softmax;
   softmax.Init();
 #if SPATTN_SCALE_POSITIVE
   const float scale = problem.softmax_scale, first_scale = 1;
@@ -310,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         scores(s_frag, stage, sub);
         MatmulWait<0>(s_frag);
         scaled(s_frag);
-        if (masked) ApplyMask(s_frag, stage.mask, sub);
+        if (masked) ApplyMask<kTileRows>(s_frag, stage.mask, sub);
         softmax.Update(s_frag, o_frag, scale * kExpScale);
         output(s_frag, stage, sub);
         MatmulWait<0>(o_frag);
@@ -338,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     }
     if (masked && has_nonfinite) {
       const Blocks blocks = list.Fetch(n);
-      AddNonfinite(o_frag, stage.mask, v,
-                   [&](int r) { return kv_rows.Row(list.Position(blocks, r)); });
+      AddNonfinite<kTileRows, kTileKV, kHeadDimV>(
+          o_frag, stage.mask, v, [&](int r) { return kv_rows.Row(list.Position(blocks, r)); });
     }
   };
   PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);

@@ -304,9 +304,10 @@ struct ThreadChunk {
 };
 
 template <int kRows, int kDim, int kThreads, bool kAllExist, int kTensors, typename RowOf>
-DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTensors], RowOf row_of) {
+DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTensors], RowOf row_of,
+                       unsigned first_thread) {
   using Chunk = ThreadChunk<kRows, kDim, kThreads>;
-  const unsigned thread = Anew(threadIdx.x);
+  const unsigned thread = Anew(threadIdx.x - first_thread);
 #pragma unroll
   for (int i = 0; i < Chunk::kCount; ++i) {
     const Chunk chunk = Chunk::Make(i, thread);
@@ -324,18 +325,18 @@ DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTenso
 }
 
 // Loads kRows rows of kDim elements into a tile, zeros for rows that are not there and for the
-// padding of the dim. Every thread of the CTA calls it. row_of(r) gives a row or -1 (kAllExist:
-// never) and may use whole-warp shuffles.
+// padding of the dim. kThreads threads of the CTA call it, from first_thread on. row_of(r) gives a row
+// or -1 (kAllExist: never) and may use whole-warp shuffles.
 template <int kRows, int kDim, int kThreads, bool kAllExist, typename RowOf>
-DEVICE void LoadRows(T* tile, const RowSpan& from, RowOf row_of) {
-  LoadRowsOf<kRows, kDim, kThreads, kAllExist, 1>({tile}, {from}, row_of);
+DEVICE void LoadRows(T* tile, const RowSpan& from, RowOf row_of, unsigned first_thread = 0) {
+  LoadRowsOf<kRows, kDim, kThreads, kAllExist, 1>({tile}, {from}, row_of, first_thread);
 }
 
 // The same for two tensors with the same rows.
 template <int kRows, int kDimA, int kDimB, int kThreads, bool kAllExist, typename RowOf>
 DEVICE void LoadRowPair(T* tile_a, const RowSpan& a, T* tile_b, const RowSpan& b, RowOf row_of) {
   if constexpr (kDimA == kDimB) {
-    LoadRowsOf<kRows, kDimA, kThreads, kAllExist, 2>({tile_a, tile_b}, {a, b}, row_of);
+    LoadRowsOf<kRows, kDimA, kThreads, kAllExist, 2>({tile_a, tile_b}, {a, b}, row_of, 0);
   } else {
     LoadRows<kRows, kDimA, kThreads, kAllExist>(tile_a, a, row_of);
     LoadRows<kRows, kDimB, kThreads, kAllExist>(tile_b, b, row_of);

@@ -102,6 +102,13 @@ DEVICE void PackFragments(uint32_t (&a)[kM][4], const float (&p)[kM][kN][4], int
   }
 }
 
+// The whole of p.
+template <int kM, int kN>
+DEVICE void PackAllFragments(uint32_t (&a)[kN / 2][kM][4], const float (&p)[kM][kN][4]) {
+#pragma unroll
+  for (int k = 0; k < kN; k += 2) PackFragments(a[k / 2], p, k);
+}
+
 template <int kM, int kN>
 DEVICE void Clear(float (&c)[kM][kN][4]) {
 #pragma unroll
@@ -233,11 +240,19 @@ DEVICE void Wgmma(float (*c)[4], const uint32_t (&a)[4], uint32_t b, int accumul
                    "n"(kTransposed ? 1 : 0));
   }
 }
+template <int kColumns>
 DEVICE void Wgmma(float (*c)[4], uint32_t a, uint32_t b, int accumulates) {
-  asm volatile("{" SPATTN_IF("%34") SPATTN_DESCRIPTOR("a", "%32") SPATTN_DESCRIPTOR("b", "%33")
-                   SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, 0, 0;}"
-               : SPATTN_C64(c)
-               : "r"(a), "r"(b), "r"(accumulates));
+  if constexpr (kColumns == 64) {
+    asm volatile("{" SPATTN_IF("%34") SPATTN_DESCRIPTOR("a", "%32") SPATTN_DESCRIPTOR("b", "%33")
+                     SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, 0, 0;}"
+                 : SPATTN_C64(c)
+                 : "r"(a), "r"(b), "r"(accumulates));
+  } else {
+    asm volatile("{" SPATTN_IF("%66") SPATTN_DESCRIPTOR("a", "%64") SPATTN_DESCRIPTOR("b", "%65")
+                     SPATTN_M64(128) " {" SPATTN_C128_NAMES "}, a, b, p, 1, 1, 0, 0;}"
+                 : SPATTN_C128(c)
+                 : "r"(a), "r"(b), "r"(accumulates));
+  }
 }
 #undef SPATTN_C64_NAMES
 #undef SPATTN_C128_NAMES
@@ -252,39 +267,39 @@ DEVICE void WgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: 
 
 template <typename BTile, int kN, typename A>
 DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const SmemOperand& b) {
-  static_assert(kN % 8 == 0, "64 columns at a time");
+  constexpr int kWide = kN % 16 == 0 ? 16 : 8;  // n8 tiles at a time
+  static_assert(kN % kWide == 0, "64 or 128 columns at a time");
   WgmmaFence();
 #pragma unroll
-  for (int n = 0; n < kN; n += 8) {
+  for (int n = 0; n < kN; n += kWide) {
 #pragma unroll
     for (int k = 0; k < A::kSteps; ++k) {
       const SmemOperand b_now = b.At(n * 8 * 64 + k / 4 * BTile::kPanel + k % 4 * 16);
       if constexpr (A::kKept) {
-        Wgmma<64, false>(&c[0][n], a.fragments[k][0], b_now.address, k > 0);
+        Wgmma<kWide * 8, false>(&c[0][n], a.fragments[k][0], b_now.address, k > 0);
       } else {
         const SmemOperand a_now = a.group.At(k / 4 * A::kPanel + k % 4 * 16);
-        Wgmma(&c[0][n], a_now.address, b_now.address, k > 0);
+        Wgmma<kWide * 8>(&c[0][n], a_now.address, b_now.address, k > 0);
       }
     }
   }
   WgmmaCommit();
 }
 
-template <typename BTile, int kN, int kOut>
-DEVICE void WgmmaPB(float (&c)[1][kOut][4], const float (&p)[1][kN][4], const SmemOperand& b) {
+// p in fragments of 16 columns.
+template <typename BTile, int kSteps, int kOut>
+DEVICE void WgmmaPB(float (&c)[1][kOut][4], const uint32_t (&p)[kSteps][1][4],
+                    const SmemOperand& b) {
   constexpr int kWide = kOut % 16 == 0 ? 16 : 8;  // n8 tiles at a time
   static_assert(kOut % kWide == 0, "64 or 128 columns at a time");
   const SmemOperand panels = b.WithDistance(BTile::kPanel);
-  uint32_t a[kN / 2][1][4];
-#pragma unroll
-  for (int k = 0; k < kN; k += 2) PackFragments(a[k / 2], p, k);
   WgmmaFence();
 #pragma unroll
   for (int n = 0; n < kOut; n += kWide) {
 #pragma unroll
-    for (int k = 0; k < kN; k += 2) {
-      Wgmma<kWide * 8, true>(&c[0][n], a[k / 2][0],
-                             panels.At(n / 8 * BTile::kPanel + k * 8 * 64).address, 1);
+    for (int k = 0; k < kSteps; ++k) {
+      Wgmma<kWide * 8, true>(&c[0][n], p[k][0],
+                             panels.At(n / 8 * BTile::kPanel + k * 16 * 64).address, 1);
     }
   }
   WgmmaCommit();
@@ -490,7 +505,11 @@ template <typename BTile, int kM, int kN, int kOut>
 DEVICE void MatmulPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const SmemOperand& b,
                      float* scratch) {
   static_assert(kN % 2 == 0 && kOut % 2 == 0, "two n8 tiles at a time");
-  if constexpr (kHasWgmma) WgmmaPB<BTile>(c, p, b);
+  if constexpr (kHasWgmma) {
+    uint32_t a[kN / 2][kM][4];
+    PackAllFragments(a, p);
+    WgmmaPB<BTile>(c, a, b);
+  }
   if constexpr (kIsFloat) FmaPB<BTile>(c, p, b.data);
   if constexpr (kHasMma) MmaPB<BTile>(c, p, b.data);
   if constexpr (kHasWmma) WmmaPB<BTile>(c, p, b.data, scratch);

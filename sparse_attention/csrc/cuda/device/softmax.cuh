@@ -1,0 +1,189 @@
+// softmax.cuh — what the forward kernels do to scores between their two products.
+#pragma once
+#include "cuda/device/matmul.cuh"
+
+namespace spattn {
+
+// Scores of pairs that are not allowed become -inf, whatever they were.
+template <int kTileRows, int kM, int kN>
+DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int first_key) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t allowed = FragmentMask<kTileRows, kM * 16>(mask_smem, first_key, n, j);
+#pragma unroll
+      for (int i = 0; i < kM * 2; ++i) {
+        if (!(allowed >> (i * 8) & 1)) s[i / 2][n][i % 2 * 2 + j] = -kInf;
+      }
+    }
+  }
+}
+
+template <int kM, int kN, int kOut>
+struct OnlineSoftmax {
+  // Of a row, scaled as exponents are (scale_exp). Rounded once, and the same in all places: what
+  // the exponentials of a row were shifted by must cancel to the last bit where they meet.
+  float shift[kM][2];    // subtracted; 0 as long as there was no key
+  float limit[kM][2];    // the largest score that the shift is good for; -inf: any key is more
+  float row_sum[kM][2];  // this lane's share
+
+  // exp(score - shift) may be up to 2^8: no type here overflows, 16 bits are as exact there, and
+  // once a row has seen some keys its shift hardly moves. float32 takes the maximum itself.
+  static constexpr float kSlack = kIsFloat ? 0 : 8;
+
+  __forceinline__ void Init() {
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      shift[i / 2][i % 2] = row_sum[i / 2][i % 2] = 0;
+      limit[i / 2][i % 2] = -kInf;
+    }
+  }
+
+  // Turns scores into exp(s - shift), after it has rescaled what came before where that must be.
+  __forceinline__ void Update(float (&s)[kM][kN][4], float (&o)[kM][kOut][4], float scale_exp) {
+    float peaks[kM][2];
+    bool is_over = false;
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      float peak = s[m][0][h * 2], other_peak = s[m][0][h * 2 + 1];  // two chains: half the latency
+#pragma unroll
+      for (int n = 1; n < kN; ++n) {
+        peak = fmaxf(peak, s[m][n][h * 2]);
+        other_peak = fmaxf(other_peak, s[m][n][h * 2 + 1]);
+      }
+      peaks[m][h] = __fmul_rn(fmaxf(peak, other_peak), scale_exp);
+      is_over |= peaks[m][h] > limit[m][h];
+    }
+    if (__any_sync(kFullWarp, is_over)) Shift(peaks, o);
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], scale_exp);
+    }
+  }
+
+  // Whether TryUpdate may be called: all rows of the warp have had keys.
+  __forceinline__ bool HasShifts() const {
+    bool has_shifts = true;
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) has_shifts &= limit[i / 2][i % 2] > -kInf;
+    return __all_sync(kFullWarp, has_shifts);
+  }
+
+  // Update without a look at the scores: the shifts stay. False where the sums show that a score was
+  // too large for its row's, more than 2^13 of exp(s - shift): then the scores are lost, and nothing
+  // else has changed. Scores seldom outgrow those of the first keys, and their maximum is a fifth of
+  // Update's instructions, all of which the exponentials wait for.
+  __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], float scale_exp) {
+    constexpr float kLargestSum = 8192;
+    float tile_sum[kM][2];
+    bool is_over = false;
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      tile_sum[m][h] = SumExp(s, m, h, 0, scale_exp);
+      is_over |= tile_sum[m][h] > kLargestSum;
+    }
+    if (__any_sync(kFullWarp, is_over)) return false;
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) row_sum[i / 2][i % 2] += tile_sum[i / 2][i % 2];
+    return true;
+  }
+
+  // Turns a row's scores into exp(s - shift); returns their sum and `sum`.
+  __forceinline__ float SumExp(float (&s)[kM][kN][4], int m, int h, float sum, float scale_exp) {
+    float sums[2] = {sum, 0};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift[m][h]));
+        s[m][n][h * 2 + j] = p;
+        sums[j] += p;
+      }
+    }
+    return sums[0] + sums[1];
+  }
+
+  // Shifts the rows whose limit is exceeded, and those alone: no row may notice another's keys.
+  // peaks: maxima over this lane's columns.
+  __forceinline__ void Shift(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
+    MatmulWait<0>(o);
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      float peak = peaks[m][h];
+      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
+      if (!(peak > limit[m][h])) continue;
+      const float correction = limit[m][h] == -kInf ? 1 : Exp(shift[m][h] - peak);
+      shift[m][h] = peak;
+      limit[m][h] = peak + kSlack;
+      row_sum[m][h] *= correction;
+#pragma unroll
+      for (int n = 0; n < kOut; ++n) {
+        o[m][n][h * 2] *= correction;
+        o[m][n][h * 2 + 1] *= correction;
+      }
+    }
+  }
+
+  // Divides o by the sums; returns lse of this lane's rows in nats.
+  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2]) {
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      const int m = i / 2, h = i % 2;
+      float sum = row_sum[m][h];
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      // One rounding, not two, for float32: delta = <do, o> cancels against dp in the backward.
+      const float divisor = sum == 0 ? 1 : sum, inverse = 1 / divisor;
+      lse[m][h] = sum == 0 ? -kInf : LogSumExp(shift[m][h], sum);
+#pragma unroll
+      for (int n = 0; n < kOut; ++n) {
+#pragma unroll
+        for (int j = h * 2; j < h * 2 + 2; ++j) {
+          o[m][n][j] = kIsFloat ? o[m][n][j] / divisor : o[m][n][j] * inverse;
+        }
+      }
+    }
+  }
+
+  // log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of
+  // one unit in the last place.
+  DEVICE float LogSumExp(float shift, float sum) {
+    if (kIsFloat) return static_cast<float>(shift + log(double(sum)));
+    return fmaf(shift, 1 / kExpScale, logf(sum));
+  }
+};
+
+// Gives the non-finite v that were zeroed in a PARTIAL tile to the rows that attend to them: with p
+// > 0, p * Inf is Inf and p * NaN is NaN, so adding them once is enough. Rare, hence not fast.
+template <int kTileRows, int kTileKV, int kHeadDimV, int kM, int kOut, typename KeyRow>
+DEVICE void AddNonfinite(float (&o)[kM][kOut][4], const uint32_t* mask_smem, const RowSpan& v,
+                         KeyRow key_row) {
+#pragma unroll 1
+  for (int key = 0; key < kTileKV; ++key) {
+    const int row = key_row(key);
+    const int lane = threadIdx.x % 32;
+    const uint32_t allowed = LaneMask<kTileRows, kM * 16>(mask_smem, key);
+#pragma unroll
+    for (int n = 0; n < kOut; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = n * 8 + lane % 4 * 2 + j;
+        if (row < 0 || column >= kHeadDimV) continue;
+        const float value = ToFloat(v.Row(row)[column]);
+        if (fabsf(value) < kInf) continue;
+#pragma unroll
+        for (int i = 0; i < kM * 2; ++i) {
+          if (allowed >> (i * 8) & 1) o[i / 2][n][i % 2 * 2 + j] += value;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace spattn
