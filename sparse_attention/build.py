@@ -110,6 +110,8 @@ def _kernels(library, arch, options):
             for tile_kv in kv_tile_sizes(shape.tile_kv, block_size, [head_dim]):
                 shape.tile_kv = tile_kv
                 found += [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
+            for shape.list_keys in abi.LIST_KEYS:
+                found.append(abi.kernel_of(library, shape, "fwd"))
     return sorted({(k.name.decode(), k.macros.decode()) for k in found})
 
 

@@ -27,7 +27,7 @@ typedef struct {
   H stream, context;
   char params[600];
 } Launch;
-int version = 12040, capability = 90, failing_load, failing_launch, loads, launches;
+int version = 12040, capability = 90, failing_load, failing_launch, failing_map, loads, launches;
 int param_bytes;
 H context = (H)1;
 Function functions[64];
@@ -39,7 +39,7 @@ int cuDeviceGetCount(int* n) { *n = 1; return 0; }
 int cuDeviceGet(int* device, int i) { *device = i; return 0; }
 int cuDeviceGetName(char* name, int size, int device) { strcpy(name, "Fake GPU"); return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 75 ? capability / 10 : capability % 10;
+  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : capability % 10;
   return 0;
 }
 int cuCtxGetCurrent(H* c) { *c = context; return 0; }
@@ -61,6 +61,17 @@ int cuFuncSetAttribute(H function, int attribute, int value) {
   return 0;
 }
 #ifndef OLD
+int cuTensorMapEncodeTiled(unsigned long long* map, int type, unsigned rank, void* address,
+                           const unsigned long long* sizes, const unsigned long long* strides,
+                           const unsigned* box, const unsigned* element_strides, int interleave,
+                           int swizzle, int l2_promotion, int fill) {
+  if (failing_map || rank != 4 || interleave || swizzle != 3 || fill) return 1;
+  map[0] = type, map[1] = (unsigned long long)address;
+  memcpy(map + 2, sizes, 4 * 8);
+  memcpy(map + 6, strides, 3 * 8);
+  map[9] = box[0], map[10] = box[1], map[11] = box[2] * box[3];
+  return 0;
+}
 int cuLaunchKernel(H function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by,
                    unsigned bz, unsigned shared_memory, H stream, void** params, void** extra) {
   Function* f = function;

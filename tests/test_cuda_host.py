@@ -45,6 +45,15 @@ class CudaFwdParams(ctypes.Structure):
     )
 
 
+class CudaMappedFwdParams(ctypes.Structure):
+    _fields_ = [
+        *(("k", ctypes.c_uint64 * 16), ("v", ctypes.c_uint64 * 16)),
+        ("call", CudaFwdParams),
+        *((n, ctypes.c_int32) for n in ("tiles", "section_heads")),
+        *((n, ctypes.c_int32) for n in ("wave_ctas", "wave_parts")),
+    ]
+
+
 class CudaBwdParams(ctypes.Structure):
     _fields_ = (
         [("problem", Problem), ("by_q", TilePlan), ("by_kv", TilePlan)]
@@ -54,22 +63,23 @@ class CudaBwdParams(ctypes.Structure):
 
 
 class Call:
-    """Arguments of a forward and a backward call: `fixed`, 6 heads on 2."""
+    """Arguments of a forward and a backward call: 6 heads on 2."""
 
     STREAM, WORKSPACE = 0x5151, 0x10000
 
-    def __init__(self, core, batch=3, arch=90, ptx_arch=0):
+    def __init__(self, core, batch=3, arch=90, ptx_arch=0, length=400):
         self.core = core
         self.driver = ctypes.CDLL("libcuda.so.1")
         set_int(self.driver, "capability", arch)
         kernels.attach(core.library, ptx_arch)
-        self.block_mask = pattern_block_mask("fixed", 400, 6, 32, 128, num_verts=1)
+        mode = "fixed" if length == 400 else "all"
+        self.block_mask = pattern_block_mask(mode, length, 6, 32, 128, num_verts=1)
         self.tiles, self.kv_tiles = abi.plans(
             core.library, [arch], "float16", [64, 64], self.block_mask, 3
         )
-        q, o, do, dq = (aligned(batch, 400, 6, 64) for _ in range(4))
-        k, v, dk, dv = (aligned(batch, 400, 2, 64) for _ in range(4))
-        self.lse = np.zeros([batch, 6, 400], np.float32)
+        q, o, do, dq = (aligned(batch, length, 6, 64) for _ in range(4))
+        k, v, dk, dv = (aligned(batch, length, 2, 64) for _ in range(4))
+        self.lse = np.zeros([batch, 6, length], np.float32)
         self.arrays = q, k, v, o, do, dq, dk, dv
         self.problem = core.problem(q, k, v, self.block_mask, None, None)
         self.plan = plan_of(self.tiles, self.block_mask, self.copy)
@@ -88,8 +98,8 @@ class Call:
         self.copies = [*getattr(self, "copies", []), memory]
         return memory.ctypes.data
 
-    def fwd(self):
-        set_int(self.driver, "param_bytes", ctypes.sizeof(CudaFwdParams))
+    def fwd(self, params=CudaFwdParams):
+        set_int(self.driver, "param_bytes", ctypes.sizeof(params))
         check(
             self.core.library.spattn_fwd_cuda(
                 ctypes.byref(self.fwd_params), self.STREAM
@@ -218,6 +228,34 @@ def test_a_kernel_that_many_threads_want_is_compiled_once(machine):
     assert machine.runs() == 1
 
 
+def launch_long_lists(core):
+    """The parts of 4,400 queries of 18 heads: 132 CTAs have two, the others one."""
+    call = Call(core, length=4400)
+    call.fwd(CudaMappedFwdParams)
+    set_int(call.driver, "failing_map", 1)
+    call.fwd()
+    mapped, other = call.launches()
+    assert other.name == b"attention_fwd"
+    assert mapped.name == b"attention_fwd_sm90"
+    assert (list(mapped.grid), mapped.threads) == ([24 * 18 - 132, 1, 1], 4 * 128)
+    params = CudaMappedFwdParams.from_buffer_copy(bytes(mapped)[Launch.params.offset :])
+    assert_same_plan(
+        *(params.call.by_q, call.plan, call.plan.kv_indptr, call.plan.kv_indices)
+    )
+    assert (params.tiles, params.section_heads) == (24, 18)
+    assert (params.wave_ctas, params.wave_parts) == (132, 2)
+    row = 2 * 64 * 2  # bytes
+    for name in "kv":
+        address = getattr(call.fwd_params, name).data
+        sizes, strides = [64, 4400, 2, 3], [row, row // 2, row * 4400]
+        expected = [6, address, *sizes, *strides, 64, 32, 1]
+        assert list(getattr(params, name))[:12] == expected
+
+
+def test_long_lists_have_a_kernel_of_their_own(machine):
+    machine.run(launch_long_lists)
+
+
 def leave_out(core):
     call = Call(core)
     call.bwd_params.dq = Tensor()
@@ -323,9 +361,10 @@ def build_ahead(core):
 
 def test_build_compiles_ahead_without_a_gpu(machine):
     assert machine.run(build_ahead, libraries=["nvrtc"]) == 0
-    assert machine.runs() == 2 * (5 + 11)  # tiles of 64 and 128 keys; the three ops
+    # Tiles of 64 and 128 keys, and the three ops; on sm_90a, long lists and longer ones.
+    assert machine.runs() == 2 * (5 + 11) + 2
     machine.run(launch_all_again, libraries=["driver"])
-    assert machine.runs() == 32
+    assert machine.runs() == 34
 
 
 def launch_all_again(core):

@@ -16,6 +16,11 @@ BLOCKS_OPS = (  # in the order of SpattnBlocksOp
     "softmax_grad",
     "mask",
 )
+LIST_KEYS = (
+    0,
+    1024,
+    2048,
+)  # of Shape: from each on, configs.cc may choose other kernels
 UNSUPPORTED = 2  # of SpattnCode
 
 
@@ -29,7 +34,7 @@ class Shape(ctypes.Structure):
         for name in (
             *("arch", "dtype", "head_dim", "head_dim_v"),
             *("is_row_strided", "is_scale_positive", "block_size"),
-            *("tile_q", "tile_kv"),
+            *("tile_q", "tile_kv", "list_keys"),
         )
     ]
 

@@ -157,7 +157,57 @@ def _features():
             )
 
 
-CASES = [*_patterns(), *_dims(), *_features()]
+def _long():
+    """Lists for which `configs.cc` has attention_fwd_sm90, with two and three groups."""
+    for dtype in ("float16", "bfloat16"):
+        for kv_len, sizes in ((2900, (8, 16, 32, 64, 128)), (1500, (8, 64))):
+            for size in sizes:
+
+                def block_mask(size=size, kv_len=kv_len):
+                    return random_block_mask(6, size, 333, kv_len, 2, density=0.9)
+
+                yield case(
+                    f"long-{kv_len}-{size}",
+                    block_mask,
+                    dtype,
+                    head_dim=64,
+                    tile_q=128,
+                    tile_kv=128,
+                )
+        yield case(
+            "long-shared-heads",
+            lambda: random_block_mask(7, 32, 700, 2500, 1, density=0.95),
+            dtype,
+            heads=4,
+            kv_heads=2,
+            kv_lengths=(2500, 2301),
+            head_dim=64,
+        )
+        yield case(
+            "long-causal",
+            lambda: BlockMask(
+                np.tril(np.ones([33, 65]), 32),
+                lambda head, q_idx, kv_idx: kv_idx <= q_idx + 2030,
+                *(64, 2100, 4130),
+            ),
+            dtype,
+            heads=1,
+            head_dim=64,
+        )
+        yield case(
+            "long-128",
+            lambda: random_block_mask(8, 16, 500, 700, 4, density=0.7),
+            dtype,
+            heads=4,
+            kv_heads=2,
+            kv_lengths=(700, 433),
+            head_dim=128,
+            tile_q=128,
+            tile_kv=128,
+        )
+
+
+CASES = [*_patterns(), *_dims(), *_features(), *_long()]
 # What a V100 runs: two heads of 256 do not fit into its shared memory.
 VOLTA_CASES = [
     c for c in CASES if c.dtype != "bfloat16" and c.head_dim + c.head_dim_v < 512
@@ -180,6 +230,8 @@ def kernels_of(library, case, arch):
     shape = abi.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
     shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
     shape.tile_q, shape.tile_kv = tiles.tile_q, kv_tiles.tile_kv
+    keys = len(tiles.kv_indices) * tiles.block_size
+    shape.list_keys = keys // (len(tiles.kv_indptr) - 1)
     return [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
 
 

@@ -77,7 +77,11 @@ def test_volta_kernels_match_reference(case):
 
 
 FEATURE_CASES = [
-    c for c in CASES if c.name.startswith(("tile_q-64", "row-stride", "dim-64"))
+    c
+    for c in CASES
+    if c.name.startswith(
+        ("tile_q-64", "row-stride", "dim-64", "long-2900-32", "long-1500-8", "long-128")
+    )
 ]
 
 
@@ -150,12 +154,27 @@ def test_large_logits_give_no_nan(dtype):
         assert np.isfinite(results[name].astype(np.float32)).all(), name
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name.startswith("long")], ids=lambda case: case.name
+)
+def test_scores_may_outgrow_those_of_the_first_keys(case):
+    """From key to key by up to 2^100, and so often that no shift of exponents lasts."""
+    inputs = Run(case).inputs
+    growth = np.linspace(1, 8, inputs.k.shape[1])[None, :, None, None]
+    q, k = (x.astype(np.float32) for x in (inputs.q, inputs.k))
+    q, k = to_dtype(2 * q, case.dtype), to_dtype(growth * k, case.dtype)
+    Run(case, inputs=inputs._replace(q=q, k=k)).check()
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
 @pytest.mark.parametrize("seed", range(8))
-def test_corrupt_plans_stay_in_bounds(seed):
+def test_corrupt_plans_stay_in_bounds(seed, head_dim):
     """Random plan values end without a fault; compute-sanitizer sees the rest."""
     random = np.random.RandomState(seed)
-    block_mask = random_block_mask(seed, 16, 150, 200, 2, row_stride=seed % 2 * 3 + 1)
-    corrupt = case("corrupt", lambda: block_mask, "float16")
+    row_stride, tile = (seed % 2 * 3 + 1, None) if head_dim == 32 else (1, 128)
+    block_mask = random_block_mask(seed, 16, 150, 200, 2, row_stride=row_stride)
+    sizes = dict(head_dim=head_dim, tile_q=tile, tile_kv=tile)
+    corrupt = case("corrupt", lambda: block_mask, "float16", **sizes)
     attention = attention_of(corrupt, block_mask)
     for plan in (attention.tiles, attention.kv_tiles):
         for array in plan[2:-1]:
@@ -166,7 +185,7 @@ def test_corrupt_plans_stay_in_bounds(seed):
             values = array.cpu().numpy().astype(np.int64)
             values = np.where(which < 0.1, bad, np.where(which < 0.3, near, values))
             array.copy_(torch.from_numpy(values.astype(np.int32)))
-    inputs = random_inputs(seed, BATCH, 150, 200, 2, 2, 32, 32, "float16")
+    inputs = random_inputs(seed, BATCH, 150, 200, 2, 2, head_dim, head_dim, "float16")
     q, k, v, do = map(on_device, inputs[:4])
     o, lse = attention.forward(q, k, v)
     attention.backward(q, k, v, o, lse, do)

@@ -153,6 +153,7 @@ typedef struct {
   int32_t is_scale_positive;            // softmax_scale > 0
   int32_t block_size;                   // of the plan and of its transpose
   int32_t tile_q, tile_kv;              // of the plan and of its transpose
+  int32_t list_keys;                    // of a q tile, on average; for SPATTN_FWD alone
 } SpattnCudaShape;
 
 typedef enum {

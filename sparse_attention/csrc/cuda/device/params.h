@@ -39,6 +39,19 @@ typedef struct {
   float* lse;            // [batch, heads, q_len] written
 } SpattnCudaFwdParams;
 
+// A CUtensorMap: where a tensor lies, and boxes of which size the copy engine brings of it.
+typedef struct alignas(64) {
+  uint64_t words[16];
+} SpattnTensorMap;
+
+typedef struct {
+  SpattnTensorMap k, v;  // boxes of 64 columns and a plan block's rows
+  SpattnCudaFwdParams call;
+  int32_t tiles;                  // parts of a head
+  int32_t section_heads;          // heads whose parts take turns
+  int32_t wave_ctas, wave_parts;  // so many CTAs have so many parts each, the others one
+} SpattnCudaMappedFwdParams;
+
 typedef struct {
   SpattnProblem problem;
   SpattnTilePlan by_q, by_kv;

@@ -91,6 +91,42 @@ int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
   return tile;
 }
 
+// Lists from which on attention_fwd_sm90 is faster than attention_fwd with head_dim 64, and three
+// groups than two. ms of 4 x 16384 x 16 x 64 unless said, attention_fwd | two groups | three:
+//     255 keys a list   local 128       0.308 | 0.359 | 0.406
+//     576               all, 8 x 1024   0.076 | 0.078 | 0.089
+//   1,116               local 1024      0.812 | 0.789 | 0.819
+//   2,112               all, 16 x 4096  1.465 | 1.370 | 1.276
+//   2,160               fixed 128       1.446 | 1.439 | 1.370
+//   8,256               all             5.205 | 4.643 | 4.072
+// With head_dim 128 it is faster for all of them: local 128 0.325 | 0.251, all 4.956 | 3.116.
+constexpr int kLongList = 1024, kLongestList = 2048;
+
+SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
+  const int groups = FwdSm90PartQueries(s) / 64, stages = WidestDim(s) <= 64 ? 4 : 2;
+  const int tile_kv = 128;
+  const int queries =
+      groups * 64 * (s.head_dim + s.head_dim_v + 8) * 2;        // q, and o with its padding
+  const int stage = tile_kv * (s.head_dim + s.head_dim_v) * 2;  // k, v
+  const int slot = tile_kv * (groups * 8 + 4);                  // mask, rows of its keys
+  const int barriers = 2048;                                    // and lists
+  const int shared_memory = queries + stages * stage + 2 * stages * slot + barriers;
+  SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
+  const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
+  define("DTYPE", s.dtype);
+  define("HEAD_DIM", s.head_dim);
+  define("HEAD_DIM_V", s.head_dim_v);
+  define("ROW_STRIDED", 0);
+  define("PLAN_KV", s.block_size);
+  define("SCALE_POSITIVE", 1);
+  define("GROUPS", groups);
+  define("STAGES", stages);
+  define("ANEW", 1);
+  define("WGMMA", 1);
+  define("SHARED_MEMORY", shared_memory);
+  return kernel;
+}
+
 SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
   SpattnCudaKernel kernel = {"attention_bwd_delta", "", 0, 256, 1};
   snprintf(kernel.macros, sizeof(kernel.macros),
@@ -102,6 +138,22 @@ SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
 
 }  // namespace
 
+int RoundListKeys(int64_t average) {
+  return average < kLongList ? 0 : average < kLongestList ? kLongList : kLongestList;
+}
+
+bool RunsFwdSm90(const SpattnCudaShape& s) {
+  const int shortest = WidestDim(s) <= 64 ? kLongList : 0;
+  return s.list_keys >= shortest && s.arch == 90 && ElementSize(s.dtype) == 2 && s.tile_q == 128 &&
+         s.is_scale_positive && !s.is_row_strided && IsWholePanels(s.head_dim) &&
+         IsWholePanels(s.head_dim_v);
+}
+
+// The accumulators of three groups fit the registers with head_dim 64 alone.
+int FwdSm90PartQueries(const SpattnCudaShape& s) {
+  return WidestDim(s) <= 64 && s.list_keys >= kLongestList ? 192 : 128;
+}
+
 void ChooseTiles(SpattnCudaShape* shape) {
   const int largest_q =
       std::min(LargestTile(*shape, SPATTN_FWD), LargestTile(*shape, SPATTN_BWD_DQ));
@@ -111,6 +163,7 @@ void ChooseTiles(SpattnCudaShape* shape) {
 
 SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
   if (phase == SPATTN_BWD_DELTA) return ConfigureDelta(s);
+  if (phase == SPATTN_FWD && RunsFwdSm90(s)) return ConfigureFwdSm90(s);
   const bool is_dkv = phase == SPATTN_BWD_DKV;
   const Tiling t = ChooseTiling(s, phase, is_dkv ? s.tile_kv : s.tile_q);
   SpattnCudaKernel kernel = {"", "", t.shared_memory, t.warps * 32, t.splits};

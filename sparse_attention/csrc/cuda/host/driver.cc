@@ -34,6 +34,8 @@ Opened Open() {
   find(&driver.cuLaunchKernel, "cuLaunchKernel");
   find(&driver.cuModuleGetFunction, "cuModuleGetFunction");
   find(&driver.cuModuleLoadData, "cuModuleLoadData");
+  *reinterpret_cast<void**>(&driver.cuTensorMapEncodeTiled) =
+      dlsym(library, "cuTensorMapEncodeTiled");
   return opened;
 }
 

@@ -20,6 +20,11 @@ struct Driver {
                         unsigned shared_memory, CuHandle stream, void** arguments, void** extra);
   int (*cuModuleGetFunction)(CuHandle* function, CuHandle module, const char* name);
   int (*cuModuleLoadData)(CuHandle* module, const void* code);
+  // Null in drivers older than CUDA 12.
+  int (*cuTensorMapEncodeTiled)(void* map, int type, unsigned rank, void* address,
+                                const uint64_t* sizes, const uint64_t* strides, const unsigned* box,
+                                const unsigned* element_strides, int interleave, int swizzle,
+                                int l2_promotion, int fill);
 
   // The status of a driver call that returned `code`.
   SpattnStatus Check(int code, const char* call) const;
@@ -27,7 +32,10 @@ struct Driver {
 
 // Values of the driver's enumerations.
 constexpr int kFuncMaxDynamicSharedMemory = 8;
+constexpr int kDeviceMultiprocessors = 16;
 constexpr int kDeviceCapabilityMajor = 75, kDeviceCapabilityMinor = 76;
+constexpr int kTensorMapFloat16 = 6, kTensorMapBfloat16 = 9;
+constexpr int kTensorMapSwizzle128 = 3, kTensorMapPromote256 = 3;
 
 // Opens the driver, once; safe from any thread.
 SpattnStatus OpenDriver(const Driver** driver);

@@ -1,4 +1,6 @@
 // launch.cc — checks what the host can see, then puts the kernels on a stream.
+#include <algorithm>
+
 #include "abi/checks.h"
 #include "cuda/device/params.h"
 #include "cuda/host/configs.h"
@@ -138,6 +140,13 @@ SpattnStatus ConfigureFitting(const SpattnCudaShape& shape, int phase, SpattnCud
                 shape.arch, SharedMemoryOf(shape.arch));
 }
 
+// Heads whose k and v fit the L2 cache of an H100, with room for q and o.
+int64_t SectionHeads(const SpattnProblem& p) {
+  constexpr int64_t kBytes = 32 << 20;
+  const int64_t kv_bytes = p.kv_len * (p.head_dim + p.head_dim_v) * ElementSize(p.dtype);
+  return std::max<int64_t>(kBytes / std::max<int64_t>(kv_bytes, 1), 1) * (p.heads / p.kv_heads);
+}
+
 // What one call needs to reach the device: a stream, and what its kernels are specialised for.
 class Launcher {
  public:
@@ -162,6 +171,42 @@ class Launcher {
     shape_.block_size = plan.block_size;
     shape_.tile_q = plan.tile_q;
     shape_.tile_kv = 0;
+    shape_.list_keys = 0;
+  }
+
+  // What the forward pass depends on beside: `average` keys that a q tile lists.
+  void UseListKeys(int64_t average) { shape_.list_keys = RoundListKeys(average); }
+
+  // Launches attention_fwd_sm90, if that is the shape's kernel and the driver makes maps of k and v.
+  SpattnStatus LaunchFwdSm90(const SpattnCudaFwdParams& params, int64_t q_tiles,
+                             bool* is_launched) {
+    const SpattnProblem& p = params.problem;
+    SpattnCudaMappedFwdParams mapped = {{}, {}, params, 0, 0, 0, 1};
+    const auto map = [&](const SpattnTensor& tensor, int dim, SpattnTensorMap* to) {
+      return stream_.MakeMap(tensor, p.dtype, p.batch, p.kv_len, p.kv_heads, dim, shape_.block_size,
+                             to);
+    };
+    *is_launched = RunsFwdSm90(shape_) && map(params.k, p.head_dim, &mapped.k) &&
+                   map(params.v, p.head_dim_v, &mapped.v);
+    if (!*is_launched) {
+      shape_.list_keys = kNoMaps;
+      return Ok();
+    }
+    int multiprocessors = 0;
+    SPATTN_RETURN_IF_ERROR(stream_.CountMultiprocessors(&multiprocessors));
+    // Starts and ends of CTAs, were there one for each part, would take 4 to 10 % of the time of long
+    // lists. What the first wave leaves is enough to even out its CTAs.
+    const int part = FwdSm90PartQueries(shape_);
+    const int64_t heads = p.batch * p.heads, tiles = (q_tiles * shape_.tile_q + part - 1) / part;
+    const int64_t parts = heads * tiles, wave_parts = parts * 85 / 100 / multiprocessors;
+    mapped.tiles = static_cast<int32_t>(tiles);
+    mapped.section_heads = static_cast<int32_t>(std::min(SectionHeads(p), heads));
+    if (wave_parts > 1) {
+      mapped.wave_ctas = multiprocessors;
+      mapped.wave_parts = static_cast<int32_t>(wave_parts);
+    }
+    const int64_t ctas = parts - mapped.wave_ctas * (mapped.wave_parts - 1);
+    return Launch(SPATTN_FWD, mapped, ctas, 1, 1);
   }
 
   void UsePlan(const SpattnKvPlan& plan) {
@@ -207,6 +252,11 @@ SpattnStatus Forward(const SpattnFwdParams& params, void* stream) {
   Launcher launcher;
   SPATTN_RETURN_IF_ERROR(launcher.Init(problem, stream));
   launcher.UsePlan(params.plan);
+  launcher.UseListKeys(params.plan.entries * params.plan.block_size /
+                       std::max<int64_t>(params.plan.heads * params.plan.q_tiles, 1));
+  bool is_launched;
+  SPATTN_RETURN_IF_ERROR(launcher.LaunchFwdSm90(kernel_params, params.plan.q_tiles, &is_launched));
+  if (is_launched) return Ok();
   return launcher.Launch(SPATTN_FWD, kernel_params, params.plan.q_tiles, problem.heads,
                          problem.batch);
 }

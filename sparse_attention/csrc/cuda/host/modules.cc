@@ -117,6 +117,27 @@ SpattnStatus Stream::FindByKey(const KernelKey& key, const void* closure, CallCo
   return Ok();
 }
 
+SpattnStatus Stream::CountMultiprocessors(int* count) const {
+  int device;
+  SPATTN_RETURN_IF_ERROR(driver_->Check(driver_->cuCtxGetDevice(&device), "cuCtxGetDevice"));
+  return driver_->Check(driver_->cuDeviceGetAttribute(count, kDeviceMultiprocessors, device),
+                        "cuDeviceGetAttribute");
+}
+
+bool Stream::MakeMap(const SpattnTensor& tensor, int dtype, int64_t batch, int64_t rows, int heads,
+                     int dim, int box_rows, SpattnTensorMap* map) const {
+  if (driver_->cuTensorMapEncodeTiled == nullptr) return false;
+  const auto bytes = [](int64_t stride) { return static_cast<uint64_t>(stride) * 2; };
+  const uint64_t sizes[] = {static_cast<uint64_t>(dim), static_cast<uint64_t>(rows),
+                            static_cast<uint64_t>(heads), static_cast<uint64_t>(batch)};
+  const uint64_t strides[] = {bytes(tensor.row_stride), bytes(tensor.head_stride),
+                              bytes(tensor.batch_stride)};
+  const unsigned box[] = {64, static_cast<unsigned>(box_rows), 1, 1}, ones[] = {1, 1, 1, 1};
+  return driver_->cuTensorMapEncodeTiled(
+             map, dtype == SPATTN_BFLOAT16 ? kTensorMapBfloat16 : kTensorMapFloat16, 4, tensor.data,
+             sizes, strides, box, ones, 0, kTensorMapSwizzle128, kTensorMapPromote256, 0) == 0;
+}
+
 SpattnStatus Stream::Launch(const LoadedKernel& kernel, const void* params, int64_t x, int64_t y,
                             int64_t z) const {
   if (x == 0 || y == 0 || z == 0) return Ok();

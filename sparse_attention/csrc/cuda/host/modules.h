@@ -12,6 +12,7 @@
 #include <array>
 #include <type_traits>
 
+#include "cuda/device/params.h"
 #include "cuda/host/driver.h"
 
 namespace spattn {
@@ -51,6 +52,13 @@ class Stream {
   SpattnStatus Open(void* stream);
 
   int arch() const { return arch_; }  // compute capability, as 80 of 8.0
+
+  SpattnStatus CountMultiprocessors(int* count) const;
+
+  // Makes a map of k or v [batch, rows, heads, dim] in boxes of 64 columns and `box_rows` rows, 16-bit
+  // elements; false where the driver cannot.
+  bool MakeMap(const SpattnTensor& tensor, int dtype, int64_t batch, int64_t rows, int heads,
+               int dim, int box_rows, SpattnTensorMap* map) const;
 
   // The kernel of a shape. Where it is not loaded, configure(shape, number, &config) says how it is
   // compiled; an error of it, or of the compiler, is returned, and the next call tries again.

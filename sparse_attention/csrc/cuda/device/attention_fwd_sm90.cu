@@ -1,0 +1,583 @@
+// attention_fwd_sm90.cu — block-sparse attention, forward, on sm_90a: one warp group copies, the
+// others multiply.
+//
+// The math, and what an empty row, a masked NaN and a bad plan value come to, are attention_fwd.cu's.
+//
+// Mapping: one CTA an SM. A *part* is kGroups * 64 queries of a head of a sequence. The CTAs of the
+//          first wave, one for each SM, have several parts each; the others, one part each, fill up
+//          what the first wave left uneven (Part). Warp groups 0 to kGroups - 1 multiply, each with
+//          64 queries of the part. Of the last warp group, warp 0 reads the lists and starts the
+//          copies (Copy), and warps 1 to 3 see to tiles that need a mask (Mask).
+// Tiles:   q     [kGroups][64, head_dim]        brought by the group that owns it
+//          k, v  [kStages][kTileKV, dim]        brought by the copy engine, a box for each block
+//          mask  [kSlots][kTileKV]              words with a bit for each query of the part
+//          o     [warps][16, head_dim_v]        on its way out
+//          s_frag [64, kTileKV], o_frag [64, head_dim_v] f32 and p_frag [64, kTileKV] T of a group:
+//          registers, which the last warp group gave up (setmaxnreg)
+// Lists:   three groups own one and a half tiles of the plan. The part streams the union of both
+//          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
+//
+// Schedule of one multiplying group (of three; the others are a third of a round behind):
+//
+//   tensor cores  s(n) = q k(n)T | o += p(n-1) v(n-1) |   products of the other two groups    | ...
+//   the group     waits          | exponentials of s(n), sums            | p(n) = T(s(n))     | ...
+//
+//   The exponentials of a tile take the SM as long as its products. So a group queues two products
+//   at once, s(n) and the o of the tile before; it computes the exponentials of s(n) as soon as that
+//   is there, beside its own o += p v and the others' products. The groups take turns at queueing:
+//   without turns they all wait for products at one time and all compute exponentials at another.
+//
+// Barriers of tile n. Stage and slot are n modulo kStages and kSlots; n counts on through all parts.
+//   of a stage   k_arrived, v_arrived    the copy engine: all bytes of a tile are there
+//                k_released, v_released  every multiplying warp: the next tile may come
+//   of a slot    listed                  Copy: `gathered` says what the tile is
+//                mask_written            Mask: the mask is there, if the tile needs one
+//                v_checked               Mask: v is finite, if the tile needs a mask
+//   named        turns, one for each group; one among the warps of a group; one among Mask's
+//
+// Memory:  Smem; the table of bytes is in configs.cc.   Registers: 3 groups 160, copying group 32;
+//          2 groups 216 and 72: the sum is what the launch gives.
+// Numerics: as attention_fwd.cu, save that a row's shift may stay where a score exceeds it by up to
+//          2^13 (OnlineSoftmax::TryUpdate). Bitwise deterministic: no atomics, no order of arrival
+//          that a result could depend on.
+// After:   Shah et al. 2024 (arXiv:2407.08608): producer and consumers, turns, overlap in a group.
+// Measured: benchmarks/results/gpu_kernels_h100.txt, with what was tried.
+#include "cuda/device/softmax.cuh"
+#include "cuda/device/warpgroup.cuh"
+
+namespace spattn {
+
+// ---- config ----
+
+constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
+constexpr int kPlanQ = 128;              // queries of a plan tile
+constexpr int kPlanKV = SPATTN_PLAN_KV;  // keys of a plan block
+constexpr int kGroups = SPATTN_GROUPS;   // that multiply
+constexpr int kStages = SPATTN_STAGES;
+constexpr int kSlots = 2 * kStages;
+constexpr int kThreads = (kGroups + 1) * kGroupThreads, kMaskThreads = 3 * 32;
+constexpr int kGroupRows = 64, kTileQ = kGroups * kGroupRows, kMaskWords = kTileQ / 32;
+constexpr int kTileKV = 128;
+constexpr int kLists = kGroups == 3 ? 2 : 1;  // plan tiles that a part's queries lie in
+constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
+constexpr int kN = kTileKV / 8, kOut = kHeadDimV / 8;
+constexpr int kCopyRegisters = kGroups == 3 ? 32 : 72, kMathRegisters = kGroups == 3 ? 160 : 216;
+static_assert(kGroups == 2 || kGroups == 3, "a tile of the plan, or one and a half");
+static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a tile's stage is a remainder");
+static_assert(kHasWgmma && kHeadDim % 64 == 0 && kHeadDimV % 64 == 0, "panels of 64 columns");
+static_assert(SPATTN_SCALE_POSITIVE, "the largest score is the largest <q, k>");
+
+using QTile = Tile<kGroupRows, kHeadDim>;
+using KTile = Tile<kTileKV, kHeadDim>;
+using VTile = Tile<kTileKV, kHeadDimV>;
+
+template <int kTheValue>
+struct Number {
+  static constexpr int kValue = kTheValue;
+};
+
+// ---- work ----
+
+// What a CTA computes at a time: kTileQ queries of a head of a sequence.
+//
+// Parts are numbered section by section. A section is as many heads as L2 holds the k and v of; in it
+// the last queries of all heads come first, since they have the longest lists of a causal plan. CTA c
+// of the first wave has parts c, c + wave_ctas, c + 2 wave_ctas, ...
+struct Part {
+  const SpattnCudaMappedFwdParams& mapped;
+  const SpattnCudaFwdParams& params;  // mapped.call
+  int index, head, kv_head, batch;    // queries from position index * kTileQ on
+
+  DEVICE Part Make(const SpattnCudaMappedFwdParams& mapped, unsigned number) {
+    const SpattnProblem& p = mapped.call.problem;
+    const unsigned tiles = mapped.tiles, all_heads = p.batch * p.heads;
+    const unsigned section = number / (mapped.section_heads * tiles);
+    const unsigned within = number - section * mapped.section_heads * tiles;
+    const unsigned first = section * mapped.section_heads;
+    const unsigned heads = Min(mapped.section_heads, all_heads - first);
+    const unsigned head = first + within % heads;
+    const int heads_per_kv_head = p.heads / p.kv_heads;
+    return {mapped,
+            mapped.call,
+            static_cast<int>(tiles - 1 - within / heads),
+            static_cast<int>(head % p.heads),
+            static_cast<int>(head % p.heads) / heads_per_kv_head,
+            static_cast<int>(head / p.heads)};
+  }
+
+  __forceinline__ int FirstPlanTile() const { return index * kGroups * kGroupRows / kPlanQ; }
+  // Rows of 32 queries that the first plan tile has before the part's.
+  __forceinline__ int FirstMaskWord() const { return index * kMaskWords % (kPlanQ / 32); }
+};
+
+DEVICE int PartsOfCta(const SpattnCudaMappedFwdParams& mapped) {
+  return static_cast<int>(blockIdx.x) < mapped.wave_ctas ? mapped.wave_parts : 1;
+}
+DEVICE Part PartOfCta(const SpattnCudaMappedFwdParams& mapped, int i) {
+  const unsigned wave = mapped.wave_ctas, before = blockIdx.x < wave ? i : mapped.wave_parts - 1;
+  return Part::Make(mapped, blockIdx.x + before * wave);
+}
+
+DEVICE RowMap KvRows(const Part& part) {
+  const SpattnProblem& problem = part.params.problem;
+  return RowMap::Make(problem.kv_len, problem.row_stride,
+                      problem.kv_lengths ? problem.kv_lengths[part.batch] : problem.kv_len);
+}
+
+// ---- lists ----
+
+// A mask row that is none: all pairs of the block are allowed, or none are.
+constexpr int kFull = -1, kAbsent = -2;
+
+// What a passing tile consists of: block g gives its keys [g * kPlanKV, (g + 1) * kPlanKV).
+struct Gathered {
+  int first[kGather];             // first position, or -1
+  int mask_row[kLists][kGather];  // of mask_bits, for each plan tile of the part; kFull; kAbsent
+  int is_masked, is_last;
+};
+
+// The blocks that the part's plan tiles list, in order. It lies in shared memory; one warp uses it.
+struct UnionList {
+  int at[kLists], end[kLists];  // what is left of each list
+  bool exists[kLists];          // whether the plan has the tile: its rows need no mask otherwise
+  RowMap kv_rows;
+  int kv_head, batch;
+
+  __forceinline__ void Init(const Part& part) {
+    const SpattnTilePlan& plan = part.params.by_q;
+    const int plan_head = plan.heads == 1 ? 0 : part.head, first_tile = part.FirstPlanTile();
+    const int i = threadIdx.x % 32;
+    __syncwarp();  // no lane reads the last part's any more
+    if (i == 0) kv_rows = KvRows(part), kv_head = part.kv_head, batch = part.batch;
+    if (i < kLists) {
+      exists[i] = first_tile + i < plan.tiles;
+      const int32_t* indptr = plan.indptr + plan_head * plan.tiles + first_tile + i;
+      at[i] = exists[i] ? Min(Max(__ldg(indptr), 0), plan.entries) : 0;
+      end[i] = exists[i] ? Min(__ldg(indptr + 1), plan.entries) : 0;
+    }
+    __syncwarp();
+  }
+
+  // Takes the next kGather blocks from the lists. Where none is left there is no block: such a tile is
+  // masked, and so is the only tile of a part whose lists are empty.
+  __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan) {
+    constexpr unsigned kNone = 0xffffffffu;
+    const int lane = Opaque(threadIdx.x) % 32;
+    unsigned block[kLists];  // lane i: the list's block i from here on
+    int mask_id[kLists], taken[kLists] = {};
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      const int from = at[i] + lane;
+      const bool is_there = from < end[i];
+      block[i] = is_there ? __ldg(plan.indices + from) : kNone;
+      mask_id[i] = is_there ? __ldg(plan.mask_ids + from) : 0;
+    }
+    // Lane g finds what block g of the tile is: the least block ahead, and where each list has it.
+    unsigned my_block = kNone;
+    int my_place[kLists];
+    const auto least_ahead = [&](unsigned (&ahead)[kLists]) {
+      unsigned least = kNone;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) {
+        ahead[i] = __shfl_sync(kFullWarp, block[i], taken[i]);
+        least = ahead[i] < least ? ahead[i] : least;
+      }
+      return least;
+    };
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) my_place[i] = -1;
+#pragma unroll 1
+    for (int g = 0; g < kGather; ++g) {
+      unsigned ahead[kLists];
+      const unsigned least = least_ahead(ahead);
+      if (lane == g) my_block = least;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) {
+        if (ahead[i] != least || least == kNone) continue;
+        if (lane == g) my_place[i] = taken[i];
+        ++taken[i];
+      }
+    }
+    unsigned ahead[kLists];
+    const bool is_last = least_ahead(ahead) == kNone;
+    bool is_masked = !(my_block < static_cast<unsigned>(plan.blocks));
+    int first = is_masked ? -1 : static_cast<int>(my_block) * kPlanKV;
+    int rows[kLists];
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      const int id = __shfl_sync(kFullWarp, mask_id[i], my_place[i] & 31);
+      const bool is_valid = my_place[i] >= 0 && id >= -1 && id < plan.mask_blocks;
+      rows[i] = !exists[i] || (is_valid && id < 0) ? kFull : is_valid ? id * kPlanKV : kAbsent;
+      is_masked |= rows[i] != kFull;
+    }
+    is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV);
+    if (lane < kGather) {
+      to->first[lane] = first;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) to->mask_row[i][lane] = rows[i];
+    }
+    is_masked = __any_sync(kFullWarp, lane < kGather && is_masked);
+    __syncwarp();  // all lanes have read `at`
+    if (lane == 0) {
+      to->is_masked = is_masked, to->is_last = is_last;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) at[i] += taken[i];
+    }
+    __syncwarp();
+  }
+};
+
+// ---- shared memory ----
+
+struct Smem {
+  T q[kGroups][kGroupRows * kHeadDim];
+  T k[kStages][kTileKV * kHeadDim];
+  T v[kStages][kTileKV * kHeadDimV];
+  T o[kGroups * 4][16 * StorePitch(kHeadDimV)];
+  // Of masked tiles:
+  uint32_t mask[kSlots][kTileKV * kMaskWords];
+  int key_rows[kSlots][kTileKV];  // -1: none
+  int has_nonfinite[kSlots];      // v
+  Gathered gathered[kSlots];
+  UnionList list;
+  Mbarrier k_arrived[kStages], k_released[kStages], v_arrived[kStages], v_released[kStages];
+  Mbarrier listed[kSlots], mask_written[kSlots], v_checked[kSlots];
+};
+static_assert(sizeof(Smem) <= SPATTN_SHARED_MEMORY, "the host counts fewer bytes");
+
+// Named barriers; 0 is the CTA's.
+constexpr int kMaskBarrier = 1, kTurnBarrier = 2, kGroupBarrier = kTurnBarrier + kGroups;
+
+// The parity of the phase in which the barriers of a stage, and of a slot, are about tile n.
+DEVICE int Parity(unsigned n) { return n / kStages & 1; }
+DEVICE int SlotParity(unsigned n) { return n / kSlots & 1; }
+
+// ---- the copying group ----
+//
+// Both of its roles are one tile ahead with k: k(n), then v(n - 1).
+
+constexpr unsigned kUnknown = 0xffffffffu;  // no part's end
+
+// The mask of the tile's key `key`, and where it lies: -1 if it is not there.
+DEVICE int ReadMask(uint32_t (&words)[kMaskWords], const Gathered& tile, int key, const Part& part,
+                    const RowMap& kv_rows) {
+  const SpattnTilePlan& plan = part.params.by_q;
+  const int g = key / kPlanKV, within = key % kPlanKV;
+  const int row = tile.first[g] < 0 ? -1 : kv_rows.Row(tile.first[g] + within);
+  uint32_t bits[kLists * 4];
+#pragma unroll
+  for (int i = 0; i < kLists; ++i) {
+    const int mask_row = tile.mask_row[i][g];
+    const uint32_t all = mask_row == kFull && row >= 0 ? kFullWarp : 0;
+    uint4 read{all, all, all, all};
+    if (row >= 0 && mask_row >= 0) {
+      read = __ldg(reinterpret_cast<const uint4*>(plan.mask_bits) +
+                   (static_cast<int64_t>(mask_row) + within));
+    }
+    bits[i * 4] = read.x, bits[i * 4 + 1] = read.y;
+    bits[i * 4 + 2] = read.z, bits[i * 4 + 3] = read.w;
+  }
+  const bool is_second_half = part.FirstMaskWord() != 0;
+#pragma unroll
+  for (int w = 0; w < kMaskWords; ++w) {
+    words[w] = kLists == 2 && is_second_half ? bits[(w + 2) % (kLists * 4)] : bits[w];
+  }
+  return row;
+}
+
+// Warp 0. It alone reads the lists, so that all roles see the same tiles whoever writes to a plan.
+DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
+  const SpattnProblem& problem = mapped.call.problem;
+  const SpattnTilePlan& plan = mapped.call.by_q;
+  unsigned n = 0;
+#pragma unroll 1
+  for (int i = 0; i < PartsOfCta(mapped); ++i) {
+    // Each lane brings one block's rows of one panel. Rows that do not exist, and those of absent
+    // blocks, become zeros.
+    const auto start = [&](auto dim, T* tile, const SpattnTensorMap& map, unsigned n,
+                           Mbarrier& arrived) {
+      constexpr int kDim = decltype(dim)::kValue, kBoxes = kGather * (kDim / 64);
+      const int lane = Opaque(threadIdx.x) % 32;  // registers: nothing of this outlives a tile
+      const int g = lane % kGather, panel = lane / kGather;
+      if (lane == 0) arrived.ArriveAndExpect(kTileKV * kDim * sizeof(T));
+      __syncwarp();
+      if (lane >= kBoxes) return;
+      const int first = smem.gathered[n % kSlots].first[g];
+      CopyBox(tile + panel * kTileKV * 64 + g * kPlanKV * 64, map, panel * 64,
+              first < 0 ? static_cast<int>(problem.kv_len) : first, smem.list.kv_head,
+              smem.list.batch, arrived);
+    };
+    const auto start_v = [&](unsigned n) {
+      const int stage = n % kStages;
+      smem.v_released[stage].Wait(Parity(n) ^ 1);
+      start(Number<kHeadDimV>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
+    };
+    smem.list.Init(PartOfCta(mapped, i));
+    const unsigned first = n;
+    unsigned end = kUnknown;
+#pragma unroll 1
+    for (;; ++n) {
+      if (n != end) {
+        const int stage = n % kStages, slot = n % kSlots;
+        smem.v_checked[slot].Wait(SlotParity(n) ^ 1);  // nobody looks at the slot any more
+        smem.list.Take(&smem.gathered[slot], plan);
+        if (smem.gathered[slot].is_last) end = n + 1;
+        if (threadIdx.x % 32 == 0) smem.listed[slot].Arrive();
+        smem.k_released[stage].Wait(Parity(n) ^ 1);
+        start(Number<kHeadDim>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
+      }
+      if (n != first) start_v(n - 1);
+      if (n == end) break;
+    }
+  }
+}
+
+// Warps 1 to 3: the masks of tiles that need one, and v of these tiles without NaN and Inf.
+DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
+  const int thread = threadIdx.x % kGroupThreads - 32;
+  const auto write_mask = [&](unsigned n, int i) {
+    const int slot = n % kSlots;
+    smem.listed[slot].Wait(SlotParity(n));
+    if (smem.gathered[slot].is_masked) {
+      const Part part = PartOfCta(mapped, Opaque(i));
+      const RowMap kv_rows = KvRows(part);
+#pragma unroll 1
+      for (int key = thread; key < kTileKV; key += kMaskThreads) {
+        uint32_t words[kMaskWords];
+        smem.key_rows[slot][key] = ReadMask(words, smem.gathered[slot], key, part, kv_rows);
+#pragma unroll
+        for (int w = 0; w < kMaskWords; ++w) smem.mask[slot][key * kMaskWords + w] = words[w];
+      }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.mask_written[slot].Arrive();
+  };
+  const auto check_v = [&](unsigned n) {
+    const int slot = n % kSlots;
+    if (smem.gathered[slot].is_masked) {
+      smem.v_arrived[n % kStages].Wait(Parity(n));
+      bool found = false;
+      uint4* v_vectors = reinterpret_cast<uint4*>(smem.v[n % kStages]);
+#pragma unroll 2
+      for (int i = thread; i < kTileKV * kHeadDimV / kVector; i += kMaskThreads) {
+        found |= ZeroNonfinite(v_vectors + i);
+      }
+      const bool any_found = BarrierOr(kMaskBarrier, kMaskThreads, found);
+      if (thread == 0) smem.has_nonfinite[slot] = any_found;
+      FenceForWgmma();
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.v_checked[slot].Arrive();
+  };
+  unsigned n = 0;
+#pragma unroll 1
+  for (int i = 0; i < PartsOfCta(mapped); ++i) {
+    const unsigned first = n;
+    unsigned end = kUnknown;
+#pragma unroll 1
+    for (;; ++n) {
+      if (n != end) {
+        write_mask(n, i);
+        if (smem.gathered[n % kSlots].is_last) end = n + 1;
+      }
+      if (n != first) check_v(n - 1);
+      if (n == end) break;
+    }
+  }
+}
+
+// ---- a multiplying group ----
+
+// s = q kT for this warp's rows, by the warp itself: slow, and needs nothing of the others.
+DEVICE void ScoresByWarp(float (&s)[1][kN][4], const T* q_smem, const T* k_smem) {
+  const int lane = threadIdx.x % 32;
+  RowOperand<1, QTile, false> q;
+  q.rows = q_smem + threadIdx.x / 32 % 4 * 16 * QTile::kRowPitch;
+  Clear(s);
+#pragma unroll 1
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    uint32_t a[1][4], b[4];
+    q.Read(k, a);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const int row = n * 8 + lane % 8 + lane / 16 * 8, column = k * 16 + lane / 8 % 2 * 8;
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                   : "r"(SmemAddress(k_smem + KTile::Offset(row, column))));
+      Mma(s[0][n], a[0], b[0], b[1]);
+      Mma(s[0][n + 1], a[0], b[2], b[3]);
+    }
+  }
+}
+
+DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int group) {
+  const SpattnProblem& problem = mapped.call.problem;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const float scale_exp = problem.softmax_scale * kExpScale;
+  const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
+  const auto q_row = [&](const Part& part, int r) {
+    return q_rows.Row(part.index * kTileQ + group * kGroupRows + r);
+  };
+  const auto start_q = [&](const Part& part) {
+    const int group_now = Opaque(group);
+    LoadRows<kGroupRows, kHeadDim, kGroupThreads, false>(
+        smem.q[group_now], RowSpan::Make(mapped.call.q, part.batch, part.head),
+        [&](int r) { return q_row(part, r); }, group_now * kGroupThreads);
+    CopyCommit();
+  };
+  const auto group_barrier = [&] { BarrierSync(kGroupBarrier + group, kGroupThreads); };
+
+  RowOperand<1, QTile, false> q;
+  float s_frag[1][kN][4], o_frag[1][kOut][4];
+  uint32_t p_frag[kN / 2][1][4];
+  OnlineSoftmax<1, kN, kOut> softmax;
+  unsigned n = 0;
+  bool is_masked = false, is_last = false, v_is_masked = false;  // tile n; tile n - 1
+  bool may_try;
+
+  const auto wait_for_k = [&](unsigned n) {
+    smem.k_arrived[n % kStages].Wait(Parity(n));
+    is_masked = smem.gathered[n % kSlots].is_masked, is_last = smem.gathered[n % kSlots].is_last;
+  };
+  const auto wait_for_v = [&](unsigned n) {
+    smem.v_arrived[n % kStages].Wait(Parity(n));
+    if (v_is_masked) smem.v_checked[n % kSlots].Wait(SlotParity(n));
+  };
+  const auto queue_scores = [&](unsigned n) {
+    q.group = SmemOperand::Make(smem.q[group]);
+    MatmulABt<KTile>(s_frag, q, SmemOperand::Make(smem.k[n % kStages]), nullptr);
+  };
+  const auto queue_output = [&](unsigned n) {
+    WgmmaPB<VTile>(o_frag, p_frag, SmemOperand::Make(smem.v[n % kStages]));
+  };
+  const auto release_k = [&](unsigned n) {
+    __syncwarp();
+    if (lane == 0) smem.k_released[n % kStages].Arrive();
+  };
+  // Found anew where it is wanted: in the loop over tiles every register counts.
+  const auto part_of = [&](int i) { return PartOfCta(mapped, Opaque(i)); };
+  const auto release_v = [&](unsigned n, int i) {
+    if (v_is_masked && smem.has_nonfinite[n % kSlots]) {
+      const Part part = part_of(i);
+      const int* key_rows = smem.key_rows[n % kSlots];
+      AddNonfinite<kTileQ, kTileKV, kHeadDimV>(
+          o_frag, smem.mask[n % kSlots], RowSpan::Make(mapped.call.v, part.batch, part.kv_head),
+          [&](int key) { return key_rows[key]; });
+    }
+    __syncwarp();
+    if (lane == 0) smem.v_released[n % kStages].Arrive();
+  };
+  // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
+  // part: it would compute too many of them twice.
+  const auto exponentiate = [&](unsigned n) {
+    if (may_try && !is_masked && softmax.HasShifts()) {
+      may_try = softmax.TryUpdate(s_frag, scale_exp);
+      if (may_try) return;
+      ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
+    }
+    if (is_masked) {
+      smem.mask_written[n % kSlots].Wait(SlotParity(n));
+      ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
+    }
+    softmax.Update(s_frag, o_frag, scale_exp);
+  };
+
+  start_q(part_of(0));
+  if (group == kGroups - 1) BarrierArrive(kTurnBarrier, 2 * kGroupThreads);
+#pragma unroll 1
+  for (int i = 0; i < PartsOfCta(mapped); ++i) {
+    CopyWait<0>();
+    FenceForWgmma();
+    group_barrier();
+    Clear(o_frag);
+    softmax.Init();
+    may_try = true;
+
+    wait_for_k(n);
+    queue_scores(n);
+    MatmulWait<0>(s_frag);
+    exponentiate(n);
+    release_k(n);
+    PackAllFragments(p_frag, s_frag);
+    v_is_masked = is_masked;
+    ++n;
+#pragma unroll 1
+    for (; !is_last; ++n) {
+      wait_for_k(n);
+      BarrierSync(kTurnBarrier + group, 2 * kGroupThreads);
+      queue_scores(n);
+      wait_for_v(n - 1);
+      queue_output(n - 1);
+      BarrierArrive(kTurnBarrier + (group + 1) % kGroups, 2 * kGroupThreads);
+      MatmulWait<1>(s_frag);
+      exponentiate(n);
+      release_k(n);
+      MatmulWait<0>(o_frag);
+      release_v(n - 1, i);
+      PackAllFragments(p_frag, s_frag);
+      v_is_masked = is_masked;
+    }
+    group_barrier();  // all four warps have left q
+    if (i + 1 < PartsOfCta(mapped)) start_q(part_of(i + 1));
+    wait_for_v(n - 1);
+    queue_output(n - 1);
+    MatmulWait<0>(o_frag);
+    release_v(n - 1, i);
+
+    const Part part = part_of(i);
+    float lse[1][2];
+    softmax.Finish(o_frag, lse);
+    if (lane % 4 == 0) {
+      float* to = mapped.call.lse +
+                  (static_cast<int64_t>(part.batch) * problem.heads + part.head) * problem.q_len;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = q_row(part, warp * 16 + i * 8 + lane / 4);
+        if (row >= 0) to[row] = lse[0][i];
+      }
+    }
+    StoreRows<kHeadDimV>(
+        o_frag, smem.o[Opaque(threadIdx.x / 32)],
+        RowSpan::Make(mapped.call.o, part.batch, part.head), 0,
+        [&](int r) { return q_row(part, warp * 16 + r); }, [](int) { return false; });
+  }
+}
+
+// ---- kernel ----
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_fwd_sm90(const __grid_constant__ SpattnCudaMappedFwdParams mapped) {
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      smem.k_arrived[i].Init(1);
+      smem.v_arrived[i].Init(1);
+      smem.k_released[i].Init(kGroups * 4);
+      smem.v_released[i].Init(kGroups * 4);
+    }
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      smem.listed[i].Init(1);
+      smem.mask_written[i].Init(kMaskThreads / 32);
+      smem.v_checked[i].Init(kMaskThreads / 32);
+    }
+    FenceMbarrierInit();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
+  if (group == kGroups) {
+    GiveRegisters<kCopyRegisters>();
+    if (threadIdx.x / 32 % 4 == 0) {
+      Copy(smem, mapped);
+    } else {
+      Mask(smem, mapped);
+    }
+  } else {
+    TakeRegisters<kMathRegisters>();
+    Multiply(smem, mapped, group);
+  }
+}
+
+}  // namespace spattn
