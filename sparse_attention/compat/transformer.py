@@ -248,8 +248,8 @@ def get_blocksparse_obj(
     attn_mode: str,
     blocksize: int = 32,
     local_attn_ctx: int | None = None,
-    num_verts: int = NUM_VERTS,
-    vertsize: int = VERTSIZE,
+    num_verts: int | None = NUM_VERTS,
+    vertsize: int | None = VERTSIZE,
     real: bool = False,
 ) -> Any:
     """The `BlocksparseTransformer` of a causal pattern, as OpenAI's code builds it.
