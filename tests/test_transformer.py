@@ -113,7 +113,7 @@ def test_mask_equals_its_callback(block_size):
 
 
 def seed_layout(n_ctx, heads, mode, block, local=None, verts=4, size=1):
-    """The seed's blocks, one at a time."""
+    """OpenAI's blocks, one at a time."""
     n = n_ctx // block
     layout = np.zeros((heads, n, n), bool)
     for h, q, k in np.ndindex(layout.shape):

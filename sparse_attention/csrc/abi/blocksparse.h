@@ -70,8 +70,8 @@ SPATTN_API SpattnStatus spattn_blocks_tn_cpu(const SpattnBlocksMatmul* params,
 //   y_ij = exp(s_ij - max_j s_ij) / sum_j exp(s_ij - max_j s_ij)      j over the keys of i's list
 //   dx_ij = scale * y_ij * (dy_ij - sum_j dy_ij y_ij)
 //
-// So a query with a list but no key to attend to gives them all the same weight, as the ancestor's
-// NumPy code does.
+// So a query with a list but no key to attend to gives them all the same weight, as
+// blocksparse's NumPy code does.
 
 typedef struct {
   SpattnBlocks blocks;

@@ -94,7 +94,7 @@ constexpr int kRowWords = kPanel / Terms::kTerms;
 template <class Terms>
 constexpr int kScoreWords = kTileKV * kRowWords<Terms>;
 
-// Where one head's tiles are.
+// The places of one head's tiles.
 template <class Terms>
 struct HeadTiles {
   float *q_rows, *do_rows, *q_columns, *do_columns, *q_panels, *do_panels, *dq_panels;
@@ -297,7 +297,7 @@ inline void LoadQTile(const BwdScratch& x, const SpattnBwdParams& params, const 
   }
 }
 
-// What was taken out of a PARTIAL tile's products, for head h.
+// Adds what was taken out of the products of a PARTIAL tile, for head h.
 template <class Terms>
 inline void AddLeaks(const BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
                      const Heads& kv_heads, int h, const QTile& tile, const KvSums& sums) {
@@ -330,7 +330,7 @@ inline void AddLeaks(const BwdScratch& x, const SpattnBwdParams& params, const H
   }
 }
 
-// One key tile for head h.
+// Works on one key tile for head h.
 template <class Terms, bool kMasked>
 inline void BwdTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
                     const Heads& kv_heads, int h, const QTile& tile, const KvSums& sums) {
@@ -500,7 +500,7 @@ inline int64_t BwdWorkspace(const SpattnBwdParams& params, int32_t workers) {
   return BwdWorkspaceLayout(params, workers, nullptr).bytes;
 }
 
-// Split s of kv_heads.
+// Works on split s of kv_heads.
 template <class Terms>
 inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& params,
                     const Heads& kv_heads, int64_t s, int32_t worker) {

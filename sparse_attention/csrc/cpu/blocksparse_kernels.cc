@@ -27,7 +27,7 @@ constexpr float kLowest = -3.40282347e38f;  // the lowest finite float
 
 // ---- where things lie ----
 
-// Entries of the table that a head reads, as pairs.
+// The entries of the table that a head reads, as pairs.
 SPATTN_INLINE const int32_t* HeadLut(const SpattnLut& lut, int64_t head) {
   return lut.data + (lut.heads == 1 ? 0 : head) * lut.entries * 2;
 }
@@ -341,7 +341,7 @@ SPATTN_INLINE float SumOfLanes(Vec v) {
   return sum;
 }
 
-// s = softmax(scale * s), in place.
+// Turns s into softmax(scale * s), in place.
 template <bool kMasked>
 inline void SoftmaxQuery(float* row, const uint8_t* attends, int64_t count, float scale) {
   Vec largest = Vec{} - kInf;
@@ -364,7 +364,7 @@ inline void SoftmaxQuery(float* row, const uint8_t* attends, int64_t count, floa
   for (int64_t j = 0; j < count; j += kLanes) Store(row + j, Load(row + j) * inverse);
 }
 
-// dx = scale * y * (dy - sum dy y), in the place of y.
+// Computes dx = scale * y * (dy - sum dy y), in the place of y.
 inline void SoftmaxGradQuery(float* y, const float* dy, int64_t count, float scale) {
   Vec products{};
   for (int64_t j = 0; j < count; j += kLanes) products += Load(y + j) * Load(dy + j);

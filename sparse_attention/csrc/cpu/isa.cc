@@ -1,4 +1,4 @@
-// isa.cc — asks the CPU what it has, once.
+// isa.cc — asks the CPU once which instruction sets it has.
 #include "cpu/isa.h"
 
 #include <stdlib.h>

@@ -18,8 +18,8 @@
 #endif
 
 #define SPATTN_INLINE inline __attribute__((always_inline))
-// For the stages that hold a product: inlined into one large function, GCC 12 keeps accumulators in
-// memory (backward of `all`: 372 ms instead of 300).
+// Keeps a stage that holds a product out of line: inlined into one large function, GCC 12 keeps the
+// accumulators in memory (backward of `all`: 372 ms instead of 300).
 #define SPATTN_STAGE inline __attribute__((noinline))
 
 namespace spattn {

@@ -22,20 +22,20 @@ struct Floats {
   static SPATTN_INLINE Vec BroadcastWord(const float* word) { return Broadcast(*word); }
   static SPATTN_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec acc) { return acc + a * b; }
 
-  // dim terms of a row of the caller's.
+  // Loads `dim` terms of a row of the caller's tensor.
   static SPATTN_INLINE void LoadRow(const char* from, int32_t dtype, int dim, float* to) {
     spattn::SPATTN_ISA::LoadRow(from, dtype, dim, to);
   }
   static SPATTN_INLINE bool RowIsFinite(const float* row, int dim) {
     return spattn::SPATTN_ISA::RowIsFinite(row, dim);
   }
-  // 2 kLanes terms of a row.
+  // Loads 2 kLanes terms of a row.
   static SPATTN_INLINE void StoreRow(Vec first, Vec second, float* to) {
     Store(to, first);
     Store(to + kLanes, second);
   }
 
-  // kLanes words of columns, from kTerms rows.
+  // Makes kLanes words of columns from kTerms rows.
   static SPATTN_INLINE Vec Column(const Vec* rows) { return rows[0]; }
   // The columns of rows [n, ld]; `to` is where there is space for them.
   static SPATTN_INLINE float* Columns(float* rows, int, int64_t, float*) { return rows; }
@@ -53,7 +53,7 @@ struct Bfloat16Pairs {
     return (Vec)(BitVec{} + LoadAs<uint32_t>(word));
   }
 
-  // Without the instruction, for tests: the same terms, each product rounded.
+  // Where the CPU lacks the instruction, which happens in tests: the same terms, each product rounded.
   static SPATTN_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec acc) {
 #if defined(SPATTN_HAS_DPBF16)
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);

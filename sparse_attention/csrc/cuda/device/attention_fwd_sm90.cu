@@ -14,7 +14,7 @@
 //          o     [warps][16, head_dim_v]        on its way out
 //          s_frag [64, kTileKV], o_frag [64, head_dim_v] f32 and p_frag [64, kTileKV] T of a group:
 //          registers, which the last warp group gave up (setmaxnreg)
-// Lists:   three groups own one and a half tiles of the plan. The part streams the union of both
+// Lists:   three groups own one and a half tiles of the plan. The part takes the union of both
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
@@ -234,7 +234,7 @@ struct Smem {
   T k[kStages][kTileKV * kHeadDim];
   T v[kStages][kTileKV * kHeadDimV];
   T o[kGroups * 4][16 * StorePitch(kHeadDimV)];
-  // Of masked tiles:
+  // These three are written for masked tiles alone:
   uint32_t mask[kSlots][kTileKV * kMaskWords];
   int key_rows[kSlots][kTileKV];  // -1: none
   int has_nonfinite[kSlots];      // v

@@ -11,7 +11,7 @@ namespace spattn {
 
 constexpr int kThreads = 256;
 
-// Of a bit for each key of a block.
+// The type of a word that has a bit for each key of a block.
 using Word = Choose<kBlock <= 16, Choose<kBlock == 8, uint8_t, uint16_t>::Type,
                     Choose<kBlock == 32, uint32_t, uint64_t>::Type>::Type;
 

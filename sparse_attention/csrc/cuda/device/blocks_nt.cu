@@ -40,7 +40,7 @@ static_assert(kRows * kChunk / kUnit % kThreads == 0, "whole warps load");
 
 // ---- kernel ----
 
-// With no number of CTAs the compiler aims for more of them, and spills.
+// Without a number of CTAs in the launch bounds the compiler aims for more of them, and spills.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     blocks_nt(const __grid_constant__ SpattnBlocksMatmul params) {
   extern __shared__ __align__(128) unsigned char smem[];

@@ -33,7 +33,7 @@ struct Choose<false, First, Second> {
   using Type = Second;
 };
 
-// Of a SpattnDtype.
+// The C++ type of the elements of a SpattnDtype.
 template <int kDtype>
 using Element =
     typename Choose<kDtype == 0, float, typename Choose<kDtype == 1, Half, Bfloat16>::Type>::Type;
@@ -45,8 +45,8 @@ constexpr bool kIsFloat = sizeof(T) == 4;
 constexpr int kVector = 16 / sizeof(T);  // elements in a 16-byte access
 constexpr float kInf = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float kLog2e = 1.4426950408889634f;
-// Exponents are powers of 2 for the 16-bit types, whose one instruction that is; of e for float32,
-// where the product with log2(e) would cost a bit.
+// For the 16-bit types exponentials are powers of 2, which is one instruction; for float32 they are
+// powers of e, since a product with log2(e) would cost a bit.
 constexpr float kExpScale = kIsFloat ? 1 : kLog2e;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
@@ -64,7 +64,7 @@ constexpr int Min(int a, int b) { return a < b ? a : b; }
 constexpr int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int RoundUp(int a, int b) { return CeilDiv(a, b) * b; }
 
-// A dim in whole matrix fragments.
+// Rounds a dim up to whole matrix fragments.
 constexpr int PaddedDim(int dim) { return RoundUp(dim, 16); }
 
 // Two adjacent elements in one register (16-bit types only); lo is the lower address.
@@ -96,7 +96,7 @@ DEVICE void StorePair(E* p, float lo, float hi) {
   *reinterpret_cast<uint32_t*>(p) = PackPair(lo, hi);
 }
 
-// 2^x; e^x for float32 (see kExpScale).
+// Returns 2^x, and for float32 e^x (see kExpScale).
 DEVICE float Exp(float x) {
   if (kIsFloat) return expf(x);
   float r;
@@ -332,7 +332,7 @@ DEVICE void LoadRows(T* tile, const RowSpan& from, RowOf row_of, unsigned first_
   LoadRowsOf<kRows, kDim, kThreads, kAllExist, 1>({tile}, {from}, row_of, first_thread);
 }
 
-// The same for two tensors with the same rows.
+// Does the same for two tensors that have the same rows.
 template <int kRows, int kDimA, int kDimB, int kThreads, bool kAllExist, typename RowOf>
 DEVICE void LoadRowPair(T* tile_a, const RowSpan& a, T* tile_b, const RowSpan& b, RowOf row_of) {
   if constexpr (kDimA == kDimB) {
@@ -413,7 +413,7 @@ struct BlockList {
     const int first = __shfl_sync(kFullWarp, FirstPosition(b), r / kRun);
     return first < 0 ? -1 : first + static_cast<int>(r % kRun);
   }
-  // The same where every block of the tile is known to be there.
+  // The same, for a tile of which every block is known to be there.
   __forceinline__ int ExistingPosition(const Blocks& b, unsigned r) const {
     return __shfl_sync(kFullWarp, b.block, r / kRun) * kPlanBlock + b.sub * kTile +
            static_cast<int>(r % kRun);
@@ -474,7 +474,7 @@ DEVICE uint32_t LaneMask(const uint32_t* mask_smem, int passing_row) {
   return MaskWord<kPlanTile, kRows>(mask_smem, passing_row, threadIdx.x % 32 / 4);
 }
 
-// The same for column 8 n + 2 (lane % 4) + j of a matrix fragment that begins at passing row
+// The same for column 8 n + 2 (lane % 4) + j of a matrix fragment that begins at the passing row
 // `first`.
 template <int kPlanTile, int kRows>
 DEVICE uint32_t FragmentMask(const uint32_t* mask_smem, int first, int n, int j) {

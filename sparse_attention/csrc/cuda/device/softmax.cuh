@@ -22,8 +22,8 @@ DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int firs
 
 template <int kM, int kN, int kOut>
 struct OnlineSoftmax {
-  // Of a row, scaled as exponents are (scale_exp). Rounded once, and the same in all places: what
-  // the exponentials of a row were shifted by must cancel to the last bit where they meet.
+  // The state of a row, scaled as exponents are (scale_exp). A shift is rounded once and is the same in
+  // all places, because it must cancel to the last bit where exponentials of a row meet.
   float shift[kM][2];    // subtracted; 0 as long as there was no key
   float limit[kM][2];    // the largest score that the shift is good for; -inf: any key is more
   float row_sum[kM][2];  // this lane's share

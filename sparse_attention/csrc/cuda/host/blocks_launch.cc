@@ -14,10 +14,10 @@ namespace {
 
 // ---- kernels ----
 
-// Columns of head_dim that a CTA takes at a time.
+// How many columns of head_dim a CTA takes at a time.
 int ChunkOf(int64_t head_dim) { return head_dim <= 16 ? 16 : head_dim <= 32 ? 32 : 64; }
 
-// Tile<rows, columns>::kBytes and StageBytes(columns) of the kernels.
+// The same numbers as Tile<rows, columns>::kBytes and StageBytes(columns) of the kernels.
 int TileBytes(int rows, int columns, int dtype) {
   return rows * (std::max(columns, 16) * ElementSize(dtype) + 16);
 }
@@ -37,7 +37,7 @@ SpattnCudaKernel Begin(const char* name, int threads, int dtype, int block_size)
 SpattnCudaKernel ConfigureMatmul(const SpattnCudaBlocksShape& s, SpattnBlocksOp op) {
   const bool is_nt = op == SPATTN_BLOCKS_NT, is_tn = op == SPATTN_BLOCKS_TN;
   const int chunk = ChunkOf(s.head_dim), side = std::max(s.block_size, 16);
-  // Products in 16 bits where all operands have the same type, and the device multiplies it.
+  // The product is in 16 bits where all operands have the same type and the device can multiply it.
   const bool has_type = s.dtype == SPATTN_FLOAT16 || (s.dtype == SPATTN_BFLOAT16 && s.arch >= 80);
   const int dtype =
       has_type && (is_nt || s.scores_dtype == s.dtype) ? s.dtype : int{SPATTN_FLOAT32};
@@ -52,7 +52,7 @@ SpattnCudaKernel ConfigureMatmul(const SpattnCudaBlocksShape& s, SpattnBlocksOp 
     kernel.shared_memory =
         warps * std::max(StageBytes(side), tiles / warps + ScratchBytes(side, dtype, s.arch));
   } else {
-    // Where elements are widened on their way there is nothing to do meanwhile.
+    // Elements that are widened on their way pass through registers, so there is one stage alone.
     const int passing = dtype == SPATTN_FLOAT32 ? std::max(s.block_size, 32) : 64;
     const int stages = dtype == SPATTN_FLOAT32 ? 1 : 2;
     const int weights =
@@ -127,7 +127,7 @@ struct NamedArray {
   const SpattnArray& array;
 };
 
-// Elements move in pieces of 16 bytes.
+// The kernels move elements in pieces of 16 bytes.
 SpattnStatus CheckCudaArrays(std::initializer_list<NamedArray> arrays) {
   for (const auto& [name, array] : arrays) {
     SPATTN_RETURN_IF(!IsAligned(array.data, 16), "%s must begin at a multiple of 16 bytes, got %p",

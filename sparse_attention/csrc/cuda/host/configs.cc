@@ -1,4 +1,7 @@
 // configs.cc — chooses tiles, stages and warps of the kernels, and counts their shared memory.
+//
+// This is the tile policy as far as a GPU decides it. What the plan decides, how high q tiles and how
+// wide kv tiles are, is in sparse_attention/plan/tiling.py.
 #include "cuda/host/configs.h"
 
 #include <stdio.h>
@@ -16,11 +19,11 @@ int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
 
-// How a kernel owns a tile of one side and has tiles of the other side pass it.
+// How a kernel works: it owns a tile of one side, and tiles of the other side pass it.
 struct Tiling {
   bool has_wgmma;
   int warps, min_ctas, stages;
-  int passing, sub;   // rows of a passing tile; of which scores are in registers at a time
+  int passing, sub;   // rows of a passing tile; how many of them have their scores in registers
   int splits;         // CTAs that share a tile's columns
   bool in_registers;  // whether the tile's own rows stay there
   bool anew;          // addresses are derived for every passing tile: slower, fewer registers
@@ -52,8 +55,8 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
                 IsWholePanels(s.head_dim_v);
   const bool has_mma = size == 2 && s.arch >= 80 && !t.has_wgmma;
   // A warp of 32 rows reads half as much shared memory per product as one of 16, but holds twice
-  // the accumulators: 255 registers do up to a head_dim of 64, save that the backward spills from
-  // sm_100 on.
+  // the accumulators. 255 registers are enough up to a head_dim of 64, except that the backward pass
+  // spills from sm_100 on.
   const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch < 100);
   t.warps = std::max(tile, 16) / (is_tall ? 32 : 16);
   t.passing = size == 2 && widest <= 128 ? 64 : 32;
@@ -69,7 +72,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   t.splits =
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
   t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
-  t.anew = !t.has_wgmma || (phase == SPATTN_BWD_DQ && widest <= 64);  // else these spill
+  t.anew = !t.has_wgmma || (phase == SPATTN_BWD_DQ && widest <= 64);  // the others would spill
   t.shared_memory = CountSharedMemory(s, phase, tile, t);
   for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
     if (t.shared_memory <= SharedMemoryOf(s.arch) || t.has_wgmma) break;
@@ -80,7 +83,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   return t;
 }
 
-// Of two stages, if any.
+// The largest tile whose kernel fits two stages in shared memory; 16 where none does.
 int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
   int tile = 128;
   const auto fits = [&] {

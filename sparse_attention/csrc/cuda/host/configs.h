@@ -9,12 +9,13 @@ namespace spattn {
 // The largest tiles up to 128 that fit; a tile is at least a block.
 void ChooseTiles(SpattnCudaShape* shape);
 
-// list_keys of a shape for lists of so many keys on average: the least that has the same kernels.
+// Rounds the average number of keys in a list down to the least that has the same kernels: the
+// list_keys of a shape.
 int RoundListKeys(int64_t average);
-constexpr int kNoMaps = -1;  // list_keys where the driver makes no tensor maps
+constexpr int kNoMaps = -1;  // list_keys where the driver cannot make tensor maps
 
-// Whether attention_fwd_sm90 runs the forward pass of a shape: it takes SpattnCudaMappedFwdParams, and
-// has parts of so many queries.
+// Whether attention_fwd_sm90 runs the forward pass of a shape. It takes SpattnCudaMappedFwdParams and
+// works on parts of FwdSm90PartQueries queries.
 bool RunsFwdSm90(const SpattnCudaShape& shape);
 int FwdSm90PartQueries(const SpattnCudaShape& shape);
 

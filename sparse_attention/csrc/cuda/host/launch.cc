@@ -11,7 +11,7 @@ namespace {
 
 // ---- checks ----
 
-// What the kernels hold in 32 bits.
+// Limits of what the kernels count in 32 bits.
 constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 256;
 constexpr int64_t kMaxEntries = int64_t{1} << 28;  // times the 4 tiles of a block of 128
 
@@ -37,7 +37,7 @@ struct NamedTensor {
   const SpattnTensor& tensor;
 };
 
-// Rows move in pieces of 16 bytes, and their stride is a kernel's int.
+// The kernels move rows in pieces of 16 bytes and hold a row's stride in an int.
 SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTensor> tensors) {
   const int64_t size = ElementSize(p.dtype), whole = 16 / size;
   for (const auto& [name, t] : tensors) {
@@ -54,7 +54,8 @@ SpattnStatus CheckTensors(const SpattnProblem& p, std::initializer_list<NamedTen
   return Ok();
 }
 
-// Of a plan in either direction; a tile lists `tile_blocks` blocks, `block` is a passing one.
+// Checks a plan in either direction: a tile owns `tile_blocks` blocks, and those that pass it have
+// `block` positions.
 SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_blocks,
                          int64_t entries, int64_t mask_blocks, int32_t block,
                          const uint8_t* mask_bits) {
@@ -140,7 +141,7 @@ SpattnStatus ConfigureFitting(const SpattnCudaShape& shape, int phase, SpattnCud
                 shape.arch, SharedMemoryOf(shape.arch));
 }
 
-// Heads whose k and v fit the L2 cache of an H100, with room for q and o.
+// The number of heads whose k and v fit the L2 cache of an H100, with room for q and o.
 int64_t SectionHeads(const SpattnProblem& p) {
   constexpr int64_t kBytes = 32 << 20;
   const int64_t kv_bytes = p.kv_len * (p.head_dim + p.head_dim_v) * ElementSize(p.dtype);
@@ -174,10 +175,11 @@ class Launcher {
     shape_.list_keys = 0;
   }
 
-  // What the forward pass depends on beside: `average` keys that a q tile lists.
+  // The forward kernel also depends on how many keys a q tile lists on average.
   void UseListKeys(int64_t average) { shape_.list_keys = RoundListKeys(average); }
 
-  // Launches attention_fwd_sm90, if that is the shape's kernel and the driver makes maps of k and v.
+  // Launches attention_fwd_sm90 if it is the kernel of this shape and the driver can make tensor maps
+  // of k and v.
   SpattnStatus LaunchFwdSm90(const SpattnCudaFwdParams& params, int64_t q_tiles,
                              bool* is_launched) {
     const SpattnProblem& p = params.problem;
@@ -194,8 +196,8 @@ class Launcher {
     }
     int multiprocessors = 0;
     SPATTN_RETURN_IF_ERROR(stream_.CountMultiprocessors(&multiprocessors));
-    // Starts and ends of CTAs, were there one for each part, would take 4 to 10 % of the time of long
-    // lists. What the first wave leaves is enough to even out its CTAs.
+    // With one CTA for each part, starting and ending them would take 4 to 10 % of the time of long
+    // lists. So the first wave has several parts a CTA; the parts that it leaves even out its CTAs.
     const int part = FwdSm90PartQueries(shape_);
     const int64_t heads = p.batch * p.heads, tiles = (q_tiles * shape_.tile_q + part - 1) / part;
     const int64_t parts = heads * tiles, wave_parts = parts * 85 / 100 / multiprocessors;
@@ -231,7 +233,7 @@ class Launcher {
   SpattnCudaShape shape_ = {};
 };
 
-// CTAs of attention_bwd_delta: 2 to 32 lanes read a row, in pieces of 16 bytes.
+// The number of CTAs of attention_bwd_delta, in which 2 to 32 lanes read a row in pieces of 16 bytes.
 int64_t DeltaTiles(const SpattnProblem& p) {
   const int pieces = p.head_dim_v * ElementSize(p.dtype) / 16;
   int lanes = 2;

@@ -25,8 +25,8 @@ int SharedMemoryOf(int arch);
 
 inline int ElementSize(int dtype) { return dtype == SPATTN_FLOAT32 ? 4 : 2; }
 
-// Bytes of shared memory in which a warp turns wmma's fragments, `columns` at a time, into rows: of
-// matmul.cuh's ScratchBytes.
+// The bytes of shared memory in which a warp turns wmma's fragments, `columns` at a time, into rows:
+// the same number as ScratchBytes in matmul.cuh.
 inline int ScratchBytes(int columns, int dtype, int arch) {
   const bool has_wmma = dtype != SPATTN_FLOAT32 && arch < 80;
   return has_wmma ? 16 * (20 * 4 + (columns + 8) * 2) : 0;
@@ -41,12 +41,12 @@ struct LoadedKernel {
   CuHandle function;
 };
 
-// Which kernel: its number among all (a SpattnPhase, or kFirstBlocksKernel + a SpattnBlocksOp), and
-// the integers of the struct that specialises it.
+// What tells one kernel from another: its number (a SpattnPhase, or kFirstBlocksKernel + a
+// SpattnBlocksOp) and the integers of the struct that specialises it.
 using KernelKey = std::array<int32_t, 12>;
 constexpr int kFirstBlocksKernel = 16;
 
-// A stream of the context that is current.
+// A CUDA stream of the context that is current.
 class Stream {
  public:
   SpattnStatus Open(void* stream);

@@ -1,4 +1,4 @@
-"""The seed's two attention functions, dense and in blocks."""
+"""OpenAI's two attention functions, dense and in blocks."""
 
 import numpy as np
 import pytest

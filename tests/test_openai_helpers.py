@@ -1,4 +1,4 @@
-"""The seed's small functions: the same arguments and results, and clear errors."""
+"""OpenAI's small functions: the same arguments and results, and clear errors."""
 
 import numpy as np
 import pytest
