@@ -7,6 +7,7 @@
 // in host memory and would copy a plan to the device at each run.
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tf/attention_inputs.h"
 #include "tf/binding.h"
 #include "tf/cuda_stream.h"
 
@@ -50,24 +51,6 @@ using tensorflow::shape_inference::ShapeHandle;
       .Input("q_indices: uint8")   \
       .Input("kv_mask_ids: uint8") \
       .Input("kv_mask_bits: uint8")
-
-// Where the inputs are, in the order of the macros. The gradient has four inputs of its own
-// between the values and the plan.
-enum QkvInput { kQ, kK, kV, kQkvInputs };
-enum GradInput { kO = kQkvInputs, kLse, kDo, kDlse, kGradInputsEnd };
-enum PlanInput {
-  kKvLengths,
-  kKvIndptr,
-  kKvIndices,
-  kMaskIds,
-  kMaskBits,
-  kTileBlocks,
-  kQIndptr,
-  kQIndices,
-  kKvMaskIds,
-  kKvMaskBits,
-};
-constexpr int kPlanOfFwd = kQkvInputs, kPlanOfGrad = kGradInputsEnd;
 
 // The dim of a width = heads * dim; it is unknown where the width is.
 Status DimOfWidth(InferenceContext* c, ShapeHandle tensor, int64 heads, DimensionHandle* dim) {
