@@ -12,7 +12,7 @@ from require import is_required
 # They need Keras 3, which Python 3.7 and its TensorFlow 1.15 are too old for.
 KERAS_3_TESTS = [
     f"test_{name}.py"
-    for name in "generation gpu_training keras_3 models new_pattern optimizer train_lm".split()
+    for name in "generation gpu_training keras_3 models new_pattern optimizer train_lm xla".split()
 ]
 collect_ignore = KERAS_3_TESTS if sys.version_info < (3, 8) else []
 

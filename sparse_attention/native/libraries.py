@@ -28,7 +28,8 @@ from . import cache
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CSRC = os.path.join(PACKAGE, "csrc")
 
-# Sources named *kernels.cc are compiled once for each of ISAS, those in tf/ for TensorFlow.
+# Sources named *kernels.cc are compiled once for each of ISAS, those in tf/ and xla/ for
+# TensorFlow.
 ATTENTION = (
     "cpu/attention.cc",
     "cpu/attention_kernels.cc",
@@ -45,7 +46,17 @@ LIBRARIES = {
     "spattn_core": (*SHARED, *ATTENTION, *BLOCKSPARSE),
     "attention_ops": (*SHARED, *ATTENTION, "tf/attention_op.cc"),
     "blocksparse_ops": (*SHARED, *BLOCKSPARSE, "tf/blocksparse_ops.cc"),
+    # This takes the longest to compile, so it is made only where XLA compiles our op.
+    "attention_xla": (
+        *SHARED,
+        *ATTENTION,
+        "xla/attention_handlers.cc",
+        "xla/attention_xla_ops.cc",
+    ),
 }
+XLA_HEADERS = ("xla/ffi/api/ffi.h", "tensorflow/compiler/tf2xla/xla_op_kernel.h")
+# Beside those that TensorFlow names, for its headers of XLA.
+XLA_INCLUDES = ("external/highwayhash", "external/farmhash_archive/src")
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread"]
 # TensorFlow's headers hold checks for debugging, and those of 2.18 and 2.20 call functions
@@ -84,7 +95,7 @@ def library(name, extra_flags=(), unfit=()):
       OSError: If the cache cannot be written.
     """
     path, why = find(name, extra_flags, unfit)
-    if path is None and why_no_compiling() is None:
+    if path is None and why_no_compiling(name) is None:
         recipe = _recipe(name, extra_flags)
         target = _cached(recipe, cache.cache_folders()[-1])
         if target not in unfit:
@@ -108,7 +119,9 @@ def find(name, extra_flags=(), unfit=()):
     for path, why in candidates:
         if path not in unfit and cache.is_intact(path):
             return Found(path, why)
-    return Found(None, why_no_compiling() or "not compiled yet: the first call does it")
+    return Found(
+        None, why_no_compiling(name) or "not compiled yet: the first call does it"
+    )
 
 
 def prebuilt(name):
@@ -129,12 +142,21 @@ def compiler():
     return Compiler(command, said.split("\n")[0])
 
 
-def why_no_compiling():
-    """What keeps a library from being compiled here: str, or None if nothing does."""
+def why_no_compiling(name=None):
+    """What keeps a library, or any, from being compiled: str, or None if nothing does."""
     if cache.is_set("SPARSE_ATTENTION_NO_JIT"):
         return "SPARSE_ATTENTION_NO_JIT is set"
     if os.name != "posix" or compiler() is None:
         return f"no compiler: {os.environ.get('CXX') or 'g++'} does not run"
+    return _why_no_xla() if name == "attention_xla" else None
+
+
+def _why_no_xla():
+    import tensorflow as tf
+
+    for header in XLA_HEADERS:
+        if not os.path.isfile(os.path.join(_tensorflow_include(), header)):
+            return f"TensorFlow {tf.__version__} ships no {header}"
     return None
 
 
@@ -142,7 +164,7 @@ def why_no_compiling():
 
 
 def is_for_tensorflow(name):
-    return any(source.startswith("tf/") for source in LIBRARIES[name])
+    return any(source.startswith(("tf/", "xla/")) for source in LIBRARIES[name])
 
 
 def _recipe(name, extra_flags=()):
@@ -150,10 +172,14 @@ def _recipe(name, extra_flags=()):
     version, compile_flags, link_flags = "", [], []
     if is_for_tensorflow(name):
         version, compile_flags, link_flags = _tensorflow()
+    if name == "attention_xla":
+        include = _tensorflow_include()
+        compile_flags += [f"-I{os.path.join(include, x)}" for x in XLA_INCLUDES]
+        link_flags += ["-l:libtensorflow_cc.so.2"]
     flags = [*FLAGS, "-I" + CSRC, *extra_flags]
     objects = []  # [(source, flags)]
     for source in LIBRARIES[name]:
-        if source.startswith("tf/"):
+        if source.startswith(("tf/", "xla/")):
             objects.append((source, flags + compile_flags))
         elif source.endswith("kernels.cc"):
             for isa in ISAS:
@@ -173,6 +199,12 @@ def _tensorflow():
         # links, but does not load.
         compile_flags = [*compile_flags, "-std=c++14"]
     return tf.__version__, compile_flags, tf.sysconfig.get_link_flags()
+
+
+def _tensorflow_include():
+    import tensorflow as tf
+
+    return tf.sysconfig.get_include()
 
 
 def _fingerprint(recipe, tf_version):

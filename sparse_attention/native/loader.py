@@ -30,6 +30,15 @@ def blocksparse_ops():
     return _load("blocksparse_ops").ops
 
 
+def attention_xla():
+    """The library by which XLA compiles the attention ops, or None where there is none.
+
+    It holds a copy of the kernels of its own, as every library does: TensorFlow loads
+    each by itself. It is loaded after the ops, whose names it refers to.
+    """
+    return attention_ops() and _load("attention_xla").ops
+
+
 def why_not(name):
     """str: what is in the way of a library's ops; None where they are loaded."""
     return _load(name).why_not
@@ -64,7 +73,7 @@ def _open(name):
         except RuntimeError as error:
             return Loaded(None, f"{name} cannot be compiled: {_in_short(error)}")
         if path is None:
-            whys = unfit.values() or [libraries.why_no_compiling()]
+            whys = unfit.values() or [libraries.why_no_compiling(name)]
             return Loaded(None, "; ".join(whys))
         try:
             ops = tf.load_op_library(path)
@@ -74,4 +83,6 @@ def _open(name):
             unfit[path] = f"{name} does not load: {getattr(error, 'message', error)}"
             continue
         kernels.attach(ops.core)
+        if name == "attention_xla":
+            ops.core.spattn_xla_register()
         return Loaded(ops, None)

@@ -14,6 +14,7 @@ from ..plan.checks import check_positive
 from . import (
     fallback,
     gradients,  # noqa: F401 - registers them
+    xla,
 )
 from .plan_tensors import plan_tensors
 from .signature import ATTRIBUTES, TensorLike
@@ -102,6 +103,8 @@ def block_sparse_attention(
             why_not=loader.why_not("attention_ops"),
         )
     else:
+        if not tf.executing_eagerly():
+            xla.prepare()
         kv_lengths, plan = plan_tensors(
             ops, block_mask, q, kv_lengths, head_dims, heads // kv_heads
         )

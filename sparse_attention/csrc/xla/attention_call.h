@@ -1,0 +1,203 @@
+// attention_call.h — from XLA's buffers to core.h's structs, when a graph is compiled and when it runs.
+//
+// The op kernel reads shapes alone, so that whoever compiles a graph is told what does not fit; the
+// handler reads the same shapes again, with the data.
+#ifndef SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
+#define SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
+
+#include <initializer_list>
+#include <string>
+
+#include "abi/checks.h"
+#include "abi/core.h"
+#include "tf/attention_inputs.h"
+
+namespace spattn {
+
+constexpr char kFwdTarget[] = "sparse_attention_fwd", kBwdTarget[] = "sparse_attention_bwd";
+
+// The attributes of the ops, as a custom call holds them.
+struct CallAttributes {
+  int64_t heads, kv_heads, row_stride, tile_q, block_size, tile_kv;
+  float softmax_scale;
+  int32_t dtype;  // SpattnDtype
+};
+
+// An array in row-major order.
+struct Array {
+  void* data;  // null while a graph is compiled
+  const int64_t* dims;
+  int64_t rank;
+
+  int64_t elements() const {
+    int64_t product = 1;
+    for (int64_t i = 0; i < rank; ++i) product *= dims[i];
+    return product;
+  }
+  int64_t dim(int64_t i) const { return i < rank ? dims[i] : 0; }
+  const int32_t* ints() const { return static_cast<const int32_t*>(data); }
+  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
+};
+
+inline std::string ShapeOf(const int64_t* dims, int64_t rank) {
+  std::string shape = "[";
+  for (int64_t i = 0; i < rank; ++i) shape += (i ? "," : "") + std::to_string(dims[i]);
+  return shape + "]";
+}
+
+inline SpattnStatus CheckArray(const char* name, const Array& array,
+                               std::initializer_list<int64_t> expected) {
+  bool is_equal = array.rank == static_cast<int64_t>(expected.size());
+  for (int64_t i = 0; is_equal && i < array.rank; ++i) {
+    is_equal = array.dims[i] == expected.begin()[i];
+  }
+  SPATTN_RETURN_IF(!is_equal, "%s must have shape %s, got %s", name,
+                   ShapeOf(expected.begin(), static_cast<int64_t>(expected.size())).c_str(),
+                   ShapeOf(array.dims, array.rank).c_str());
+  return Ok();
+}
+
+inline SpattnStatus CheckAttributes(const CallAttributes& a) {
+  for (const auto& [name, value] :
+       {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads}, Named{"row_stride", a.row_stride},
+        Named{"block_q", a.tile_q}, Named{"block_kv", a.block_size}}) {
+    SPATTN_RETURN_IF(value < 1 || value > INT32_MAX, "%s must be positive, got %lld", name,
+                     (LongLong)value);
+  }
+  SPATTN_RETURN_IF(a.heads % a.kv_heads != 0,
+                   "kv_heads must divide heads, got kv_heads=%lld and heads=%lld",
+                   (LongLong)a.kv_heads, (LongLong)a.heads);
+  SPATTN_RETURN_IF(!IsBlock(a.tile_q) || !IsBlock(a.block_size),
+                   "block_q and block_kv must be 8, 16, 32, 64 or 128, got %lld and %lld",
+                   (LongLong)a.tile_q, (LongLong)a.block_size);
+  return Ok();
+}
+
+// [batch, rows, heads * dim] as [batch, rows, heads, dim].
+inline SpattnTensor View(const Array& array, int64_t heads) {
+  const int64_t rows = array.dim(1), width = array.dim(2);
+  return {array.data, rows * width, width, width / heads};
+}
+
+// Reads the sizes of q, k and v, and the plan by queries.
+inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const Array* by_q,
+                                SpattnProblem* problem, SpattnPlan* plan) {
+  SPATTN_RETURN_IF_ERROR(CheckAttributes(a));
+  const Array &q = qkv[kQ], &k = qkv[kK], &v = qkv[kV];
+  for (const Array* array : {&q, &k, &v}) {
+    const int64_t heads = array == &q ? a.heads : a.kv_heads;
+    SPATTN_RETURN_IF(array->rank != 3 || array->dim(2) % heads != 0,
+                     "%s must be [batch, time, %lld heads * dim], got shape %s",
+                     array == &q   ? "q"
+                     : array == &k ? "k"
+                                   : "v",
+                     (LongLong)heads, ShapeOf(array->dims, array->rank).c_str());
+  }
+  const int64_t batch = q.dim(0), kv_len = k.dim(1), head_dim = q.dim(2) / a.heads;
+  SPATTN_RETURN_IF_ERROR(CheckArray("k", k, {batch, kv_len, a.kv_heads * head_dim}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("v", v, {batch, kv_len, v.dim(2)}));
+  const Array& kv_lengths = by_q[kKvLengths];
+  const bool has_lengths = kv_lengths.elements() != 0;
+  SPATTN_RETURN_IF_ERROR(CheckArray("kv_lengths", kv_lengths, {has_lengths ? batch : 0}));
+  problem->batch = batch;
+  problem->q_len = q.dim(1);
+  problem->kv_len = kv_len;
+  problem->heads = static_cast<int32_t>(a.heads);
+  problem->kv_heads = static_cast<int32_t>(a.kv_heads);
+  problem->head_dim = static_cast<int32_t>(head_dim);
+  problem->head_dim_v = static_cast<int32_t>(v.dim(2) / a.kv_heads);
+  problem->dtype = a.dtype;
+  problem->softmax_scale = a.softmax_scale;
+  problem->row_stride = a.row_stride;
+  problem->kv_lengths = has_lengths ? kv_lengths.ints() : nullptr;
+  SPATTN_RETURN_IF_ERROR(CheckProblem(*problem));
+
+  const Array &kv_indptr = by_q[kKvIndptr], &mask_bits = by_q[kMaskBits];
+  plan->tile_q = static_cast<int32_t>(a.tile_q);
+  plan->block_size = static_cast<int32_t>(a.block_size);
+  plan->q_tiles = (Positions(problem->q_len, a.row_stride) + a.tile_q - 1) / a.tile_q;
+  plan->kv_blocks = (Positions(kv_len, a.row_stride) + a.block_size - 1) / a.block_size;
+  plan->heads = kv_indptr.elements() / 4 - 1 == plan->q_tiles ? 1 : problem->heads;
+  plan->entries = by_q[kKvIndices].elements() / 4;
+  plan->mask_blocks = mask_bits.rank == 3 ? mask_bits.dim(0) : 0;
+  SPATTN_RETURN_IF_ERROR(CheckArray("kv_indptr", kv_indptr, {plan->heads * plan->q_tiles + 1, 4}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("kv_indices", by_q[kKvIndices], {plan->entries, 4}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("mask_ids", by_q[kMaskIds], {plan->entries, 4}));
+  SPATTN_RETURN_IF_ERROR(
+      CheckArray("mask_bits", mask_bits, {plan->mask_blocks, a.block_size, a.tile_q / 8}));
+  plan->kv_indptr = kv_indptr.ints();
+  plan->kv_indices = by_q[kKvIndices].ints();
+  plan->mask_ids = by_q[kMaskIds].ints();
+  plan->mask_bits = mask_bits.bytes();
+  return Ok();
+}
+
+// Reads what the forward call reads: `inputs` are those of the op. Outputs are the caller's.
+inline SpattnStatus ReadFwd(const CallAttributes& a, const Array* inputs, SpattnFwdParams* params) {
+  SPATTN_RETURN_IF_ERROR(
+      ReadProblem(a, inputs, inputs + kPlanOfFwd, &params->problem, &params->plan));
+  params->q = View(inputs[kQ], a.heads);
+  params->k = View(inputs[kK], a.kv_heads);
+  params->v = View(inputs[kV], a.kv_heads);
+  return Ok();
+}
+
+inline SpattnStatus ReadBwd(const CallAttributes& a, const Array* inputs, SpattnBwdParams* params) {
+  const SpattnProblem& problem = params->problem;
+  SPATTN_RETURN_IF_ERROR(
+      ReadProblem(a, inputs, inputs + kPlanOfGrad, &params->problem, &params->plan));
+  const int64_t width = a.heads * problem.head_dim_v;
+  for (const int input : {kO, kDo}) {
+    SPATTN_RETURN_IF_ERROR(
+        CheckArray(input == kO ? "o" : "do", inputs[input], {problem.batch, problem.q_len, width}));
+  }
+  for (const int input : {kLse, kDlse}) {
+    SPATTN_RETURN_IF_ERROR(CheckArray(input == kLse ? "lse" : "dlse", inputs[input],
+                                      {problem.batch, a.heads, problem.q_len}));
+  }
+  params->q = View(inputs[kQ], a.heads);
+  params->k = View(inputs[kK], a.kv_heads);
+  params->v = View(inputs[kV], a.kv_heads);
+  params->o = View(inputs[kO], a.heads);
+  params->dout = View(inputs[kDo], a.heads);
+  params->lse = static_cast<const float*>(inputs[kLse].data);
+  params->dlse = static_cast<const float*>(inputs[kDlse].data);
+  return Ok();
+}
+
+// Reads the plan by keys, which the gradient on a GPU needs; `plan_inputs` begin with kv_lengths.
+inline SpattnStatus ReadByKv(const CallAttributes& a, const SpattnProblem& problem,
+                             const Array* plan_inputs, SpattnKvPlan* plan) {
+  const Array &tile_blocks = plan_inputs[kTileBlocks], &q_indptr = plan_inputs[kQIndptr];
+  const Array& mask_bits = plan_inputs[kKvMaskBits];
+  SPATTN_RETURN_IF(a.tile_kv < a.block_size || a.tile_kv > INT32_MAX || a.tile_kv % a.block_size,
+                   "the gradient on a GPU needs a plan by keys with tile_kv a multiple of "
+                   "block_kv=%lld, got tile_kv=%lld; was the graph made where TensorFlow sees no "
+                   "GPU?",
+                   (LongLong)a.block_size, (LongLong)a.tile_kv);
+  plan->block_size = static_cast<int32_t>(a.block_size);
+  plan->tile_kv = static_cast<int32_t>(a.tile_kv);
+  plan->q_blocks = (Positions(problem.q_len, a.row_stride) + a.block_size - 1) / a.block_size;
+  plan->kv_tiles = tile_blocks.rank == 4 ? tile_blocks.dim(1) : 0;
+  plan->heads = q_indptr.dim(0) - 1 == plan->kv_tiles ? 1 : problem.heads;
+  plan->entries = plan_inputs[kQIndices].dim(0);
+  plan->mask_blocks = mask_bits.rank == 3 ? mask_bits.dim(0) : 0;
+  const int64_t shares = plan->heads == 1 ? 1 : a.kv_heads;
+  SPATTN_RETURN_IF_ERROR(CheckArray("tile_blocks", tile_blocks,
+                                    {shares, plan->kv_tiles, a.tile_kv / a.block_size, 4}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("q_indptr", q_indptr, {plan->heads * plan->kv_tiles + 1, 4}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("q_indices", plan_inputs[kQIndices], {plan->entries, 4}));
+  SPATTN_RETURN_IF_ERROR(CheckArray("kv_mask_ids", plan_inputs[kKvMaskIds], {plan->entries, 4}));
+  SPATTN_RETURN_IF_ERROR(
+      CheckArray("kv_mask_bits", mask_bits, {plan->mask_blocks, a.block_size, a.tile_kv / 8}));
+  plan->tile_blocks = tile_blocks.ints();
+  plan->q_indptr = q_indptr.ints();
+  plan->q_indices = plan_inputs[kQIndices].ints();
+  plan->mask_ids = plan_inputs[kKvMaskIds].ints();
+  plan->mask_bits = mask_bits.bytes();
+  return Ok();
+}
+
+}  // namespace spattn
+
+#endif  // SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
