@@ -11,6 +11,7 @@ from keras_helpers import functional, layer_by_hand, normal
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
+from sparse_attention.native import loader
 
 TIME, WIDTH = 40, 32
 
@@ -104,18 +105,22 @@ def compiled(layer, jit_compile):
     return model
 
 
-def test_keras_does_not_turn_xla_on_where_it_sees_a_gpu(monkeypatch):
+def test_keras_turns_xla_on_where_it_sees_a_gpu(monkeypatch):
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    assert not compiled(attention(), "auto").jit_compile
     with monkeypatch.context() as patch:
         patch.setattr(tf.config, "list_physical_devices", lambda *_: [gpu])
-        assert compiled(keras.layers.Dense(WIDTH), "auto").jit_compile
         model = compiled(attention(), "auto")
-    assert not model.jit_compile
+        assert model.jit_compile
     x = normal(2, TIME, WIDTH)
     model.fit(x, x, verbose=0)
 
 
-def test_who_asks_for_xla_is_told_and_trains_without():
+def test_who_asks_for_xla_where_it_cannot_be_had_is_told_and_trains_without(
+    monkeypatch,
+):
+    why_not = loader.Loaded(None, "a test")
+    monkeypatch.setitem(loader._loaded, "attention_xla", why_not)
     with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
         model = compiled(attention(), True)
     x = normal(2, TIME, WIDTH)

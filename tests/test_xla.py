@@ -2,10 +2,12 @@
 
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import DTYPES, PATTERNS
+from keras_helpers import functional, normal
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
@@ -201,3 +203,33 @@ assert (compiled(x) == call(x)).numpy().all()
 
 def test_the_library_may_come_after_xla_has_been_used():
     run_script(LATE)
+
+
+# ---- Keras ----
+
+
+def compiled_model(policy, jit_compile):
+    keras.utils.set_random_seed(0)
+    layer = sa.SparseSelfAttention(
+        4, attn_mode="local", local_attn_ctx=16, block_size=8, dtype=policy
+    )
+    model = functional(layer, 40, 32)
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_model_trains_compiled(policy):
+    x, y = normal(8, 40, 32), normal(8, 40, 32)
+    results = []
+    for jit_compile in (False, True):
+        model = compiled_model(policy, jit_compile)
+        losses = model.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0)
+        results.append(losses.history["loss"])
+        assert model.evaluate(x, y, verbose=0) < results[-1][0]
+        assert model.predict(x, verbose=0).shape == (8, 40, 32)
+        assert model.train_on_batch(x[:4], y[:4]) > 0
+    # XLA fuses, so it rounds elsewhere: the policy's eps is what the losses may differ by.
+    eps = 2.0**-7 if policy != "float32" else 2.0**-16
+    assert np.abs(np.subtract(*results)).max() <= eps * results[0][0]
+    assert results[1][-1] < results[1][0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from ..native import loader
 from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
 from ..ops.signature import TensorLike
 from ..plan.block_mask import BlockMask
@@ -63,8 +64,8 @@ class SparseSelfAttention(keras.layers.Layer):
       ValueError: If an argument is not positive or does not fit the others, or x.
       InvalidArgumentError: If a mask has a token after padding.
 
-    Numerics: As `block_sparse_attention`, in the policy's compute dtype. Keras does not
-      compile a model with this layer by XLA, which has no such op.
+    Numerics: As `block_sparse_attention`, in the policy's compute dtype. XLA compiles a
+      model with this layer where TensorFlow ships the headers for it (`supports_jit`).
     """
 
     def __init__(
@@ -106,7 +107,6 @@ class SparseSelfAttention(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
         self.supports_masking = True
-        self.supports_jit = False
         check_positive(heads=self.heads, kv_heads=self.kv_heads)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
@@ -118,6 +118,19 @@ class SparseSelfAttention(keras.layers.Layer):
             raise ValueError(
                 f"attn_mode must be left out beside a block_mask, got {attn_mode!r}"
             )
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA compiles the layer here: what it needs is made now if need be.
+
+        Keras asks where a model is compiled with `jit_compile=True`, and by itself where
+        TensorFlow sees a GPU.
+        """
+        return loader.attention_xla() is not None
+
+    @supports_jit.setter
+    def supports_jit(self, value: bool) -> None:
+        """Keras sets it for every layer; whether it is so is not for a layer to say."""
 
     def build(self, input_shape: Any) -> None:
         _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
