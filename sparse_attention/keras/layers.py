@@ -65,7 +65,7 @@ class SparseSelfAttention(keras.layers.Layer):
       InvalidArgumentError: If a mask has a token after padding.
 
     Numerics: As `block_sparse_attention`, in the policy's compute dtype. XLA compiles a
-      model with this layer where TensorFlow ships the headers for it (`supports_jit`).
+      model with this layer on a CPU, from TensorFlow 2.20 on (`supports_jit`).
     """
 
     def __init__(
