@@ -81,12 +81,28 @@ def test_commands_exist(page):
     text = text_of(page)
     for script in re.findall(r"python3? (?:\S+=\S+ )*([\w/]+\.py)", text):
         assert os.path.exists(os.path.join(ROOT, script)), script
-    for module in re.findall(r"python -m (sparse_attention[\w.]*)", text):
+    for module in re.findall(r"python3? -m (sparse_attention[\w.]*)", text):
         assert importlib.util.find_spec(module), module
+    for path in re.findall(r"pytest .*?(tests/[\w/]+(?:\.py)?)", text):
+        assert os.path.exists(os.path.join(ROOT, path)), path
     with open(os.path.join(ROOT, "Makefile")) as file:
         makefile = file.read()
     for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^(.* )?{target}( .*)?:", makefile, re.MULTILINE), target
+
+
+def files():
+    for room in ("sparse_attention", "tests", "benchmarks", "examples", "tools"):
+        for folder, _, names in os.walk(os.path.join(ROOT, room)):
+            for name in names:
+                yield "/" + os.path.relpath(os.path.join(folder, name), ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    known = list(files())
+    for path in re.findall(r"`([\w/]+\.(?:py|cc|h|cu|cuh))`", text_of(page)):
+        assert any(name.endswith("/" + path) for name in known), path
 
 
 def test_the_names_that_the_docs_use_are_exported():
