@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -280,3 +281,29 @@ def test_config_is_small():
     """All that a plan for 16,384 positions in eight heads needs, in 100 kB."""
     plan = pattern_block_mask("fixed", 16384, 8, 32, 128)
     assert len(json.dumps(plan.get_config())) < 100e3
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda head, q, k: np.where(k <= q, 0.0, -1e9),
+        lambda head, q, k: -0.5 * np.abs(q - k),
+        lambda head, q, k: np.where(k <= q, 1j, 0),
+    ],
+    ids=["additive", "alibi", "complex"],
+)
+def test_what_is_no_truth_is_no_mask(mask):
+    with pytest.raises(TypeError, match="mask must be"):
+        BlockMask(np.ones([4, 4], bool), mask, 8)
+
+
+def test_a_layout_of_scores_is_refused():
+    with pytest.raises(TypeError, match="layout must be True or False.*-inf"):
+        BlockMask(np.where(np.tri(4), 0.0, -np.inf), None, 8)
+    assert BlockMask(np.tri(4), None, 8).density == 0.625  # 0 and 1 are truths
+
+
+def test_a_pickle_holds_the_plan():
+    plan = pattern_block_mask("strided", 75, 2, 8, local_attn_ctx=5)
+    again = pickle.loads(pickle.dumps(plan))
+    assert again.row_stride == 5 and np.array_equal(again.to_dense(), plan.to_dense())

@@ -307,3 +307,11 @@ def test_example_names_what_does_not_fit(trained, example, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(trained / "checkpoint.weights.h5", tmp_path)
     assert "holds a model of another configuration" in example(tmp_path)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_nan_is_no_token(temperature):
+    model = model_of.__wrapped__()  # one of its own
+    model.set_weights([np.full(w.shape, np.nan) for w in model.get_weights()])
+    with pytest.raises(ValueError, match="logits must be numbers.*got NaN"):
+        sa.generate(model, [[1, 2]], length=3, temperature=temperature)

@@ -241,3 +241,12 @@ def test_what_needs_keras_3_says_so(monkeypatch):
     for name in ("Adam", "SparseTransformer"):
         with pytest.raises(ImportError, match=name + " needs Keras 3, .* got Keras "):
             getattr(sa, name)(*range(5))
+
+
+@pytest.mark.parametrize("time", [TIME // 2, 2 * TIME])
+def test_a_mask_of_another_length_is_refused(time):
+    layer = attention()
+    with pytest.raises(
+        ValueError, match=f"mask must be bool .* where the time is {TIME}"
+    ):
+        layer(tf.ones([2, TIME, WIDTH]), mask=np.ones([2, time], bool))

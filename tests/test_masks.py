@@ -215,3 +215,8 @@ def test_callback_mask_checks_what_comes_back():
 def test_masks_docstrings_run():
     assert doctest.testmod(masks).attempted
     assert not doctest.testmod(masks).failed
+
+
+def test_bounds_of_single_numbers_warn_of_nothing(recwarn):
+    masks.strided_mask(4).bounds(0, Span(0, 8, 4), Span(1, 9, 4))
+    assert not recwarn.list

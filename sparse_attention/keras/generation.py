@@ -251,7 +251,16 @@ def _check_prompt(model, prompt):
 
 
 def _sample(logits, temperature, top_k, random):
-    """int32 [batch], drawn from the softmax of [batch, vocab_size] logits."""
+    """int32 [batch], drawn from the softmax of [batch, vocab_size] logits.
+
+    Raises:
+      ValueError: If a logit is NaN: there is no likeliest token then.
+    """
+    if np.isnan(logits).any():
+        raise ValueError(
+            "the model's logits must be numbers to draw a token from, got NaN; were its "
+            "weights trained to NaN?"
+        )
     if temperature > 0:
         logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
         if top_k is not None:

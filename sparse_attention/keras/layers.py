@@ -202,7 +202,7 @@ class SparseSelfAttention(keras.layers.Layer):
             self.block_mask,
             self.heads,
             self.kv_heads,
-            kv_lengths=None if mask is None else _lengths(mask),
+            kv_lengths=None if mask is None else _lengths(mask, self.block_mask.q_len),
         )
         return self.output_dense(o)
 
@@ -237,15 +237,17 @@ class SparseSelfAttention(keras.layers.Layer):
         return super().from_config({**config, "block_mask": plan})
 
 
-def _lengths(mask):
+def _lengths(mask, time):
     """Counts the tokens before the padding: int32 [batch].
 
     It is an error if a token comes after the padding.
     """
     mask = tf.convert_to_tensor(mask)
-    if mask.dtype != tf.bool or mask.shape.rank != 2:
+    fits = mask.shape.is_compatible_with([None, time])
+    if mask.dtype != tf.bool or not fits:
         raise ValueError(
-            f"mask must be bool [batch, time], got {mask.dtype.name} {mask.shape}"
+            f"mask must be bool [batch, time], got {mask.dtype.name} {mask.shape} where "
+            f"the time is {time}"
         )
     lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
     is_padded_right = tf.reduce_all(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .checks import check_positive
+from .checks import as_truth, check_positive
 from .masks import Mask, Span, as_mask
 from .tile_plans import (
     EMPTY,
@@ -68,7 +68,8 @@ class BlockMask:
       block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL.
 
     Raises:
-      TypeError: If `mask` is no function.
+      TypeError: If `mask` is no function, or the layout or what the mask returns is
+        neither boolean nor integer, nor floats that are 0 or 1.
       ValueError: If the block size is not supported, the layout does not fit the
         lengths, or the mask differs between heads and the layout has only one.
     """
@@ -86,7 +87,7 @@ class BlockMask:
             raise ValueError(
                 f"block_size must be one of {list(EFFICIENCY)}, got {block_size!r}"
             )
-        layout = np.array(layout, bool)  # a copy: the plan will not change with it
+        layout = as_truth("layout", layout)  # a copy: the plan will not change with it
         self.layout = layout[None] if layout.ndim == 2 else layout
         if self.layout.ndim != 3 or not layout.size:
             raise ValueError(
@@ -154,7 +155,7 @@ class BlockMask:
             kv_idx = self._kv.rows[kv_block][:, :, None]
             exists = self._q.exists[q_block][:, None, :]
             exists = exists & self._kv.exists[kv_block][:, :, None]
-            allowed = np.asarray(self.mask(head[:, None, None], q_idx, kv_idx), bool)
+            allowed = as_truth("mask", self.mask(head[:, None, None], q_idx, kv_idx))
             allowed = allowed & exists
             kinds[part][(allowed == exists).all(axis=(1, 2))] = FULL
             kinds[part][~allowed.any(axis=(1, 2))] = EMPTY
@@ -367,6 +368,10 @@ class BlockMask:
         plan.layout, plan.block_kinds = block_kinds != EMPTY, block_kinds
         freeze(plan.layout, plan.block_kinds)
         return plan
+
+    def __reduce__(self) -> tuple:
+        """A pickle holds what `get_config` gives: the answers of the mask, no function."""
+        return BlockMask.from_config, (self.get_config(),)
 
     # ---- showing ----
 

@@ -3,6 +3,8 @@
 import numbers
 from typing import Any
 
+import numpy as np
+
 
 def as_ints(**sizes: Any) -> dict:
     """The same sizes as Python's ints, NumPy's integers among them; None stays None.
@@ -36,3 +38,30 @@ def check_positive(**sizes: Any) -> None:
 
 def _is_integer(size: Any) -> bool:
     return isinstance(size, numbers.Integral) and not isinstance(size, bool)
+
+
+def as_truth(name: str, values: Any) -> np.ndarray:
+    """The same values as booleans: integers are True unless they are 0.
+
+    Floats must be 0 or 1. What a model adds to scores, 0 where a query attends and -inf
+    where it does not, would come to mean the opposite.
+
+    >>> as_truth("mask", [0.0, -np.inf])
+    Traceback (most recent call last):
+    TypeError: mask must be True or False, where True = attend, got float64 with the value -inf
+
+    Raises:
+      TypeError: If a value is no truth.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind in "biu":
+        return array.astype(bool)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name} must be bool, got {array.dtype}")
+    others = array[(array != 0) & (array != 1)]
+    if others.size:
+        raise TypeError(
+            f"{name} must be True or False, where True = attend, got {array.dtype} with "
+            f"the value {others.flat[0]}"
+        )
+    return array.astype(bool)
