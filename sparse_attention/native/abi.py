@@ -16,11 +16,8 @@ BLOCKS_OPS = (  # in the order of SpattnBlocksOp
     "softmax_grad",
     "mask",
 )
-LIST_KEYS = (
-    0,
-    1024,
-    2048,
-)  # of Shape: from each on, configs.cc may choose other kernels
+# Values of list_keys of Shape: from each on, configs.cc may choose other kernels.
+LIST_KEYS = (0, 1024, 2048)
 UNSUPPORTED = 2  # of SpattnCode
 
 

@@ -12,6 +12,7 @@ Environment:
 
 import collections
 import concurrent.futures
+import functools
 import glob
 import hashlib
 import os
@@ -99,7 +100,7 @@ def library(name, extra_flags=(), unfit=()):
         recipe = _recipe(name, extra_flags)
         target = _cached(recipe, cache.cache_folders()[-1])
         if target not in unfit:
-            make = lambda *args: _compile(recipe, *args)  # noqa: E731
+            make = functools.partial(_compile, recipe)
             path, why = cache.make_once(target, make), "compiled"
     cache.say(f"{name}: {why}, {path}")
     return path
