@@ -10,12 +10,8 @@ from collections import namedtuple
 
 from . import libraries
 from .cuda import kernels
-from .cuda.devices import visible_archs
 
 Loaded = namedtuple("Loaded", "ops why_not")  # a module and None, or None and a str
-
-# The handlers for GPUs compile, but no GPU has run them yet: tests/gpu/test_xla.py does.
-XLA_RUNS_ON_GPUS = False
 
 _loaded = {}
 _lock = threading.Lock()
@@ -68,8 +64,6 @@ def _in_short(error):
 def _open(name):
     import tensorflow as tf
 
-    if name == "attention_xla" and visible_archs() and not XLA_RUNS_ON_GPUS:
-        return Loaded(None, "XLA runs our op on CPUs alone so far; hide the GPUs")
     unfit = {}  # paths of libraries that do not load: why
     while True:
         try:

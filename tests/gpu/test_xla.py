@@ -11,10 +11,8 @@ import pytest
 import tensorflow as tf
 
 import sparse_attention as sa
-from sparse_attention.native import loader
 
 pytestmark = pytest.mark.gpu
-loader.XLA_RUNS_ON_GPUS = True  # what these tests are to find out
 BATCH, TIME, HEADS, HEAD_DIM = 2, 512, 8, 64
 
 
