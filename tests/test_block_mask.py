@@ -166,6 +166,7 @@ def test_plans_are_made_once_and_are_read_only():
         ({"q_len": 0}, "q_len must be a positive integer, got 0"),
         ({"kv_len": 2.5}, "kv_len must be a positive integer, got 2.5"),
         ({"row_stride": 0}, "row_stride must be a positive integer, got 0"),
+        ({"row_stride": 17}, "row_stride must be at most 16, the longer of .* got 17"),
         ({"q_len": 10, "row_stride": 9}, "must have 3 q_blocks .* row_stride=9, got 2"),
         ({"layout": np.ones(4)}, r"layout must be .*, got shape \(4,\)"),
         ({"layout": np.ones([1, 1, 2, 2])}, "layout must be .*, got shape"),

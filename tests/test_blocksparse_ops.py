@@ -250,8 +250,8 @@ def test_shapes_are_known_to_the_graph():
 # ---- bad input ----
 
 
-def call(op, **changes):
-    """Runs an op on a valid example in which `changes` replace inputs or attributes."""
+def example(op):
+    """{argument: value} of a valid call of an op."""
     bst = transformer(heads=2)
     w = blocks_of(bst, "bfloat16", 1)
     matmul = dict(
@@ -273,7 +273,7 @@ def call(op, **changes):
         lut_max=bst.nn_max,
     )
     q, k = (rows(bst, side, 8, "float32", 1) for side in ("q", "kv"))
-    examples = {
+    return {
         "blocksparse_transformer_nt": dict(
             matmul, a=q, b=k, CT=tf.bfloat16, ctx_blks_a=3, ctx_blks_b=4
         ),
@@ -296,20 +296,27 @@ def call(op, **changes):
             blk_size=16,
             ctx_blks_k=4,
         ),
-    }
-    arguments = dict(examples[op], **changes)
+    }[op]
+
+
+def call(op, fetch=True, **changes):
+    """Runs an op on a valid example in which `changes` replace inputs or attributes.
+
+    A function among them makes an input that NumPy cannot hold; no `fetch`: the op
+    runs, and nothing comes back.
+    """
+    arguments = dict(example(op), **changes)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         # Through placeholders, so that only the kernel sees the shapes.
-        feed = {
-            tf.compat.v1.placeholder(value.dtype, None): value
-            for value in arguments.values()
-            if isinstance(value, (np.ndarray, np.generic))
-        }
-        placeholders = iter(feed)
+        feed = {}
         for name, value in arguments.items():
-            if isinstance(value, (np.ndarray, np.generic)):
-                arguments[name] = next(placeholders)
-        return session.run(getattr(load_blocksparse_ops(), op)(**arguments), feed)
+            if callable(value):
+                arguments[name] = tf.compat.v1.placeholder_with_default(value(), None)
+            elif isinstance(value, (np.ndarray, np.generic)):
+                arguments[name] = tf.compat.v1.placeholder(value.dtype, None)
+                feed[arguments[name]] = value
+        result = getattr(load_blocksparse_ops(), op)(**arguments)
+        return session.run(result if fetch else result.op, feed)
 
 
 def with_entry(lut, place, entry):

@@ -106,6 +106,12 @@ class BlockMask:
         self.row_stride = row_stride
         check_positive(block_size=block_size, row_stride=row_stride)
         check_positive(q_len=self.q_len, kv_len=self.kv_len)
+        longest = max(self.q_len, self.kv_len)
+        if row_stride > longest:
+            raise ValueError(
+                f"row_stride must be at most {longest}, the longer of q_len and kv_len, "
+                f"got {row_stride}; beyond it positions are rows, as with 1"
+            )
         self._q = _Axis("q", self.q_len, block_size, row_stride, self.q_blocks)
         self._kv = _Axis("kv", self.kv_len, block_size, row_stride, self.kv_blocks)
         self._heads_differ = self.heads > 1 and self.mask.per_head is not False

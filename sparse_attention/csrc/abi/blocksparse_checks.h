@@ -81,12 +81,17 @@ inline SpattnStatus CheckMatmulSizes(const SpattnBlocksMatmul& params) {
 }
 
 inline SpattnStatus CheckSoftmaxSizes(const SpattnBlocksSoftmax& params) {
-  SPATTN_RETURN_IF_ERROR(CheckBlocks(params.blocks));
+  const SpattnBlocks& g = params.blocks;
+  SPATTN_RETURN_IF_ERROR(CheckBlocks(g));
+  // No tensor bounds the number of q blocks, whose lists may all be empty.
+  constexpr int64_t kMostLists = int64_t{1} << 31;
+  SPATTN_RETURN_IF(g.blocks > 0 && g.batch > kMostLists / (g.heads * g.q_blocks),
+                   "batch * heads * q_blocks must be at most 2^31, got %lld * %d * %lld",
+                   (LongLong)g.batch, g.heads, (LongLong)g.q_blocks);
   SPATTN_RETURN_IF_ERROR(CheckArrays({params.x, params.y, params.dy, params.dx}));
-  SPATTN_RETURN_IF(
-      params.mask && params.mask_heads != 1 && params.mask_heads != params.blocks.heads,
-      "the mask's heads must be 1 or heads=%d, got %d", params.blocks.heads, params.mask_heads);
-  return CheckListSizes(params.lut, params.blocks, RuleOfNn(params.blocks));
+  SPATTN_RETURN_IF(params.mask && params.mask_heads != 1 && params.mask_heads != g.heads,
+                   "the mask's heads must be 1 or heads=%d, got %d", g.heads, params.mask_heads);
+  return CheckListSizes(params.lut, g, RuleOfNn(g));
 }
 
 inline SpattnStatus CheckMaskSizes(const SpattnBlocksMask& params) {

@@ -1,4 +1,6 @@
 // checks.h — what must hold of a problem's and a plan's sizes, wherever their arrays lie.
+//
+// TensorFlow's bindings include it, so it is C++14.
 #ifndef SPARSE_ATTENTION_ABI_CHECKS_H_
 #define SPARSE_ATTENTION_ABI_CHECKS_H_
 
@@ -23,23 +25,31 @@ inline int64_t Positions(int64_t len, int64_t row_stride) {
   return (len + row_stride - 1) / row_stride * row_stride;
 }
 
+inline SpattnStatus CheckHeadDim(const Named& dim) {
+  SPATTN_RETURN_IF(dim.value < 8 || dim.value > 256 || dim.value % 8 != 0,
+                   "%s must be a multiple of 8 in [8, 256], got %lld", dim.name,
+                   (LongLong)dim.value);
+  return Ok();
+}
+
 inline SpattnStatus CheckProblem(const SpattnProblem& p) {
   SPATTN_RETURN_IF(p.batch < 0, "batch must not be negative, got %lld", (LongLong)p.batch);
-  for (const auto& [name, len] : {Named{"q_len", p.q_len}, Named{"kv_len", p.kv_len}}) {
-    SPATTN_RETURN_IF(len < 0 || len >= kMaxLen, "%s must be in [0, 2^31), got %lld", name,
-                     (LongLong)len);
+  for (const Named& len : {Named{"q_len", p.q_len}, Named{"kv_len", p.kv_len}}) {
+    SPATTN_RETURN_IF(len.value < 0 || len.value >= kMaxLen, "%s must be in [0, 2^31), got %lld",
+                     len.name, (LongLong)len.value);
   }
   SPATTN_RETURN_IF(p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads != 0,
                    "kv_heads must divide heads, got kv_heads=%d and heads=%d", p.kv_heads, p.heads);
-  for (const auto& [name, dim] :
-       {Named{"head_dim", p.head_dim}, Named{"head_dim_v", p.head_dim_v}}) {
-    SPATTN_RETURN_IF(dim < 8 || dim > 256 || dim % 8 != 0,
-                     "%s must be a multiple of 8 in [8, 256], got %lld", name, (LongLong)dim);
+  for (const Named& dim : {Named{"head_dim", p.head_dim}, Named{"head_dim_v", p.head_dim_v}}) {
+    SPATTN_RETURN_IF_ERROR(CheckHeadDim(dim));
   }
   SPATTN_RETURN_IF(p.dtype < SPATTN_FLOAT32 || p.dtype > SPATTN_BFLOAT16,
                    "dtype must be 0, 1 or 2 (float32, float16, bfloat16), got %d", p.dtype);
-  SPATTN_RETURN_IF(p.row_stride < 1 || p.row_stride >= kMaxLen,
-                   "row_stride must be in [1, 2^31), got %lld", (LongLong)p.row_stride);
+  // A longer stride than that would only add positions that no row has, and work with them.
+  const int64_t longest = p.q_len > p.kv_len ? p.q_len : p.kv_len;
+  SPATTN_RETURN_IF(p.row_stride < 1 || (p.row_stride > longest && longest > 0),
+                   "row_stride must be in [1, %lld], the longer of q_len and kv_len, got %lld",
+                   (LongLong)longest, (LongLong)p.row_stride);
   return Ok();
 }
 
@@ -61,10 +71,9 @@ inline SpattnStatus CheckIntArrays(std::initializer_list<const int32_t*> arrays)
 inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF(plan.heads != 1 && plan.heads != problem.heads,
                    "the plan's heads must be 1 or heads=%d, got %d", problem.heads, plan.heads);
-  for (const auto& [name, size] :
-       {Named{"tile_q", plan.tile_q}, Named{"block_size", plan.block_size}}) {
-    SPATTN_RETURN_IF(!IsBlock(size), "%s must be 8, 16, 32, 64 or 128, got %lld", name,
-                     (LongLong)size);
+  for (const Named& size : {Named{"tile_q", plan.tile_q}, Named{"block_size", plan.block_size}}) {
+    SPATTN_RETURN_IF(!IsBlock(size.value), "%s must be 8, 16, 32, 64 or 128, got %lld", size.name,
+                     (LongLong)size.value);
   }
   const int64_t q_tiles =
       (Positions(problem.q_len, problem.row_stride) + plan.tile_q - 1) / plan.tile_q;

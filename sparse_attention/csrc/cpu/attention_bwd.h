@@ -537,6 +537,7 @@ inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& par
 
 inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, void* workspace) {
   const SpattnProblem& problem = params.problem;
+  if (problem.q_len == 0 && problem.kv_len == 0) return;  // however many sequences
   const BwdWorkspaceLayout layout(params, threads.workers, workspace);
   const int64_t count = layout.splits.count(), groups = problem.kv_heads / layout.task_heads;
 

@@ -75,6 +75,7 @@ SpattnStatus RunSoftmax(const SpattnBlocksSoftmax& params, const SpattnThreads& 
   SPATTN_RETURN_IF_ERROR(CheckSoftmaxSizes(params));
   uint8_t* is_listed = static_cast<uint8_t*>(workspace);
   SPATTN_RETURN_IF_ERROR(CheckLists(params.lut, params.blocks, RuleOfNn(params.blocks), is_listed));
+  if (params.blocks.blocks == 0) return Ok();
   kernel(params, is_listed, threads, is_listed + IsListedBytes(params));
   return Ok();
 }
@@ -142,6 +143,7 @@ SpattnStatus spattn_blocks_autoregressive_mask_cpu(const SpattnBlocksMask* param
                                                    const SpattnThreads* threads) {
   SPATTN_RETURN_IF_ERROR(CheckMaskSizes(*params));
   SPATTN_RETURN_IF_ERROR(CheckPlaces(params->lut, params->blocks));
+  if (params->blocks.blocks == 0) return Ok();
   SPATTN_OF_THIS_ISA(kBlocksparseKernels).autoregressive_mask(*params, *threads);
   return Ok();
 }

@@ -394,6 +394,7 @@ inline void ForQueries(const SpattnBlocksSoftmax& params, const SpattnArray& wri
       if (!listed[block]) memset(BlockAt(written, g, b, head, block), 0, block_bytes);
     }
     const List list(params.lut, head, q_block);
+    if (list.size == 0) return;
     for (int64_t first = 0; first < g.block_size; first += kQueriesAtOnce) {
       body(scratch, Queries{g, list, b, head, first});
     }

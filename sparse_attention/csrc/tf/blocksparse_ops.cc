@@ -10,7 +10,6 @@
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "tensorflow/core/util/overflow.h"
 #include "tf/binding.h"
 #include "tf/cuda_stream.h"
 
@@ -36,13 +35,23 @@ enum SoftmaxInput { kX, kScale, kLut, kMask };
 enum SoftmaxGradInput { kDy, kY, kGradScale, kGradLut };
 enum AutoregressiveMaskInput { kMaskIn, kPlaces, kKey };
 
+// Attributes that are sizes, each below this: a product of a few of them stays in an int64.
+constexpr int64 kMostOfASize = (int64{1} << 31) - 1;
+
+template <class Context>  // InferenceContext or OpKernelConstruction
+Status GetSize(Context* c, const char* name, int64* size) {
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr(name, size));
+  if (*size >= 0 && *size <= kMostOfASize) return Status();
+  return InvalidArgument(name, " must be in [0, 2^31), got ", *size);
+}
+
 Status NtShape(InferenceContext* c) {
   ShapeHandle a;
   SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kA), 3, &a));
   int64 heads, blocks, block_size;
-  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("heads", &heads));
-  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blocks", &blocks));
-  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", &block_size));
+  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "heads", &heads));
+  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blocks", &blocks));
+  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blk_size", &block_size));
   c->set_output(0, c->MakeShape({c->Dim(a, 0), heads, blocks, block_size, block_size}));
   return Status();
 }
@@ -51,8 +60,8 @@ Status XnShape(InferenceContext* c) {
   ShapeHandle b;
   SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kB), 3, &b));
   int64 row_blocks, block_size;
-  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("ctx_blks_c", &row_blocks));
-  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", &block_size));
+  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "ctx_blks_c", &row_blocks));
+  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blk_size", &block_size));
   c->set_output(0, c->MakeShape({c->Dim(b, 0), row_blocks * block_size, c->Dim(b, 2)}));
   return Status();
 }
@@ -227,28 +236,14 @@ lut: nt_lut, [lut heads, blocks, 2].
 class BlocksOp : public OpKernel {
  public:
   explicit BlocksOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("blocks", &blocks_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("blk_size", &block_size_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "blocks", &blocks_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "blk_size", &block_size_));
     OP_REQUIRES(ctx,
                 block_size_ == 8 || block_size_ == 16 || block_size_ == 32 || block_size_ == 64,
                 InvalidArgument("blk_size must be 8, 16, 32 or 64, got ", block_size_));
   }
 
  protected:
-  // The shape of a tensor of blocks, if it can be one.
-  Status BlocksShape(int64 batch, int64 heads, TensorShape* shape) const {
-    int64 elements = 1;
-    for (int64 size : {batch, heads, blocks_, block_size_, block_size_}) {
-      elements = tensorflow::MultiplyWithoutOverflow(elements, size);
-      if (elements < 0) {
-        return InvalidArgument("batch * heads * blocks * blk_size^2 must be below 2^63, got ",
-                               batch, " * ", heads, " * ", blocks_, " * ", block_size_, "^2");
-      }
-    }
-    *shape = TensorShape({batch, heads, blocks_, block_size_, block_size_});
-    return Status();
-  }
-
   Status ReadLut(const char* name, const Tensor& tensor, int64 heads, int64 longest,
                  SpattnLut* lut) const {
     if (tensor.dims() != 3 || tensor.dim_size(2) != 2 ||
@@ -259,6 +254,11 @@ class BlocksOp : public OpKernel {
     *lut = {static_cast<int32_t>(tensor.dim_size(0)), tensor.dim_size(1), longest,
             DataOf<int32_t>(tensor)};
     return Status();
+  }
+
+  static Status CheckHeads(const char* name, int64 heads) {
+    if (heads >= 1 && heads <= kMostOfASize) return Status();
+    return InvalidArgument(name, " must have heads in [1, 2^31), got ", heads);
   }
 
   Status CheckMask(const Tensor& mask) const {
@@ -273,7 +273,7 @@ class BlocksOp : public OpKernel {
     return Status();
   }
 
-  static SpattnArray ArrayOf(const Tensor& tensor) {
+  static SpattnArray ElementsOf(const Tensor& tensor) {
     return {DataOf<void>(tensor), DtypeOf(tensor)};
   }
 
@@ -296,7 +296,9 @@ struct OnCpu {
   static void RunGrad(OpKernelContext* ctx, const SpattnBlocksSoftmax& params) {
     RunOnCpu(ctx, params, spattn_blocks_softmax_cpu_workspace, spattn_blocks_softmax_grad_cpu);
   }
-  static void Run(OpKernelContext* ctx, const SpattnBlocksMask& params) {
+  static void Run(OpKernelContext* ctx, SpattnBlocksMask params) {
+    Tensor integers;
+    OP_REQUIRES_OK(ctx, OwnIntegers(ctx, &params, &integers));
     const SpattnThreads threads = WorkerPool(ctx);
     OP_REQUIRES_OK(ctx, ToStatus(spattn_blocks_autoregressive_mask_cpu(&params, &threads)));
   }
@@ -338,10 +340,10 @@ class MatmulOp : public BlocksOp {
   explicit MatmulOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
     const char* const q_blocks[] = {"ctx_blks_a", "ctx_blks_c", "ctx_blks_b"};
     const char* const kv_blocks[] = {"ctx_blks_b", "ctx_blks_b", "ctx_blks_c"};
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("heads", &heads_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr(q_blocks[kProduct], &q_blocks_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr(kv_blocks[kProduct], &kv_blocks_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr(kProduct == kTn ? "tn_max" : "nn_max", &longest_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "heads", &heads_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, q_blocks[kProduct], &q_blocks_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, kv_blocks[kProduct], &kv_blocks_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, kProduct == kTn ? "tn_max" : "nn_max", &longest_));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -355,12 +357,16 @@ class MatmulOp : public BlocksOp {
         InvalidArgument("b must have shape [batch, length, heads * head_dim] with heads=", heads_,
                         " and head_dim a multiple of 8, got ", b.shape().DebugString()));
     const int64 batch = b.dim_size(0), width = b.dim_size(2);
-    const TensorShape q_shape({batch, q_blocks_ * block_size_, width});
-    const TensorShape kv_shape({batch, kv_blocks_ * block_size_, width});
-    TensorShape scores_shape;
-    OP_REQUIRES_OK(ctx, BlocksShape(batch, heads_, &scores_shape));
-    OP_REQUIRES_OK(ctx, CheckShape("a", a, kProduct == kNt ? q_shape : scores_shape));
-    OP_REQUIRES_OK(ctx, CheckShape("b", b, kProduct == kTn ? q_shape : kv_shape));
+    const std::initializer_list<int64_t> q_shape = {batch, q_blocks_ * block_size_, width};
+    const std::initializer_list<int64_t> kv_shape = {batch, kv_blocks_ * block_size_, width};
+    const std::initializer_list<int64_t> scores_shape = {batch, heads_, blocks_, block_size_,
+                                                         block_size_};
+    const auto& c_shape = kProduct == kNt ? scores_shape : kProduct == kNn ? q_shape : kv_shape;
+    OP_REQUIRES_OK(ctx,
+                   ToStatus(CheckArray("a", ArrayOf(a), kProduct == kNt ? q_shape : scores_shape)));
+    OP_REQUIRES_OK(ctx,
+                   ToStatus(CheckArray("b", ArrayOf(b), kProduct == kTn ? q_shape : kv_shape)));
+    OP_REQUIRES_OK(ctx, ToStatus(CheckElements("c", c_shape)));
     OP_REQUIRES_OK(
         ctx, ReadLut(luts[kProduct], ctx->input(kLuts + kProduct), heads_, longest_, &params.lut));
     params.blocks = {batch,
@@ -372,13 +378,10 @@ class MatmulOp : public BlocksOp {
     params.head_dim = width / heads_;
 
     Tensor* c = nullptr;
-    const TensorShape& c_shape = kProduct == kNt   ? scores_shape
-                                 : kProduct == kNn ? q_shape
-                                                   : kv_shape;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, c_shape, &c));
-    params.scores = ArrayOf(kProduct == kNt ? *c : a);
-    params.q = ArrayOf(kProduct == kNt ? a : kProduct == kNn ? *c : b);
-    params.kv = ArrayOf(kProduct == kTn ? *c : b);
+    OP_REQUIRES_OK(ctx, AllocateOutput(ctx, 0, c_shape, &c));
+    params.scores = ElementsOf(kProduct == kNt ? *c : a);
+    params.q = ElementsOf(kProduct == kNt ? a : kProduct == kNn ? *c : b);
+    params.kv = ElementsOf(kProduct == kTn ? *c : b);
     Device::Run(ctx, params, kProduct);
   }
 
@@ -391,8 +394,8 @@ class MatmulOp : public BlocksOp {
 class SoftmaxOp : public BlocksOp {
  public:
   explicit SoftmaxOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("ctx_blks", &q_blocks_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("lut_max", &longest_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "ctx_blks", &q_blocks_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "lut_max", &longest_));
   }
 
  protected:
@@ -400,8 +403,7 @@ class SoftmaxOp : public BlocksOp {
   // numbers.
   Status Read(OpKernelContext* ctx, const char* name, int x_input, int scale_input, int lut_input,
               SpattnBlocksSoftmax* params) {
-    constexpr int64 kAnyKvBlocks =
-        (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
+    constexpr int64 kAnyKvBlocks = kMostOfASize;  // no attribute tells, no memory depends on it
     const Tensor &x = ctx->input(x_input), &scale = ctx->input(scale_input);
     if (x.dims() != 5) {
       return InvalidArgument(name,
@@ -409,9 +411,12 @@ class SoftmaxOp : public BlocksOp {
                              x.shape().DebugString());
     }
     const int64 heads = x.dim_size(1);
-    SPATTN_TF_RETURN_IF_ERROR(CheckShape(
-        name, x, TensorShape({x.dim_size(0), heads, blocks_, block_size_, block_size_})));
-    SPATTN_TF_RETURN_IF_ERROR(CheckShape("scale", scale, TensorShape({})));
+    SPATTN_TF_RETURN_IF_ERROR(CheckHeads(name, heads));
+    SPATTN_TF_RETURN_IF_ERROR(ToStatus(
+        CheckArray(name, ArrayOf(x), {x.dim_size(0), heads, blocks_, block_size_, block_size_})));
+    SPATTN_TF_RETURN_IF_ERROR(
+        ToStatus(CheckElements(name, {x.dim_size(0), heads, blocks_, block_size_, block_size_})));
+    SPATTN_TF_RETURN_IF_ERROR(ToStatus(CheckArray("scale", ArrayOf(scale), {})));
     SPATTN_TF_RETURN_IF_ERROR(ReadLut("lut", ctx->input(lut_input), heads, longest_, &params->lut));
     params->blocks = {x.dim_size(0),
                       static_cast<int32_t>(heads),
@@ -446,8 +451,8 @@ class SoftmaxFwdOp : public SoftmaxOp {
     }
     Tensor* y = nullptr;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(kX).shape(), &y));
-    params.x = ArrayOf(ctx->input(kX));
-    params.y = ArrayOf(*y);
+    params.x = ElementsOf(ctx->input(kX));
+    params.y = ElementsOf(*y);
     Device::Run(ctx, params);
   }
 };
@@ -460,12 +465,14 @@ class SoftmaxGradOp : public SoftmaxOp {
   void Compute(OpKernelContext* ctx) override {
     SpattnBlocksSoftmax params = {};
     OP_REQUIRES_OK(ctx, Read(ctx, "dy", kDy, kGradScale, kGradLut, &params));
-    OP_REQUIRES_OK(ctx, CheckShape("y", ctx->input(kY), ctx->input(kDy).shape()));
+    OP_REQUIRES(ctx, ctx->input(kY).shape() == ctx->input(kDy).shape(),
+                InvalidArgument("y must have shape ", ShapeOf(ArrayOf(ctx->input(kDy))), ", got ",
+                                ShapeOf(ArrayOf(ctx->input(kY)))));
     Tensor* dx = nullptr;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, ctx->input(kDy).shape(), &dx));
-    params.dy = ArrayOf(ctx->input(kDy));
-    params.y = ArrayOf(ctx->input(kY));
-    params.dx = ArrayOf(*dx);
+    params.dy = ElementsOf(ctx->input(kDy));
+    params.y = ElementsOf(ctx->input(kY));
+    params.dx = ElementsOf(*dx);
     Device::RunGrad(ctx, params);
   }
 };
@@ -476,18 +483,18 @@ template <class Device>
 class AutoregressiveMaskOp : public BlocksOp {
  public:
   explicit AutoregressiveMaskOp(OpKernelConstruction* ctx) : BlocksOp(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("ctx_blks_k", &kv_blocks_));
+    OP_REQUIRES_OK(ctx, GetSize(ctx, "ctx_blks_k", &kv_blocks_));
   }
 
   void Compute(OpKernelContext* ctx) override {
-    constexpr int64 kAnyQBlocks =
-        (int64{1} << 31) - 1;  // no attribute tells, no memory depends on it
+    constexpr int64 kAnyQBlocks = kMostOfASize;  // no attribute tells, no memory depends on it
     const Tensor &mask = ctx->input(kMaskIn), &lut = ctx->input(kPlaces), &key = ctx->input(kKey);
     SpattnBlocksMask params = {};
     OP_REQUIRES_OK(ctx, CheckMask(mask));
-    OP_REQUIRES_OK(ctx, CheckShape("autoregress_at_k", key, TensorShape({})));
+    OP_REQUIRES_OK(ctx, ToStatus(CheckArray("autoregress_at_k", ArrayOf(key), {})));
     const int64 heads = mask.dim_size(0);
-    OP_REQUIRES_OK(ctx, CheckShape("lut", lut, TensorShape({heads, blocks_, 2})));
+    OP_REQUIRES_OK(ctx, CheckHeads("mask", heads));
+    OP_REQUIRES_OK(ctx, ToStatus(CheckArray("lut", ArrayOf(lut), {heads, blocks_, 2})));
     OP_REQUIRES_OK(ctx, ReadLut("lut", lut, heads, 0, &params.lut));
     params.blocks = {1,
                      static_cast<int32_t>(heads),

@@ -11,8 +11,10 @@
 #include <new>
 #include <string>
 
-#include "xla/attention_call.h"
+#include "abi/own_integers.h"
+#include "tf/attention_call.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/targets.h"
 
 namespace xla::ffi {
 const XLA_FFI_Api* GetXlaFfiApi();  // of libtensorflow_cc, declared in headers that do not mix
@@ -61,7 +63,8 @@ struct Buffers {
  private:
   static Array ArrayOf(const ffi::AnyBuffer& buffer) {
     const auto dims = buffer.dimensions();
-    return {buffer.untyped_data(), dims.begin(), static_cast<int64_t>(dims.size())};
+    return Array(buffer.untyped_data(), static_cast<int64_t>(dims.size()),
+                 [&](int i) { return dims[i]; });
   }
 };
 
@@ -100,25 +103,36 @@ void RunInPool(void* pool, int32_t workers, void (*work)(void*, int32_t), void* 
   shared->is_done.wait(lock, [&] { return shared->done == workers; });
 }
 
-// The workspace depends on the number of threads, which is not known before, and FFI has no memory of
-// the host to give: it comes from where TensorFlow's allocator for CPUs takes it.
+// Memory of the host, which FFI has none of to give: null where there is none.
+struct Memory {
+  static constexpr std::align_val_t kAlignment{64};
+  void* const data;
+
+  explicit Memory(int64_t bytes)
+      : data(::operator new(static_cast<size_t>(bytes), kAlignment, std::nothrow)) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { ::operator delete(data, kAlignment); }
+};
+
+SpattnStatus NoMemory(int64_t bytes) {
+  return Failed(SPATTN_INTERNAL, "no memory for a workspace of %lld bytes", (LongLong)bytes);
+}
+
 template <class Params>
-SpattnStatus CallOnHost(ffi::ThreadPool* pool, const Params& params,
+SpattnStatus CallOnHost(ffi::ThreadPool* pool, Params params,
                         SpattnStatus (*workspace_bytes)(const Params*, int32_t, int64_t*),
                         SpattnStatus (*call)(const Params*, const SpattnThreads*, void*)) {
+  const int64_t integers_bytes = CountIntegers(params) * static_cast<int64_t>(sizeof(int32_t));
+  const Memory integers(integers_bytes);
+  if (integers.data == nullptr) return NoMemory(integers_bytes);
+  OwnIntegers(&params, static_cast<int32_t*>(integers.data));
   const int64_t size = pool->num_threads();
   const SpattnThreads threads = {static_cast<int32_t>(size < 1 ? 1 : size), pool, RunInPool};
   int64_t bytes = 0;
   SPATTN_RETURN_IF_ERROR(workspace_bytes(&params, threads.workers, &bytes));
-  constexpr std::align_val_t kAlignment{64};
-  const auto release = [](void* p) { ::operator delete(p, kAlignment); };
-  const std::unique_ptr<void, decltype(release)> workspace(
-      ::operator new(static_cast<size_t>(bytes < 1 ? 1 : bytes), kAlignment, std::nothrow),
-      release);
-  if (workspace == nullptr) {
-    return Failed(SPATTN_INTERNAL, "no memory for a workspace of %lld bytes", (LongLong)bytes);
-  }
-  return call(&params, &threads, workspace.get());
+  const Memory workspace(bytes);
+  if (workspace.data == nullptr) return NoMemory(bytes);
+  return call(&params, &threads, workspace.data);
 }
 
 // ---- both calls on both platforms ----

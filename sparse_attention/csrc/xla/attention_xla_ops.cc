@@ -9,10 +9,11 @@
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
-#include "xla/attention_call.h"
+#include "tf/attention_call.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/layout_util.h"
 #include "xla/shape_util.h"
+#include "xla/targets.h"
 
 namespace spattn {
 namespace {
@@ -67,7 +68,8 @@ class AttentionXlaOp : public XlaOpKernel {
     std::vector<Array> arrays;
     for (const xla::Shape& shape : shapes) {
       const auto dims = shape.dimensions();
-      arrays.push_back({nullptr, dims.data(), static_cast<int64_t>(dims.size())});
+      arrays.emplace_back(nullptr, static_cast<int64_t>(dims.size()),
+                          [&](int i) { return dims[i]; });
     }
     SpattnFwdParams fwd = {};
     SpattnBwdParams bwd = {};

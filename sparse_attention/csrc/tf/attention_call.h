@@ -1,68 +1,29 @@
-// attention_call.h — from XLA's buffers to core.h's structs, when a graph is compiled and when it runs.
+// attention_call.h — from the inputs of BlockSparseAttention and its gradient to core.h's structs.
 //
-// The op kernel reads shapes alone, so that whoever compiles a graph is told what does not fit; the
-// handler reads the same shapes again, with the data.
-#ifndef SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
-#define SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
-
-#include <initializer_list>
-#include <string>
+// TensorFlow's op kernels, XLA's when a graph is compiled, and XLA's handlers when it runs all read
+// them here. Shapes and attributes are checked; the values in a plan are the core's affair.
+#ifndef SPARSE_ATTENTION_TF_ATTENTION_CALL_H_
+#define SPARSE_ATTENTION_TF_ATTENTION_CALL_H_
 
 #include "abi/checks.h"
 #include "abi/core.h"
+#include "tf/array.h"
 #include "tf/attention_inputs.h"
 
 namespace spattn {
 
-constexpr char kFwdTarget[] = "sparse_attention_fwd", kBwdTarget[] = "sparse_attention_bwd";
-
-// The attributes of the ops, as a custom call holds them.
+// The attributes of the ops.
 struct CallAttributes {
   int64_t heads, kv_heads, row_stride, tile_q, block_size, tile_kv;
   float softmax_scale;
   int32_t dtype;  // SpattnDtype
 };
 
-// An array in row-major order.
-struct Array {
-  void* data;  // null while a graph is compiled
-  const int64_t* dims;
-  int64_t rank;
-
-  int64_t elements() const {
-    int64_t product = 1;
-    for (int64_t i = 0; i < rank; ++i) product *= dims[i];
-    return product;
-  }
-  int64_t dim(int64_t i) const { return i < rank ? dims[i] : 0; }
-  const int32_t* ints() const { return static_cast<const int32_t*>(data); }
-  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
-};
-
-inline std::string ShapeOf(const int64_t* dims, int64_t rank) {
-  std::string shape = "[";
-  for (int64_t i = 0; i < rank; ++i) shape += (i ? "," : "") + std::to_string(dims[i]);
-  return shape + "]";
-}
-
-inline SpattnStatus CheckArray(const char* name, const Array& array,
-                               std::initializer_list<int64_t> expected) {
-  bool is_equal = array.rank == static_cast<int64_t>(expected.size());
-  for (int64_t i = 0; is_equal && i < array.rank; ++i) {
-    is_equal = array.dims[i] == expected.begin()[i];
-  }
-  SPATTN_RETURN_IF(!is_equal, "%s must have shape %s, got %s", name,
-                   ShapeOf(expected.begin(), static_cast<int64_t>(expected.size())).c_str(),
-                   ShapeOf(array.dims, array.rank).c_str());
-  return Ok();
-}
-
 inline SpattnStatus CheckAttributes(const CallAttributes& a) {
-  for (const auto& [name, value] :
-       {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads}, Named{"row_stride", a.row_stride},
-        Named{"block_q", a.tile_q}, Named{"block_kv", a.block_size}}) {
-    SPATTN_RETURN_IF(value < 1 || value > INT32_MAX, "%s must be positive, got %lld", name,
-                     (LongLong)value);
+  for (const Named& size : {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads},
+                            Named{"row_stride", a.row_stride}}) {
+    SPATTN_RETURN_IF(size.value < 1 || size.value >= kMaxLen, "%s must be in [1, 2^31), got %lld",
+                     size.name, (LongLong)size.value);
   }
   SPATTN_RETURN_IF(a.heads % a.kv_heads != 0,
                    "kv_heads must divide heads, got kv_heads=%lld and heads=%lld",
@@ -79,33 +40,42 @@ inline SpattnTensor View(const Array& array, int64_t heads) {
   return {array.data, rows * width, width, width / heads};
 }
 
+// Checks that an array is [batch, time, heads * dim] and gives dim.
+inline SpattnStatus ReadDim(const char* name, const Array& array, const char* heads_name,
+                            int64_t heads, const char* dim_name, int32_t* dim) {
+  SPATTN_RETURN_IF(array.rank != 3, "%s must have rank 3, [batch, time, %s * dim], got shape %s",
+                   name, heads_name, ShapeOf(array).c_str());
+  SPATTN_RETURN_IF(array.dim(2) % heads != 0,
+                   "the width of %s must be a multiple of %s=%lld, got shape %s", name, heads_name,
+                   (LongLong)heads, ShapeOf(array).c_str());
+  const int64_t width = array.dim(2) / heads;
+  SPATTN_RETURN_IF_ERROR(CheckHeadDim({dim_name, width}));
+  *dim = static_cast<int32_t>(width);
+  return CheckElements(name, {array.dim(0), array.dim(1), array.dim(2)});
+}
+
 // Reads the sizes of q, k and v, and the plan by queries.
 inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const Array* by_q,
                                 SpattnProblem* problem, SpattnPlan* plan) {
   SPATTN_RETURN_IF_ERROR(CheckAttributes(a));
   const Array &q = qkv[kQ], &k = qkv[kK], &v = qkv[kV];
-  for (const Array* array : {&q, &k, &v}) {
-    const int64_t heads = array == &q ? a.heads : a.kv_heads;
-    SPATTN_RETURN_IF(array->rank != 3 || array->dim(2) % heads != 0,
-                     "%s must be [batch, time, %lld heads * dim], got shape %s",
-                     array == &q   ? "q"
-                     : array == &k ? "k"
-                                   : "v",
-                     (LongLong)heads, ShapeOf(array->dims, array->rank).c_str());
-  }
-  const int64_t batch = q.dim(0), kv_len = k.dim(1), head_dim = q.dim(2) / a.heads;
-  SPATTN_RETURN_IF_ERROR(CheckArray("k", k, {batch, kv_len, a.kv_heads * head_dim}));
+  SPATTN_RETURN_IF_ERROR(ReadDim("q", q, "heads", a.heads, "head_dim", &problem->head_dim));
+  SPATTN_RETURN_IF_ERROR(
+      ReadDim("v", v, "kv_heads", a.kv_heads, "head_dim_v", &problem->head_dim_v));
+  const int64_t batch = q.dim(0), kv_len = k.dim(1);
+  SPATTN_RETURN_IF_ERROR(CheckArray("k", k, {batch, kv_len, a.kv_heads * problem->head_dim}));
   SPATTN_RETURN_IF_ERROR(CheckArray("v", v, {batch, kv_len, v.dim(2)}));
+  SPATTN_RETURN_IF_ERROR(CheckElements("k", {batch, kv_len, k.dim(2)}));
+  SPATTN_RETURN_IF_ERROR(
+      CheckElements("o", {batch, q.dim(1), a.heads * int64_t{problem->head_dim_v}}));
   const Array& kv_lengths = by_q[kKvLengths];
-  const bool has_lengths = kv_lengths.elements() != 0;
-  SPATTN_RETURN_IF_ERROR(CheckArray("kv_lengths", kv_lengths, {has_lengths ? batch : 0}));
+  const bool has_lengths = kv_lengths.rank != 1 || kv_lengths.dim(0) != 0;
+  if (has_lengths) SPATTN_RETURN_IF_ERROR(CheckArray("kv_lengths", kv_lengths, {batch}));
   problem->batch = batch;
   problem->q_len = q.dim(1);
   problem->kv_len = kv_len;
   problem->heads = static_cast<int32_t>(a.heads);
   problem->kv_heads = static_cast<int32_t>(a.kv_heads);
-  problem->head_dim = static_cast<int32_t>(head_dim);
-  problem->head_dim_v = static_cast<int32_t>(v.dim(2) / a.kv_heads);
   problem->dtype = a.dtype;
   problem->softmax_scale = a.softmax_scale;
   problem->row_stride = a.row_stride;
@@ -117,10 +87,16 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
   plan->block_size = static_cast<int32_t>(a.block_size);
   plan->q_tiles = (Positions(problem->q_len, a.row_stride) + a.tile_q - 1) / a.tile_q;
   plan->kv_blocks = (Positions(kv_len, a.row_stride) + a.block_size - 1) / a.block_size;
-  plan->heads = kv_indptr.elements() / 4 - 1 == plan->q_tiles ? 1 : problem->heads;
-  plan->entries = by_q[kKvIndices].elements() / 4;
-  plan->mask_blocks = mask_bits.rank == 3 ? mask_bits.dim(0) : 0;
-  SPATTN_RETURN_IF_ERROR(CheckArray("kv_indptr", kv_indptr, {plan->heads * plan->q_tiles + 1, 4}));
+  plan->heads = kv_indptr.dim(0) - 1 == plan->q_tiles ? 1 : problem->heads;
+  plan->entries = by_q[kKvIndices].dim(0);
+  plan->mask_blocks = mask_bits.dim(0);
+  const int64_t lists = plan->heads * plan->q_tiles;
+  SPATTN_RETURN_IF(
+      kv_indptr.rank != 2 || kv_indptr.dim(0) != lists + 1 || kv_indptr.dim(1) != 4,
+      "kv_indptr must have shape [%lld + 1, 4] or [heads * %lld + 1, 4] for q_len=%lld and "
+      "block_q=%lld, got %s; was the plan made for this length?",
+      (LongLong)plan->q_tiles, (LongLong)plan->q_tiles, (LongLong)problem->q_len,
+      (LongLong)a.tile_q, ShapeOf(kv_indptr).c_str());
   SPATTN_RETURN_IF_ERROR(CheckArray("kv_indices", by_q[kKvIndices], {plan->entries, 4}));
   SPATTN_RETURN_IF_ERROR(CheckArray("mask_ids", by_q[kMaskIds], {plan->entries, 4}));
   SPATTN_RETURN_IF_ERROR(
@@ -178,10 +154,10 @@ inline SpattnStatus ReadByKv(const CallAttributes& a, const SpattnProblem& probl
   plan->block_size = static_cast<int32_t>(a.block_size);
   plan->tile_kv = static_cast<int32_t>(a.tile_kv);
   plan->q_blocks = (Positions(problem.q_len, a.row_stride) + a.block_size - 1) / a.block_size;
-  plan->kv_tiles = tile_blocks.rank == 4 ? tile_blocks.dim(1) : 0;
+  plan->kv_tiles = tile_blocks.dim(1);
   plan->heads = q_indptr.dim(0) - 1 == plan->kv_tiles ? 1 : problem.heads;
   plan->entries = plan_inputs[kQIndices].dim(0);
-  plan->mask_blocks = mask_bits.rank == 3 ? mask_bits.dim(0) : 0;
+  plan->mask_blocks = mask_bits.dim(0);
   const int64_t shares = plan->heads == 1 ? 1 : a.kv_heads;
   SPATTN_RETURN_IF_ERROR(CheckArray("tile_blocks", tile_blocks,
                                     {shares, plan->kv_tiles, a.tile_kv / a.block_size, 4}));
@@ -200,4 +176,4 @@ inline SpattnStatus ReadByKv(const CallAttributes& a, const SpattnProblem& probl
 
 }  // namespace spattn
 
-#endif  // SPARSE_ATTENTION_XLA_ATTENTION_CALL_H_
+#endif  // SPARSE_ATTENTION_TF_ATTENTION_CALL_H_
