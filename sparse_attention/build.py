@@ -107,8 +107,10 @@ def _kernels(library, arch, options):
         for row_stride in strides:
             block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
             shape = abi.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
-            for tile_kv in kv_tile_sizes(shape.tile_kv, block_size, [head_dim]):
-                shape.tile_kv = tile_kv
+            has_tf32 = dtype == "float32" and arch >= 80
+            sizes = kv_tile_sizes(shape.tile_kv, block_size, [head_dim])
+            for tile_kv, tf32 in itertools.product(sizes, [0, 1] if has_tf32 else [0]):
+                shape.tile_kv, shape.uses_tf32 = tile_kv, tf32
                 found += [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
             for shape.list_keys in abi.LIST_KEYS:
                 found.append(abi.kernel_of(library, shape, "fwd"))

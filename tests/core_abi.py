@@ -14,7 +14,7 @@ class Problem(ctypes.Structure):
         + [(name, ctypes.c_int32) for name in ("heads", "kv_heads")]
         + [(name, ctypes.c_int32) for name in ("head_dim", "head_dim_v", "dtype")]
         + [("softmax_scale", ctypes.c_float), ("row_stride", ctypes.c_int64)]
-        + [("kv_lengths", ctypes.c_void_p)]
+        + [("kv_lengths", ctypes.c_void_p), ("allow_tf32", ctypes.c_int32)]
     )
 
 

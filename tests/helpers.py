@@ -75,21 +75,26 @@ RESULTS = ("o", "lse", "dq", "dk", "dv")
 # ---- plain dense attention ----
 
 
-def plain_attention_fwd(q, k, v, mask=None, softmax_scale=None, kv_lengths=None):
+def plain_attention_fwd(
+    q, k, v, mask=None, softmax_scale=None, kv_lengths=None, tf32=False
+):
     """`reference.attention_fwd` as a framework computes it in the dtype of q.
 
-    Matmuls and softmax are float32; weights and results are rounded.
+    Matmuls and softmax are float32; weights and results are rounded. With `tf32` the
+    factors of matmuls are TF32, which has 10 bits of fraction.
 
     Returns:
       o, in q's dtype, and lse, float32.
     """
-    p, lse, (_, _, v32), _ = _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths)
-    o = _round(p, q.dtype) @ v32
+    p, lse, (_, _, v32), _ = _plain_softmax(
+        q, k, v, mask, softmax_scale, kv_lengths, tf32
+    )
+    o = _factor(_round(p, q.dtype), tf32) @ v32
     return _round(o, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3), lse
 
 
 def plain_attention_bwd(
-    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None
+    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None, tf32=False
 ):
     """`reference.attention_bwd` as a framework computes it in the dtype of q.
 
@@ -97,15 +102,15 @@ def plain_attention_bwd(
       dq, dk, dv, in q's dtype.
     """
     p, _, (q32, k32, v32), scale = _plain_softmax(
-        q, k, v, mask, softmax_scale, kv_lengths
+        q, k, v, mask, softmax_scale, kv_lengths, tf32
     )
-    do32 = _by_head(do)
+    do32 = _factor(_by_head(do), tf32)
     dp = do32 @ v32.swapaxes(2, 3)
     ds = dp - np.sum(p * dp, axis=3, keepdims=True)
     if dlse is not None:
         ds = ds + np.asarray(dlse, np.float32)[..., None]
-    ds = _round(p * ds, q.dtype)
-    dv = _round(p, q.dtype).swapaxes(2, 3) @ do32
+    ds = _factor(_round(p * ds, q.dtype), tf32)
+    dv = _factor(_round(p, q.dtype), tf32).swapaxes(2, 3) @ do32
     dq, dk = ds @ k32 * scale, ds.swapaxes(2, 3) @ q32 * scale
 
     def collect(dx, heads):  # sums the heads that share one
@@ -115,21 +120,22 @@ def plain_attention_bwd(
     return collect(dq, q.shape[2]), collect(dk, k.shape[2]), collect(dv, v.shape[2])
 
 
-def assert_attention_close(results, inputs, mask, **options):
+def assert_attention_close(results, inputs, mask, tf32=False, **options):
     """Holds attention to the one tolerance.
 
     Args:
       results: {name: array}, of RESULTS those that are to be checked.
       inputs: `Inputs`; without dlse, if it is None.
       mask: bool [heads or 1, q_len, kv_len].
+      tf32: Whether the factors of products may be TF32.
       options: `softmax_scale`, `kv_lengths`.
     """
     *qkv, do, dlse = inputs
     oracle, plain = (
-        [*fwd(*qkv, mask, **options), *bwd(*qkv, mask, do, dlse, **options)]
-        for fwd, bwd in (
-            (reference.attention_fwd, reference.attention_bwd),
-            (plain_attention_fwd, plain_attention_bwd),
+        [*fwd(*qkv, mask, **given), *bwd(*qkv, mask, do, dlse, **given)]
+        for fwd, bwd, given in (
+            (reference.attention_fwd, reference.attention_bwd, options),
+            (plain_attention_fwd, plain_attention_bwd, dict(options, tf32=tf32)),
         )
     )
     for i, name in enumerate(RESULTS):
@@ -141,14 +147,22 @@ def assert_attention_close(results, inputs, mask, **options):
                 raise AssertionError(f"{name}: {error}") from error
 
 
-def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths):
+def _factor(x, tf32):
+    """float32 `x`, or to the nearest TF32, halves away from 0."""
+    if not tf32:
+        return x
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths, tf32):
     """Weights, lse, the inputs by head, and the scale; all in float32."""
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     scale = np.float32(softmax_scale)
     share = q.shape[2] // k.shape[2]
-    q32 = _by_head(q)
-    k32, v32 = (np.repeat(_by_head(x), share, axis=1) for x in (k, v))
+    q32 = _factor(_by_head(q), tf32)
+    k32, v32 = (np.repeat(_factor(_by_head(x), tf32), share, axis=1) for x in (k, v))
     allowed = np.ones([1, 1, 1, k.shape[1]], bool) if mask is None else mask
     if kv_lengths is not None:
         limit = np.reshape(kv_lengths, [-1, 1, 1, 1])

@@ -71,6 +71,7 @@ def check_attention(
     kv_lengths=None,
     softmax_scale=None,
     seed=0,
+    tf32=False,
 ):
     """Compares o, lse and all gradients with the float64 oracle.
 
@@ -78,6 +79,7 @@ def check_attention(
       attention: `attention(q, k, v)` -> o, lse, on tensors [batch, time, heads * dim].
       block_mask: What it is to attend to.
       with_dlse: Whether lse has a gradient, too.
+      tf32: Whether the factors of products may be TF32.
     """
     inputs = random_inputs(
         seed,
@@ -104,7 +106,7 @@ def check_attention(
         name: x.reshape(y.shape)
         for name, x, y in zip(RESULTS, [*outputs, *grads], like)
     }
-    assert_attention_close(results, inputs, block_mask.to_dense(), **options)
+    assert_attention_close(results, inputs, block_mask.to_dense(), tf32, **options)
 
 
 def attention_on(block_mask, heads, device=None, **options):

@@ -30,7 +30,7 @@ class Shape(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             *("arch", "dtype", "head_dim", "head_dim_v"),
-            *("is_row_strided", "is_scale_positive", "block_size"),
+            *("is_row_strided", "is_scale_positive", "uses_tf32", "block_size"),
             *("tile_q", "tile_kv", "list_keys"),
         )
     ]

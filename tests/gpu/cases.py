@@ -22,9 +22,10 @@ from sparse_attention.plan.patterns import pattern_block_mask
 Case = namedtuple(
     "Case",
     "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths tile_q "
-    "tile_kv softmax_scale",
+    "tile_kv softmax_scale allow_tf32",
 )
 BATCH = 2
+DTYPES = (*abi.DTYPES, "tf32")  # float32 whose products may round to TF32
 
 
 def case(
@@ -44,7 +45,7 @@ def case(
     return Case(
         "-".join([name, dtype]),
         block_mask,
-        dtype,
+        "float32" if dtype == "tf32" else dtype,
         heads,
         kv_heads or heads,
         head_dim,
@@ -53,6 +54,7 @@ def case(
         tile_q,
         tile_kv,
         softmax_scale,
+        dtype == "tf32",
     )
 
 
@@ -73,7 +75,7 @@ def random_block_mask(
 
 
 def _patterns():
-    for dtype in abi.DTYPES:
+    for dtype in DTYPES:
         for size in (8, 16, 32, 64, 128):
             window = 2 * size
             length = 5 * size + size // 2 + 3
@@ -91,9 +93,9 @@ def _patterns():
 
 def _dims():
     dims = [(8, 8), (24, 24), (40, 40), (64, 64), (96, 96), (128, 128), (256, 256)]
-    for dtype in abi.DTYPES:
+    for dtype in DTYPES:
         for head_dim, head_dim_v in dims + [(64, 128), (128, 64), (72, 200)]:
-            is_wide = dtype == "float32" and max(head_dim, head_dim_v) > 96
+            is_wide = dtype in ("float32", "tf32") and max(head_dim, head_dim_v) > 96
             size = 32 if is_wide else 64
 
             def block_mask(size=size):
@@ -109,7 +111,7 @@ def _dims():
 
 
 def _features():
-    for dtype in abi.DTYPES:
+    for dtype in DTYPES:
         for tile_q in (8, 16, 32, 64, 128):
             yield case(
                 f"tile_q-{tile_q}",
@@ -210,7 +212,9 @@ def _long():
 CASES = [*_patterns(), *_dims(), *_features(), *_long()]
 # What a V100 runs: two heads of 256 do not fit into its shared memory.
 VOLTA_CASES = [
-    c for c in CASES if c.dtype != "bfloat16" and c.head_dim + c.head_dim_v < 512
+    c
+    for c in CASES
+    if c.dtype != "bfloat16" and c.head_dim + c.head_dim_v < 512 and not c.allow_tf32
 ]
 
 
@@ -229,6 +233,7 @@ def kernels_of(library, case, arch):
     head_dims = case.head_dim, case.head_dim_v
     shape = abi.shape_of(library, arch, case.dtype, head_dims, case.block_mask())
     shape.is_scale_positive = case.softmax_scale is None or case.softmax_scale > 0
+    shape.uses_tf32 = case.allow_tf32
     shape.tile_q, shape.tile_kv = tiles.tile_q, kv_tiles.tile_kv
     keys = len(tiles.kv_indices) * tiles.block_size
     shape.list_keys = keys // (len(tiles.kv_indptr) - 1)

@@ -82,8 +82,10 @@ class Attention:
         heads,
         kv_heads=None,
         softmax_scale=None,
+        allow_tf32=False,
     ):
         self.core, self.block_mask = core, block_mask
+        self.allow_tf32 = allow_tf32
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.softmax_scale = softmax_scale
         self.tiles, self.kv_tiles = (
@@ -101,7 +103,7 @@ class Attention:
             *(q.shape[0], q.shape[1], k.shape[1], self.heads, self.kv_heads),
             *(head_dim, v.shape[3], abi.DTYPES.index(_dtype(q))),
             *(head_dim**-0.5 if scale is None else scale, self.block_mask.row_stride),
-            _pointer(kv_lengths),
+            *(_pointer(kv_lengths), self.allow_tf32),
         )
 
     def _call(self, name, structs, *workspace):

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from cases import BATCH, CASES, VOLTA_CASES, case, plans_of, random_block_mask
+from cases import BATCH, CASES, DTYPES, VOLTA_CASES, case, plans_of, random_block_mask
 from helpers import assert_attention_close, random_inputs, to_dtype
 from require import import_or_skip
 
@@ -24,7 +24,7 @@ def attention_of(case, block_mask, ptx_arch=0):
     return Attention(
         *(core, block_mask),
         *plans_of(core.library, case, ptx_arch or major * 10 + minor),
-        *(case.heads, case.kv_heads, case.softmax_scale),
+        *(case.heads, case.kv_heads, case.softmax_scale, case.allow_tf32),
     )
 
 
@@ -62,6 +62,7 @@ class Run:
             *(self.results, self.inputs, self.block_mask.to_dense()),
             kv_lengths=self.case.kv_lengths,
             softmax_scale=self.case.softmax_scale,
+            tf32=self.case.allow_tf32,
         )
 
 
@@ -142,12 +143,43 @@ def test_masked_keys_do_not_leak(case, value):
         assert not np.isfinite(sees).any()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("case", FEATURE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
+@pytest.mark.parametrize("what", ["q", "do"])
+def test_masked_queries_do_not_leak(case, value, what):
+    """Keys that a query may not attend to never notice what it or its gradient holds."""
+    plain = Run(case)
+    allowed = plain.block_mask.to_dense()
+    allowed = np.broadcast_to(allowed, [case.heads, *allowed.shape[1:]])
+    query = int(np.argmin(np.abs(allowed.mean(axis=(0, 2)) - 0.5)))  # half attend to it
+    x = getattr(plain.inputs, what).copy()
+    x[:, query] = value
+    changed = Run(case, inputs=plain.inputs._replace(**{what: x}))
+    group = case.heads // case.kv_heads
+    for kv_head in range(case.kv_heads):
+        sees = allowed[kv_head * group : (kv_head + 1) * group, query].any(axis=0)
+        assert sees.any() and not sees.all()
+        for batch in range(BATCH):
+            length = (case.kv_lengths or [len(sees)] * BATCH)[batch]
+            exists = np.arange(len(sees)) < length
+            for name in ("dk", "dv"):
+                before, after = (
+                    r.results[name][batch, :, kv_head] for r in (plain, changed)
+                )
+                hidden = ~(sees & exists)
+                assert before[hidden].tobytes() == after[hidden].tobytes(), name
+                if np.isnan(value):
+                    seen = after[sees & exists].astype(np.float32)
+                    assert not np.isfinite(seen).any(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits_give_no_nan(dtype):
     case = next(c for c in CASES if c.name == f"row-stride-{dtype}")
     run = Run(case)
     scaled = run.inputs._replace(
-        q=run.inputs.q * to_dtype(240, dtype), k=run.inputs.k * to_dtype(240, dtype)
+        q=run.inputs.q * to_dtype(240, case.dtype),
+        k=run.inputs.k * to_dtype(240, case.dtype),
     )
     results = Run(case, inputs=scaled).results
     for name in ("o", "dq", "dk", "dv"):

@@ -20,7 +20,7 @@ TABLE = pathlib.Path(__file__).with_name("registers.json")
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
 SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("float32", 64): ARCHS,
-    ("float32", 128): (70,),  # one stage; takes long to compile
+    ("float32", 128): (70, 80),  # one stage; takes long to compile
     ("float16", 64): ARCHS,
     ("float16", 128): ARCHS[2:],
     ("bfloat16", 64): ARCHS[2:],
@@ -41,6 +41,10 @@ def kernels_of(library, arch):
             for phase in abi.PHASES:
                 kernel = abi.kernel_of(library, shape, phase)
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
+            for shape.uses_tf32 in [1] if dtype == "float32" and arch >= 80 else ():
+                for phase in abi.PHASES:
+                    kernel = abi.kernel_of(library, shape, phase)
+                    yield f"{kernel.name.decode()} {name} tf32 {dim}", kernel
             has_long = arch == 90 and dtype != "float32"
             for shape.list_keys in abi.LIST_KEYS[1:] if has_long else ():
                 kernel = abi.kernel_of(library, shape, "fwd")

@@ -23,6 +23,14 @@ from sparse_attention.plan import reference
 from sparse_attention.plan.patterns import pattern_block_mask
 
 pytestmark = pytest.mark.gpu
+ALLOW_TF32 = tf.config.experimental.enable_tensor_float_32_execution
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    ALLOW_TF32(False)
+    yield
+    ALLOW_TF32(True)  # as TensorFlow begins
 
 
 def patterns():
@@ -38,6 +46,20 @@ def test_attention_matches_oracle(mode, dtype):
     for block_mask in patterns():
         attention = attention_on(block_mask, 2, "/gpu:0")
         check_attention(attention, block_mask, mode, True, head_dim=64, dtype=dtype)
+
+
+def test_float32_follows_tensorflow_into_tf32():
+    ran = []
+    for block_mask in patterns():
+        attention = attention_on(block_mask, 2, "/gpu:0")
+        x = np.random.RandomState(0).normal(size=[2, 300, 128]).astype(np.float32)
+        results = []
+        for allowed in (False, True):
+            ALLOW_TF32(allowed)
+            check_attention(attention, block_mask, "eager", head_dim=64, tf32=allowed)
+            results.append(attention(x, x, x)[0].numpy())
+        ran.append(np.abs(results[0] - results[1]).max())
+    assert min(ran) > 2.0**-16  # the two are not the same kernel
 
 
 def test_every_option_matches_oracle():

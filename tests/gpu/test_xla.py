@@ -59,6 +59,17 @@ def test_compiled_equals_uncompiled(mode, dtype):
     assert_compiled_equals(attention_and_gradients(mode), inputs(dtype))
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_follows_tensorflow_into_tf32(allowed):
+    """When a graph is compiled; the op by itself, when it runs."""
+    allow = tf.config.experimental.enable_tensor_float_32_execution
+    allow(allowed)
+    try:
+        assert_compiled_equals(attention_and_gradients("fixed"), inputs("float32"))
+    finally:
+        allow(True)
+
+
 def test_compiled_equals_uncompiled_for_groups_and_lengths():
     call = attention_and_gradients("all", kv_heads=2, kv_lengths=[100, 0])
     assert_compiled_equals(call, inputs("bfloat16", kv_heads=2))

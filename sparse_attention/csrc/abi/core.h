@@ -50,6 +50,7 @@ typedef struct {
   // (p mod n) * row_stride + p / n, and does not exist where that is no row. 1: position = row.
   int64_t row_stride;
   const int32_t* kv_lengths;  // [batch] or null: keys in rows at or past it do not exist
+  int32_t allow_tf32;         // not 0: on CUDA, factors of float32 products may be rounded to TF32
 } SpattnProblem;
 
 // A tensor [batch, rows, heads, dim]; strides in elements, dim contiguous.
@@ -151,6 +152,7 @@ typedef struct {
   int32_t dtype, head_dim, head_dim_v;  // SpattnProblem's
   int32_t is_row_strided;               // row_stride > 1
   int32_t is_scale_positive;            // softmax_scale > 0
+  int32_t uses_tf32;                    // float32 on tensor cores
   int32_t block_size;                   // of the plan and of its transpose
   int32_t tile_q, tile_kv;              // of the plan and of its transpose
   int32_t list_keys;                    // of a q tile, on average; for SPATTN_FWD alone

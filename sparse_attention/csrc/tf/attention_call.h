@@ -17,6 +17,7 @@ struct CallAttributes {
   int64_t heads, kv_heads, row_stride, tile_q, block_size, tile_kv;
   float softmax_scale;
   int32_t dtype;  // SpattnDtype
+  bool allow_tf32;
 };
 
 inline SpattnStatus CheckAttributes(const CallAttributes& a) {
@@ -77,6 +78,7 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
   problem->heads = static_cast<int32_t>(a.heads);
   problem->kv_heads = static_cast<int32_t>(a.kv_heads);
   problem->dtype = a.dtype;
+  problem->allow_tf32 = a.allow_tf32;
   problem->softmax_scale = a.softmax_scale;
   problem->row_stride = a.row_stride;
   problem->kv_lengths = has_lengths ? kv_lengths.ints() : nullptr;

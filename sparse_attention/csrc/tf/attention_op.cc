@@ -10,6 +10,7 @@
 #include "tf/attention_call.h"
 #include "tf/binding.h"
 #include "tf/cuda_stream.h"
+#include "tf/tensor_float_32.h"
 
 namespace spattn {
 namespace {
@@ -149,6 +150,7 @@ class AttentionOp : public OpKernel {
     for (int i = 0; i < ctx->num_inputs(); ++i) arrays[i] = ArrayOf(ctx->input(i));
     CallAttributes attributes = attributes_;
     attributes.dtype = DtypeOf(ctx->input(kQ));
+    attributes.allow_tf32 = AllowsTf32();
     return attributes;
   }
 

@@ -205,11 +205,13 @@ SpattnStatus RunBwd(const Platform& platform, const ffi::RemainingArgs& args,
 
 // A float travels as its bits: as text it might not come back the same.
 CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, int64_t tile_q,
-                          int64_t block_size, int64_t tile_kv, int64_t scale_bits, int64_t dtype) {
-  CallAttributes a = {heads, kv_heads, row_stride, tile_q, block_size, tile_kv, 0, 0};
+                          int64_t block_size, int64_t tile_kv, int64_t scale_bits, int64_t dtype,
+                          int64_t allow_tf32) {
+  CallAttributes a = {heads, kv_heads, row_stride, tile_q, block_size, tile_kv, 0, 0, false};
   const auto bits = static_cast<uint32_t>(scale_bits);
   memcpy(&a.softmax_scale, &bits, sizeof(bits));
   a.dtype = static_cast<int32_t>(dtype);
+  a.allow_tf32 = allow_tf32 != 0;
   return a;
 }
 
@@ -225,7 +227,8 @@ CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, i
       .Attr<int64_t>("block_size") \
       .Attr<int64_t>("tile_kv")    \
       .Attr<int64_t>("scale_bits") \
-      .Attr<int64_t>("dtype")
+      .Attr<int64_t>("dtype")      \
+      .Attr<int64_t>("allow_tf32")
 
 template <class... Values>
 ffi::Error FwdOnHost(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -251,13 +254,13 @@ ffi::Error BwdOnCuda(void* stream, ffi::RemainingArgs args, ffi::RemainingRets r
   return ToError(RunBwd(Cuda{stream}, args, rets, Attributes(values...)));
 }
 
-#define SPATTN_HANDLER(Name, CONTEXT)                                                         \
-  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                                    \
-    static const auto* handler =                                                              \
-        SPATTN_BIND(CONTEXT)                                                                  \
-            .To(Name<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>) \
-            .release();                                                                       \
-    return handler->Call(frame);                                                              \
+#define SPATTN_HANDLER(Name, CONTEXT)                                                      \
+  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                                 \
+    static const auto* handler = SPATTN_BIND(CONTEXT)                                      \
+                                     .To(Name<int64_t, int64_t, int64_t, int64_t, int64_t, \
+                                              int64_t, int64_t, int64_t, int64_t>)         \
+                                     .release();                                           \
+    return handler->Call(frame);                                                           \
   }
 SPATTN_HANDLER(FwdOnHost, ffi::ThreadPool)
 SPATTN_HANDLER(BwdOnHost, ffi::ThreadPool)

@@ -10,6 +10,7 @@
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tf/attention_call.h"
+#include "tf/tensor_float_32.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/layout_util.h"
 #include "xla/shape_util.h"
@@ -49,6 +50,8 @@ class AttentionXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
+    CallAttributes attributes = attributes_;
+    attributes.allow_tf32 = AllowsTf32();
     const int plan_input = is_gradient_ ? kPlanOfGrad : kPlanOfFwd;
     const int inputs = plan_input + kPlanInputs;
     std::vector<xla::Shape> shapes;
@@ -74,13 +77,13 @@ class AttentionXlaOp : public XlaOpKernel {
     SpattnFwdParams fwd = {};
     SpattnBwdParams bwd = {};
     const SpattnProblem& problem = is_gradient_ ? bwd.problem : fwd.problem;
-    OP_REQUIRES_OK(ctx, ToStatus(is_gradient_ ? ReadBwd(attributes_, arrays.data(), &bwd)
-                                              : ReadFwd(attributes_, arrays.data(), &fwd)));
+    OP_REQUIRES_OK(ctx, ToStatus(is_gradient_ ? ReadBwd(attributes, arrays.data(), &bwd)
+                                              : ReadFwd(attributes, arrays.data(), &fwd)));
     int64_t workspace_bytes = 0;
     if (is_gradient_ && is_on_gpu_) {
       SpattnKvPlan by_kv = {};
       OP_REQUIRES_OK(ctx,
-                     ToStatus(ReadByKv(attributes_, problem, arrays.data() + kPlanOfGrad, &by_kv)));
+                     ToStatus(ReadByKv(attributes, problem, arrays.data() + kPlanOfGrad, &by_kv)));
       OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&bwd, &workspace_bytes)));
     }
     if (!is_gradient_) OP_REQUIRES_OK(ctx, CheckConstantPlan(ctx, arrays));
@@ -90,15 +93,15 @@ class AttentionXlaOp : public XlaOpKernel {
       results = {shapes[kQ], shapes[kK], shapes[kV],
                  xla::ShapeUtil::MakeShape(xla::U8, {workspace_bytes})};
     } else {
-      const int64_t width = attributes_.heads * problem.head_dim_v;
+      const int64_t width = attributes.heads * problem.head_dim_v;
       results = {
           xla::ShapeUtil::MakeShape(shapes[kQ].element_type(),
                                     {problem.batch, problem.q_len, width}),
-          xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, attributes_.heads, problem.q_len})};
+          xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, attributes.heads, problem.q_len})};
     }
     const xla::XlaOp call = xla::CustomCallWithLayout(
         ctx->builder(), is_gradient_ ? kBwdTarget : kFwdTarget, operands,
-        xla::ShapeUtil::MakeTupleShape(results), shapes, Opaque(),
+        xla::ShapeUtil::MakeTupleShape(results), shapes, Opaque(attributes),
         /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
         xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (int i = 0; i < (is_gradient_ ? kQkvInputs : 2); ++i) {
@@ -126,15 +129,15 @@ class AttentionXlaOp : public XlaOpKernel {
   }
 
   // The attributes as MLIR writes a dictionary.
-  std::string Opaque() const {
+  static std::string Opaque(const CallAttributes& a) {
     uint32_t scale_bits;
-    memcpy(&scale_bits, &attributes_.softmax_scale, sizeof(scale_bits));
+    memcpy(&scale_bits, &a.softmax_scale, sizeof(scale_bits));
     std::string text;
     for (const auto& [name, value] :
-         {Named{"heads", attributes_.heads}, Named{"kv_heads", attributes_.kv_heads},
-          Named{"row_stride", attributes_.row_stride}, Named{"tile_q", attributes_.tile_q},
-          Named{"block_size", attributes_.block_size}, Named{"tile_kv", attributes_.tile_kv},
-          Named{"scale_bits", scale_bits}, Named{"dtype", attributes_.dtype}}) {
+         {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads}, Named{"row_stride", a.row_stride},
+          Named{"tile_q", a.tile_q}, Named{"block_size", a.block_size}, Named{"tile_kv", a.tile_kv},
+          Named{"scale_bits", scale_bits}, Named{"dtype", a.dtype},
+          Named{"allow_tf32", a.allow_tf32}}) {
       text += (text.empty() ? "{" : ", ") + std::string(name) + " = " + std::to_string(value) +
               " : i64";
     }

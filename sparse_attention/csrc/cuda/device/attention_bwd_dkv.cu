@@ -203,6 +203,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       if (kMasked) LoadMask<kTileKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
     };
+    // A masked query's NaN must not meet its p = 0 or ds = 0. A key that may be paired with it has NaN
+    // from its lse_exp.
+    const auto zero_nonfinite = [&](int buffer) {
+      const Stage stage = stage_of(buffer);
+      ZeroNonfiniteRows<kTileQ, kHeadDim, kThreads>(stage.q);
+      ZeroNonfiniteRows<kTileQ, kHeadDimV, kThreads>(stage.dout);
+      return false;
+    };
     const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
       constexpr bool kMasked = decltype(masked)::kValue;
       const Stage stage = stage_of(buffer);
@@ -239,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       }
       MatmulWait<0>(dv_frag, dk_frag);
     };
-    PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, [](int) { return false; }, step);
+    PassTiles<kStages, SPATTN_MIN_CTAS>(list, needs_mask, load, zero_nonfinite, step);
   }
 
   // ---- epilogue ----

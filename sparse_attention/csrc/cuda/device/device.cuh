@@ -4,6 +4,7 @@
 //
 // Macros that the compiling side sets, beside each kernel's own:
 //   SPATTN_DTYPE        0 float32, 1 float16, 2 bfloat16      (SpattnDtype)
+//   SPATTN_TF32         1 to multiply float32 on tensor cores, its factors rounded to TF32 (sm_80 up)
 //   SPATTN_ROW_STRIDED  1 where problem.row_stride > 1
 //   SPATTN_ANEW         1 to derive addresses anew for each tile (Anew)
 //   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; dims in whole 64s;
@@ -42,12 +43,13 @@ using T = Element<SPATTN_DTYPE>;
 static_assert(SPATTN_DTYPE != 2 || __CUDA_ARCH__ >= 800, "bfloat16 needs sm_80");
 
 constexpr bool kIsFloat = sizeof(T) == 4;
-constexpr int kVector = 16 / sizeof(T);  // elements in a 16-byte access
+constexpr bool kIsExact = kIsFloat && !SPATTN_TF32;  // float32 throughout
+constexpr int kVector = 16 / sizeof(T);              // elements in a 16-byte access
 constexpr float kInf = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float kLog2e = 1.4426950408889634f;
-// For the 16-bit types exponentials are powers of 2, which is one instruction; for float32 they are
-// powers of e, since a product with log2(e) would cost a bit.
-constexpr float kExpScale = kIsFloat ? 1 : kLog2e;
+// Exponentials are powers of 2, which is one instruction; where all is float32 they are powers of e,
+// since a product with log2(e) would cost a bit.
+constexpr float kExpScale = kIsExact ? 1 : kLog2e;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 struct True {
@@ -96,9 +98,9 @@ DEVICE void StorePair(E* p, float lo, float hi) {
   *reinterpret_cast<uint32_t*>(p) = PackPair(lo, hi);
 }
 
-// Returns 2^x, and for float32 e^x (see kExpScale).
+// Returns 2^x, and where all is float32 e^x (see kExpScale).
 DEVICE float Exp(float x) {
-  if (kIsFloat) return expf(x);
+  if (kIsExact) return expf(x);
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;

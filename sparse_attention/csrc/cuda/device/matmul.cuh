@@ -9,6 +9,7 @@
 // in c[m][n][4], lane l holds rows 16 m + l / 4 (elements 0, 1) and 8 below (elements 2, 3),
 // columns 8 n + 2 (l % 4) and the next. Four ways to get there:
 //   float32            FFMA; p travels between the four lanes of a row by shuffles
+//   float32 as TF32    sm_80 up: mma.sync m16n8k8; ldmatrix moves pairs of 16 bits, so also floats
 //   16-bit, sm_90a     wgmma m64n64k16: the four warps of a warpgroup have 16 rows each
 //   16-bit, sm_80 up   mma.sync m16n8k16 and ldmatrix
 //   float16, sm_70/75  wmma m16n16k16, whose fragments have no defined layout: accumulators pass
@@ -19,7 +20,7 @@
 
 namespace spattn {
 
-constexpr bool kHasMma = !kIsFloat && !kHasWgmma && __CUDA_ARCH__ >= 800;
+constexpr bool kHasMma = !kIsExact && !kHasWgmma && __CUDA_ARCH__ >= 800;
 constexpr bool kHasWmma = !kIsFloat && __CUDA_ARCH__ < 800;
 
 // ---- wmma scratch ----
@@ -54,10 +55,25 @@ struct SmemOperand {
   }
 };
 
+// How many products of a row and a column an instruction adds up on tensor cores: two units of 16 bytes.
+constexpr int kDepth = 2 * kVector;
+
+// Elements that were read as they lie become what an instruction multiplies. TF32's would cut a float
+// after 10 bits; to round it halves the error, and takes away its bias.
+template <int kCount>
+DEVICE void RoundFragment(uint32_t (&words)[kCount]) {
+#if SPATTN_TF32
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(words[i]) : "f"(__uint_as_float(words[i])));
+  }
+#endif
+}
+
 // The a of MatmulABt: kM * 16 rows of a warp. kInRegisters: its fragments are read once and kept.
 template <int kM, typename ATile, bool kInRegisters>
 struct RowOperand {
-  static constexpr int kSteps = PaddedDim(ATile::kDimension) / 16;
+  static constexpr int kSteps = PaddedDim(ATile::kDimension) / kDepth;
   static constexpr int kPitch = ATile::kRowPitch, kPanel = ATile::kPanel;
   static constexpr bool kKept = kInRegisters && (kHasMma || kHasWgmma);
   const T* rows;
@@ -82,10 +98,11 @@ struct RowOperand {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const T* at = rows + ATile::Offset(m * 16 + lane % 16, k * 16 + lane / 16 * 8);
+      const T* at = rows + ATile::Offset(m * 16 + lane % 16, k * kDepth + lane / 16 * kVector);
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(to[m][0]), "=r"(to[m][1]), "=r"(to[m][2]), "=r"(to[m][3])
                    : "r"(SmemAddress(at)));
+      RoundFragment(to[m]);
     }
   }
 };
@@ -122,11 +139,16 @@ DEVICE void Clear(float (&c)[kM][kN][4]) {
 #else
 #define SPATTN_PTX_TYPE "f16"
 #endif
+#if SPATTN_DTYPE == 0
+#define SPATTN_MMA "m16n8k8.row.col.f32.tf32.tf32.f32"
+#else
+#define SPATTN_MMA "m16n8k16.row.col.f32." SPATTN_PTX_TYPE "." SPATTN_PTX_TYPE ".f32"
+#endif
 
 DEVICE void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." SPATTN_PTX_TYPE "." SPATTN_PTX_TYPE
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned." SPATTN_MMA
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
@@ -136,26 +158,28 @@ template <typename BTile, int kM, int kN, typename A>
 DEVICE void MmaABt(float (&c)[kM][kN][4], const A& a, const T* b) {
   const int lane = threadIdx.x % 32;
   const uint32_t b_lane =
-      SmemAddress(b + (lane % 8 + lane / 16 * 8) * BTile::kRowPitch + lane / 8 % 2 * 8);
-#pragma unroll
+      SmemAddress(b + (lane % 8 + lane / 16 * 8) * BTile::kRowPitch + lane / 8 % 2 * kVector);
+// Floats take twice the steps: all of them at once would spill registers.
+#pragma unroll(kIsFloat && !A::kKept ? 4 : A::kSteps)
   for (int k = 0; k < A::kSteps; ++k) {
     uint32_t read[kM][4];
     if constexpr (!A::kKept) a.Read(k, read);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      uint32_t b0, b1, b2, b3;
+      uint32_t b_now[4];
       asm volatile(
           "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-          : "=r"(b0), "=r"(b1), "=r"(b2), "=r"(b3)
-          : "r"(b_lane + (n * 8 * BTile::kRowPitch + k * 16) * static_cast<int>(sizeof(T))));
+          : "=r"(b_now[0]), "=r"(b_now[1]), "=r"(b_now[2]), "=r"(b_now[3])
+          : "r"(b_lane + (n * 8 * BTile::kRowPitch + k * kDepth) * static_cast<int>(sizeof(T))));
+      RoundFragment(b_now);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         if constexpr (A::kKept) {
-          Mma(c[m][n], a.fragments[k][m], b0, b1);
-          Mma(c[m][n + 1], a.fragments[k][m], b2, b3);
+          Mma(c[m][n], a.fragments[k][m], b_now[0], b_now[1]);
+          Mma(c[m][n + 1], a.fragments[k][m], b_now[2], b_now[3]);
         } else {
-          Mma(c[m][n], read[m], b0, b1);
-          Mma(c[m][n + 1], read[m], b2, b3);
+          Mma(c[m][n], read[m], b_now[0], b_now[1]);
+          Mma(c[m][n + 1], read[m], b_now[2], b_now[3]);
         }
       }
     }
@@ -182,6 +206,32 @@ DEVICE void MmaPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const T*
         Mma(c[m][n], a[m], b0, b1);
         Mma(c[m][n + 1], a[m], b2, b3);
       }
+    }
+  }
+}
+
+// A sum does not mind the order of its products: an instruction's 8 columns of a are those of an n8 tile
+// of p with the even ones first, as the accumulator's lanes hold them, and b's rows are read to match.
+template <typename BTile, int kM, int kN, int kOut>
+DEVICE void Tf32PB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const float* b) {
+  const int lane = threadIdx.x % 32;
+  const float* b_lane = b + lane % 4 * 2 * BTile::kRowPitch + lane / 4;
+#pragma unroll
+  for (int k = 0; k < kN; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m][i] = __float_as_uint(p[m][k][i % 2 * 2 + i / 2]);
+      RoundFragment(a[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < kOut; ++n) {
+      const float* at = b_lane + k * 8 * BTile::kRowPitch + n * 8;
+      uint32_t b_now[2] = {__float_as_uint(at[0]), __float_as_uint(at[BTile::kRowPitch])};
+      RoundFragment(b_now);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) Mma(c[m][n], a[m], b_now[0], b_now[1]);
     }
   }
 }
@@ -494,7 +544,7 @@ DEVICE void MatmulABt(float (&c)[kM][kN][4], const A& a, const SmemOperand& b, f
     WgmmaABt<BTile>(c, a, b);
   } else {
     Clear(c);
-    if constexpr (kIsFloat) FmaABt<BTile>(c, a, b.data);
+    if constexpr (kIsExact) FmaABt<BTile>(c, a, b.data);
     if constexpr (kHasMma) MmaABt<BTile>(c, a, b.data);
     if constexpr (kHasWmma) WmmaABt<BTile>(c, a, b.data, scratch);
   }
@@ -510,8 +560,9 @@ DEVICE void MatmulPB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const
     PackAllFragments(a, p);
     WgmmaPB<BTile>(c, a, b);
   }
-  if constexpr (kIsFloat) FmaPB<BTile>(c, p, b.data);
-  if constexpr (kHasMma) MmaPB<BTile>(c, p, b.data);
+  if constexpr (kIsExact) FmaPB<BTile>(c, p, b.data);
+  if constexpr (kHasMma && kIsFloat) Tf32PB<BTile>(c, p, b.data);
+  if constexpr (kHasMma && !kIsFloat) MmaPB<BTile>(c, p, b.data);
   if constexpr (kHasWmma) WmmaPB<BTile>(c, p, b.data, scratch);
 }
 

@@ -29,8 +29,8 @@ struct OnlineSoftmax {
   float row_sum[kM][2];  // this lane's share
 
   // exp(score - shift) may be up to 2^8: no type here overflows, 16 bits are as exact there, and
-  // once a row has seen some keys its shift hardly moves. float32 takes the maximum itself.
-  static constexpr float kSlack = kIsFloat ? 0 : 8;
+  // once a row has seen some keys its shift hardly moves. Exact float32 takes the maximum itself.
+  static constexpr float kSlack = kIsExact ? 0 : 8;
 
   __forceinline__ void Init() {
 #pragma unroll
@@ -145,16 +145,16 @@ struct OnlineSoftmax {
       for (int n = 0; n < kOut; ++n) {
 #pragma unroll
         for (int j = h * 2; j < h * 2 + 2; ++j) {
-          o[m][n][j] = kIsFloat ? o[m][n][j] / divisor : o[m][n][j] * inverse;
+          o[m][n][j] = kIsExact ? o[m][n][j] / divisor : o[m][n][j] * inverse;
         }
       }
     }
   }
 
-  // log(sum * exp(shift)). The float32 backward takes exp of it again and would double an error of
+  // log(sum * exp(shift)). The exact backward takes exp of it again and would double an error of
   // one unit in the last place.
   DEVICE float LogSumExp(float shift, float sum) {
-    if (kIsFloat) return static_cast<float>(shift + log(double(sum)));
+    if (kIsExact) return static_cast<float>(shift + log(double(sum)));
     return fmaf(shift, 1 / kExpScale, logf(sum));
   }
 };

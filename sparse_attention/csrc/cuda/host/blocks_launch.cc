@@ -27,6 +27,7 @@ SpattnCudaKernel Begin(const char* name, int threads, int dtype, int block_size)
   SpattnCudaKernel kernel = {"", "", 0, threads, 1};
   snprintf(kernel.name, sizeof(kernel.name), "%s", name);
   Define(&kernel, "DTYPE", dtype);
+  Define(&kernel, "TF32", 0);
   Define(&kernel, "BLOCK", block_size);
   Define(&kernel, "ROW_STRIDED", 0);
   Define(&kernel, "ANEW", 0);

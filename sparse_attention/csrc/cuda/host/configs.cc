@@ -53,13 +53,14 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   Tiling t = {};
   t.has_wgmma = s.arch == 90 && size == 2 && tile % 64 == 0 && IsWholePanels(s.head_dim) &&
                 IsWholePanels(s.head_dim_v);
-  const bool has_mma = size == 2 && s.arch >= 80 && !t.has_wgmma;
+  const bool has_mma = (size == 2 && s.arch >= 80 && !t.has_wgmma) || s.uses_tf32;
   // A warp of 32 rows reads half as much shared memory per product as one of 16, but holds twice
   // the accumulators. 255 registers are enough up to a head_dim of 64, except that the backward pass
   // spills from sm_100 on.
   const bool is_tall = has_mma && widest <= 64 && tile >= 32 && (is_fwd || s.arch < 100);
   t.warps = std::max(tile, 16) / (is_tall ? 32 : 16);
-  t.passing = size == 2 && widest <= 128 ? 64 : 32;
+  // Floats of the backward pass fill twice the shared memory: with 32 rows two CTAs share an SM.
+  t.passing = widest * size <= 256 && (size == 2 || (s.uses_tf32 && is_fwd)) ? 64 : 32;
   t.sub = is_fwd ? t.passing : 32;
   if (t.has_wgmma) {
     // Two CTAs of 128 rows with head_dim 64, one with 128. Passing 128 rows at a time halves the
@@ -71,7 +72,7 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   t.stages = t.has_wgmma && t.passing == 64 ? 3 : 2;
   t.splits =
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
-  t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest <= 64;
+  t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest * size <= 128;
   t.anew = !t.has_wgmma || (phase == SPATTN_BWD_DQ && widest <= 64);  // the others would spill
   t.shared_memory = CountSharedMemory(s, phase, tile, t);
   for (const int stages : {2, 1}) {  // narrower, then nothing on its way while one is worked on
@@ -117,6 +118,7 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
   define("DTYPE", s.dtype);
+  define("TF32", 0);
   define("HEAD_DIM", s.head_dim);
   define("HEAD_DIM_V", s.head_dim_v);
   define("ROW_STRIDED", 0);
@@ -133,9 +135,9 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
 SpattnCudaKernel ConfigureDelta(const SpattnCudaShape& s) {
   SpattnCudaKernel kernel = {"attention_bwd_delta", "", 0, 256, 1};
   snprintf(kernel.macros, sizeof(kernel.macros),
-           "-DSPATTN_DTYPE=%d -DSPATTN_HEAD_DIM_V=%d -DSPATTN_ROW_STRIDED=0 -DSPATTN_ANEW=0 "
-           "-DSPATTN_WGMMA=0",
-           s.dtype, s.head_dim_v);
+           "-DSPATTN_DTYPE=%d -DSPATTN_TF32=%d -DSPATTN_HEAD_DIM_V=%d -DSPATTN_ROW_STRIDED=0 "
+           "-DSPATTN_ANEW=0 -DSPATTN_WGMMA=0",
+           s.dtype, s.uses_tf32, s.head_dim_v);
   return kernel;
 }
 
@@ -176,6 +178,7 @@ SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
                                  : "attention_bwd_dq");
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
   define("DTYPE", s.dtype);
+  define("TF32", s.uses_tf32);
   define("HEAD_DIM", s.head_dim);
   define("HEAD_DIM_V", s.head_dim_v);
   define("ROW_STRIDED", s.is_row_strided);

@@ -164,6 +164,7 @@ class Launcher {
     shape_.head_dim_v = p.head_dim_v;
     shape_.is_row_strided = p.row_stride > 1;
     shape_.is_scale_positive = p.softmax_scale > 0;
+    shape_.uses_tf32 = p.allow_tf32 != 0 && p.dtype == SPATTN_FLOAT32 && shape_.arch >= 80;
     return Ok();
   }
 
