@@ -351,6 +351,23 @@ def test_ptx_is_compiled_for_another_architecture(machine):
     assert "-DSPATTN_WGMMA=0" in code
 
 
+def forward_in_float32(core, arch, allow_tf32):
+    call = Call(core, arch=arch)
+    problem = call.fwd_params.problem
+    problem.dtype, problem.allow_tf32 = 0, allow_tf32
+    problem.head_dim = problem.head_dim_v = 16  # the tile fits any GPU
+    call.fwd()
+    return call.launches()[0].code.decode()
+
+
+@pytest.mark.parametrize(
+    "arch, allow_tf32, runs", [(75, 1, 0), (80, 0, 0), (80, 1, 1), (90, 1, 1)]
+)
+def test_float32_takes_tf32_where_it_may_and_can(machine, arch, allow_tf32, runs):
+    code = machine.run(forward_in_float32, arch, allow_tf32)
+    assert f"-DSPATTN_DTYPE=0 -DSPATTN_TF32={runs}" in code.replace("\n", " ")
+
+
 def build_ahead(core):
     sys.modules["tensorflow"] = None  # does not import
     libraries.build_core = lambda: core.library._name
