@@ -24,6 +24,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 class BdistWheelWithOps(bdist_wheel):
     def run(self):
         build_lib = self.get_finalized_command("build").build_lib
+        # A file that the package no longer has would go into the wheel, and the libraries
+        # are known by the files that they were made of.
+        shutil.rmtree(build_lib, ignore_errors=True)
         has_ops = ship_ops(os.path.join(build_lib, "sparse_attention", "prebuilt"))
         if has_ops and not self.plat_name_supplied:
             # The ops depend on the platform, and on no version of Python.

@@ -39,6 +39,10 @@ class Environment:
             ".*", "build", "dist", "*.egg-info", "__pycache__"
         )
         shutil.copytree(ROOT, str(self.source), ignore=ignored)
+        # What an older build left must not go into the wheel.
+        left = self.source / "build" / "lib" / "sparse_attention" / "csrc" / "left.h"
+        left.parent.mkdir(parents=True)
+        left.write_text("")
         self.run(
             *(sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(folder)),
             cwd=self.source,

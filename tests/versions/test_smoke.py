@@ -19,6 +19,18 @@ HEADS, HEAD_DIM, LENGTH = 4, 16, 72  # the last block is not whole
 PATTERNS = ["all", "local", "strided", "fixed"]
 
 
+def test_float32_follows_tensorflow_into_tf32():
+    """On a GPU; the function that the op asks is there on any machine."""
+    allows = loader.attention_ops().core.spattn_allows_tf32
+    allow = tf.config.experimental.enable_tensor_float_32_execution
+    assert allows() == 1  # TensorFlow's default
+    allow(False)
+    try:
+        assert allows() == 0
+    finally:
+        allow(True)
+
+
 def plan_of(pattern):
     window = None if pattern == "all" else 32
     return sa.pattern_block_mask(pattern, LENGTH, HEADS, 8, local_attn_ctx=window)

@@ -240,3 +240,6 @@ SPATTN_REGISTER(DEVICE_GPU, OnGpu);
 
 }  // namespace
 }  // namespace spattn
+
+// Whether float32 on a GPU runs in TF32 now.
+extern "C" SPATTN_API int32_t spattn_allows_tf32() { return spattn::AllowsTf32(); }
