@@ -254,7 +254,7 @@ def cases(draw, block_sizes=(8, 16, 32), max_len=100, max_heads=3):
     block_size = draw(st.sampled_from(block_sizes))
     lengths = q_len, kv_len = draw(st.tuples(*[st.integers(1, max_len)] * 2))
     row_stride = min(draw(st.sampled_from([1, 1, 2, 5, 12])), max(lengths))
-    heads = draw(st.integers(2 if mask.per_head else 1, max_heads))
+    heads = draw(st.integers(2 if mask.tells_heads_apart() else 1, max_heads))
     density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
     random = np.random.RandomState(draw(st.integers(0, 2**31)))
     blocks = [-(-(-(-n // row_stride) * row_stride) // block_size) for n in lengths]

@@ -1,11 +1,14 @@
 """Plans against layout and mask, element by element, in every form that a plan has."""
 
+import base64
 import doctest
+import io
 import json
 import pickle
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from sparse_attention.plan import block_mask as block_mask_module
 from sparse_attention.plan import layouts, masks
 from sparse_attention.plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
 from sparse_attention.plan.patterns import pattern_block_mask
+
+PYTHONPATH = ":".join(filter(None, sys.path))
 
 
 def in_rows(case):
@@ -129,7 +134,8 @@ def test_elements_are_evaluated_only_where_blocks_are_undecided():
         return sum(evaluated)
 
     assert count(per_head=False) == 63 * 16 * 16  # the diagonal, for all heads at once
-    assert count(per_head=None) == count(per_head=True) == 4 * 63 * 16 * 16
+    assert count(per_head=None) == 63 * 16 * 16 + 1  # and a call that tells
+    assert count(per_head=True) == 4 * 63 * 16 * 16
 
 
 def test_plans_are_made_once_and_are_read_only():
@@ -172,6 +178,8 @@ def test_plans_are_made_once_and_are_read_only():
         ({"layout": np.ones([1, 1, 2, 2])}, "layout must be .*, got shape"),
         ({"layout": np.ones([0, 2, 2])}, "layout must be .*, got shape"),
         ({"mask": masks.fixed_mask(16, 8, 2)}, "layout must have a head for .*, got 1"),
+        ({"mask": lambda h, q, k: q >= h}, "layout must have a head .* per_head=False"),
+        ({"block_size": [8]}, r"block_size must be a positive integer, got \[8\]"),
     ],
 )
 def test_block_mask_names_what_does_not_fit(kwargs, message):
@@ -214,6 +222,18 @@ def test_repr_draws_at_most_four_heads_and_says_the_row_stride():
     ] + ["·" * i + "▒" + "·" * (7 - i) for i in range(8)]
 
 
+def test_ascii_draws_with_what_it_has():
+    code = (
+        "import sparse_attention as sa; print(sa.pattern_block_mask('all', 24, 1, 8))"
+    )
+    for encoding, rows in ("ascii", "+.. #+. ##+"), ("utf-8", "▒·· █▒· ██▒"):
+        output = subprocess.check_output(
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": encoding},
+        )
+        assert output.decode(encoding).split()[-3:] == rows.split()
+
+
 def test_block_mask_docstrings_run():
     assert doctest.testmod(block_mask_module).attempted
     assert not doctest.testmod(block_mask_module).failed
@@ -235,6 +255,17 @@ def test_keys_of_a_row_take_no_longer_in_a_longer_sequence():
     assert milliseconds(65536) < 2 * milliseconds(1024)
 
 
+def test_the_plan_of_a_function_of_16384_positions_takes_3_seconds_at_most():
+    def window(head, q, kv):
+        return abs(q - kv) <= 64
+
+    start = time.process_time()
+    plan = BlockMask(layouts.mask_layout(window, 16384, 32), window, 32)
+    seconds = time.process_time() - start
+    print(f"{seconds:.2f} s")
+    assert plan.layout.mean() < 0.01 and seconds < 3
+
+
 # The peak of this process alone: getrusage would count the parent's, too.
 MEASURE = """
 import re, time
@@ -253,9 +284,10 @@ print(seconds, int(peak) / 1024)
 )
 def test_plan_for_65536_positions_takes_3_seconds_and_500_mb_at_most(mode, ctx):
     code = MEASURE.format(mode=mode, ctx=ctx)
-    path = ":".join(filter(None, sys.path))
     output = subprocess.check_output(
-        [sys.executable, "-c", code], env={"PYTHONPATH": path}, universal_newlines=True
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": PYTHONPATH},
+        universal_newlines=True,
     )
     seconds, peak_mb = map(float, output.split())
     print(f"{mode}: {seconds:.2f} s, {peak_mb:.0f} MB")
@@ -284,6 +316,119 @@ def test_config_is_small():
     assert len(json.dumps(plan.get_config())) < 100e3
 
 
+PLAN = BlockMask(layouts.local_layout(43, 8, 16, 2), masks.local_mask(16), 8, 43, 43)
+ARRAYS = {
+    "block_kinds": PLAN.block_kinds,
+    "mask_ids": PLAN._blocks.mask_ids,
+    "mask_bits": PLAN._blocks.mask_bits,
+}
+
+
+def config_of(**changes):
+    """The configuration of `PLAN` with other arrays or sizes."""
+    arrays = {name: changes.pop(name, array) for name, array in ARRAYS.items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    text = base64.b64encode(file.getvalue()).decode()
+    return {**PLAN.get_config(), "arrays": text, **changes}
+
+
+def other(name, index, value):
+    """One of `ARRAYS` with another value."""
+    array = ARRAYS[name].copy()
+    array[index] = value
+    return {name: array}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arrays": 3}, "arrays.* damaged"),
+        ({"arrays": "%%%"}, "arrays.* damaged"),
+        ({"arrays": PLAN.get_config()["arrays"][:-200]}, "arrays.* damaged"),
+        ({"mask_ids": None}, "arrays.* damaged.*mask_ids"),
+        ({"block_kinds": np.array({})}, "arrays.* damaged: .*block_kinds is object"),
+        ({"block_kinds": PLAN.block_kinds[0]}, r"block_kinds is int8 \(6, 6\)"),
+        ({"block_kinds": PLAN.block_kinds.astype(float)}, "block_kinds is float64"),
+        ({"block_kinds": PLAN.block_kinds[:, :5]}, "must have 6 q_blocks .* got 5"),
+        ({"block_kinds": PLAN.block_kinds[:0]}, "layout must be .* none of them zero"),
+        (other("block_kinds", (0, 0, 0), 3), "block_kinds"),
+        (other("block_kinds", (0, 0, 0), -1), "block_kinds"),
+        (other("block_kinds", (0, 5, 0), PARTIAL), "got mask_ids .* fit 21 partial"),
+        ({"mask_ids": ARRAYS["mask_ids"].astype(np.int64)}, "mask_ids is int64"),
+        ({"mask_ids": ARRAYS["mask_ids"][:-1]}, "got mask_ids that do not fit"),
+        (other("mask_ids", 0, 99), "got mask_ids that do not fit"),
+        (other("mask_ids", 0, -1), "got mask_ids that do not fit"),
+        ({"mask_bits": ARRAYS["mask_bits"][:0]}, "got mask_ids that do not fit"),
+        ({"mask_bits": ARRAYS["mask_bits"][:, :4]}, "got mask_bits that do not fit"),
+        ({"block_size": 16}, "must have 3 q_blocks"),
+        ({"block_size": 8.0}, "block_size must be a positive integer, got 8.0"),
+        ({"q_len": None}, "q_len must be a positive integer, got None"),
+        ({"kv_len": "43"}, "kv_len must be a positive integer, got '43'"),
+        (
+            {"q_len": 2**62},
+            "layout must have .* q_blocks for q_len=4611686018427387904",
+        ),
+        ({"row_stride": 2**62}, "layout must have .* row_stride=4611686018427387904"),
+        ({"heads": 2}, r"config must be a dict with \['block_size', .*'heads'"),
+    ],
+)
+def test_a_damaged_config_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BlockMask.from_config(config_of(**changes))
+
+
+def test_what_is_no_config_is_named():
+    with pytest.raises(ValueError, match="config must be a dict with .*, got None"):
+        BlockMask.from_config(None)
+
+
+def test_damage_anywhere_is_an_error_or_makes_another_plan():
+    random, original = np.random.RandomState(0), PLAN.get_config()["arrays"]
+    for _ in range(300):
+        data = bytearray(base64.b64decode(original))
+        for at in random.randint(len(data), size=random.randint(1, 4)):
+            data[at] = random.randint(256)
+        text = base64.b64encode(data).decode()
+        try:
+            plan = BlockMask.from_config({**PLAN.get_config(), "arrays": text})
+        except ValueError as error:
+            assert "arrays" in str(error)
+        else:
+            assert plan.to_dense().shape == (2, 43, 43) and plan.tiles() and repr(plan)
+
+
+def test_a_small_file_cannot_fill_the_memory(monkeypatch):
+    zeros = np.zeros([1, 2048, 2048], np.int8)
+    config = config_of(block_kinds=zeros, q_len=16384, kv_len=16384)
+    assert len(config["arrays"]) < 20e3
+    monkeypatch.setattr(block_mask_module, "MAX_SAVED", 1 << 20)
+    with pytest.raises(ValueError, match="4194.* bytes, where 1048576 are allowed"):
+        BlockMask.from_config(config)
+
+
+def test_an_array_cannot_claim_more_than_there_is():
+    file = io.BytesIO()
+    np.save(file, PLAN.block_kinds)
+    claims = file.getvalue().replace(b"(2, 6, 6), }      ", b"(2, 6, 1000000), }")
+    assert len(claims) == len(file.getvalue()) and claims != file.getvalue()
+    text = base64.b64decode(PLAN.get_config()["arrays"])
+    with zipfile.ZipFile(io.BytesIO(text)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            is_claim = name == "block_kinds.npy"
+            new.writestr(name, claims if is_claim else old.read(name))
+    text = base64.b64encode(file.getvalue()).decode()
+    with pytest.raises(ValueError, match="arrays.* damaged"):
+        BlockMask.from_config({**PLAN.get_config(), "arrays": text})
+
+
+def test_a_plan_that_cannot_be_loaded_is_not_saved(monkeypatch):
+    monkeypatch.setattr(block_mask_module, "MAX_SAVED", 100)
+    with pytest.raises(ValueError, match="at most 100 bytes, got .*larger blocks"):
+        PLAN.get_config()
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -301,6 +446,8 @@ def test_what_is_no_truth_is_no_mask(mask):
 def test_a_layout_of_scores_is_refused():
     with pytest.raises(TypeError, match="layout must be True or False.*-inf"):
         BlockMask(np.where(np.tri(4), 0.0, -np.inf), None, 8)
+    with pytest.raises(TypeError, match="layout must be True or False.*-inf"):
+        masks.callback_mask(lambda *block: True, np.where(np.tri(4), 0.0, -np.inf), 8)
     assert BlockMask(np.tri(4), None, 8).density == 0.625  # 0 and 1 are truths
 
 

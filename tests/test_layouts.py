@@ -154,9 +154,50 @@ def test_mask_layout_ends_with_the_lengths():
     np.testing.assert_array_equal(layout, [[[1, 1], [1, 1], [0, 0]]])
 
 
-def test_mask_layout_of_a_function_computes_everything():
-    layout = layouts.mask_layout(lambda head, q, kv: q > kv, 24, 8, kv_len=9, heads=2)
-    np.testing.assert_array_equal(layout, np.ones([2, 3, 2], bool))
+FUNCTIONS = {
+    "future": lambda head, q, kv: q < kv,
+    "nothing": lambda head, q, kv: np.zeros(np.broadcast(q, kv).shape, bool),
+    "keys alone": lambda head, q, kv: kv % 20 == 3,
+    "a number": lambda head, q, kv: True,
+    "half bounded": masks.causal_mask() & (lambda head, q, kv: (q - kv) % 13 == 12),
+    "by head": lambda head, q, kv: q - kv == 9 * head,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 20])
+def test_mask_layout_finds_the_blocks_of_a_function(name, chunk, monkeypatch):
+    monkeypatch.setattr(layouts, "CHUNK", chunk)  # elements at a time
+    mask = masks.as_mask(FUNCTIONS[name])
+    for block_size, q_len, kv_len in (8, 43, 30), (16, 100, 129), (8, 3, 80):
+        layout = layouts.mask_layout(mask, q_len, block_size, kv_len, heads=3)
+        head = np.arange(3)[:, None, None]
+        allowed = mask(head, np.arange(q_len)[:, None], np.arange(kv_len))
+        head, q, kv = np.nonzero(np.broadcast_to(allowed, [3, q_len, kv_len]))
+        touched = np.zeros(layout.shape, bool)
+        touched[head, q // block_size, kv // block_size] = True
+        np.testing.assert_array_equal(layout, touched)
+
+
+def test_mask_layout_of_a_function_has_bounded_memory():
+    largest = []
+
+    def window(head, q, kv):
+        largest.append(np.broadcast(q, kv).size)
+        return abs(q - kv) <= 64
+
+    density = layouts.mask_layout(window, 8192, 32).mean()
+    assert 0.01 < density < 0.03
+    assert max(largest[1:]) <= 1 << 20 and sum(largest[1:]) == 8192**2
+
+
+def test_a_layout_of_one_head_is_refused_where_the_mask_tells_heads_apart():
+    by_head = masks.causal_mask() & (lambda head, q, kv: (q - kv) % 2**head == 0)
+    for mask in by_head, masks.fixed_mask(32, 8, 2):
+        with pytest.raises(ValueError, match="layout must have a head .* give heads="):
+            layouts.mask_layout(mask, 64, 8)
+    layout = layouts.mask_layout(by_head, 64, 8, heads=5)
+    assert layout[:4].sum() == 4 * 36 and layout[4].sum() == 8 + 6 + 4 + 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Masks against their rules, written out, and against themselves block by block."""
 
 import doctest
+from operator import and_, or_
 
 import numpy as np
 import pytest
@@ -130,6 +131,37 @@ def test_per_head_is_known_of_combinations():
     assert (unknown | differs).per_head is True
     assert (differs & unknown).per_head is True
     assert masks.fixed_mask(32, 8, num_verts=1).per_head is False
+
+
+@pytest.mark.parametrize(
+    "rule, differs",
+    [
+        (lambda head, q, kv: q >= kv, False),
+        (lambda head, q, kv: True, False),
+        (lambda head, q, kv: q >= kv + head, True),
+        (lambda head, q, kv: head == 1, True),
+        (lambda head, q, kv: np.array([3])[head] > kv, True),  # a table of one head
+        (masks.causal_mask() | (lambda head, q, kv: q % 2**head == 0), True),
+        (masks.Mask(lambda head, q, kv: q >= head, per_head=False), False),
+        (masks.Mask(lambda head, q, kv: q >= kv, per_head=True), True),
+    ],
+)
+def test_whether_heads_differ_is_found_by_a_call(rule, differs):
+    assert masks.as_mask(rule).tells_heads_apart() is differs
+
+
+@pytest.mark.parametrize("operator", [and_, or_])
+def test_combinations_take_no_float_for_a_truth(operator):
+    causal, bias = masks.causal_mask(), lambda *idx: np.where(idx[1] < 9, 0.0, -1e9)
+    for mask in operator(causal, bias), operator(bias, causal):
+        with pytest.raises(TypeError, match="mask must be True or False.* -1000000000"):
+            mask(0, Q, KV)
+
+
+def test_bounds_take_no_float_for_a_truth():
+    mask = masks.Mask(masks.causal_mask(), lambda head, q, kv: (q.lo * 0.5, False))
+    with pytest.raises(TypeError, match="all_true must be True or False"):
+        mask.bounds(0, Span(8, 15), Span(0, 7))
 
 
 def test_mask_repr_shows_how_it_is_made():

@@ -260,3 +260,9 @@ def test_assert_close_accepts_no_nan_no_other_infinity_and_no_other_shape():
             assert_close(np.array(bad, np.float32), oracle, good, factor=2)
     with pytest.raises(AssertionError):
         assert_close(good[:1], oracle, good, factor=2)
+
+
+def test_scores_are_no_mask():
+    x = np.zeros([1, 4, 1, 8])
+    with pytest.raises(TypeError, match="mask must be True or False.*-inf"):
+        reference.attention_fwd(x, x, x, np.where(np.tri(4), 0.0, -np.inf))

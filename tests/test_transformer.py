@@ -340,3 +340,8 @@ def test_graphs_run_in_a_new_process(tmp_path):
     plain = plain_attention(bst, q, k, v, dy, "bfloat16", "bfloat16", key=5)
     for one, exact64, one_plain, factor in zip(got, exact, plain, (2, 3, 3, 3)):
         assert_close(one, exact64, one_plain, factor)
+
+
+def test_a_layout_of_scores_is_refused():
+    with pytest.raises(TypeError, match="layout must be True or False.*-inf"):
+        BlocksparseTransformer(np.where(np.tri(4), 0.0, -np.inf), 8, heads=1)

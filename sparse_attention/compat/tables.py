@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from ..plan.checks import check_positive
+from ..plan.checks import as_truth, check_positive
 from ..plan.masks import Mask, Span
 
 _MASK_WORDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -35,17 +35,19 @@ class BlocksparseTables:
 
     Args:
       layout: [heads or 1, q_blocks, kv_blocks], or [q_blocks, kv_blocks] to share it
-        between heads. Any dtype; nonzero = computed.
+        between heads. Booleans, integers, or floats that are 0 or 1; nonzero = computed.
       block_size: Side of a block in positions: 8, 16, 32 or 64.
       heads: Number of heads; None: as many as the layout has.
       mask_callback: `(blk_shape, head_idx, query_blk_idx, key_blk_idx, blk_idx)` ->
         bool or integer [block_size, block_size], nonzero = attend; called once per
-        block of the layout. It may also be a `Mask` over positions, which answers for
-        many blocks at once. None: every element of every block attends.
+        block of the layout; where that has one head, with head 0 for all. It may also
+        be a `Mask` over positions, which answers for many blocks at once. None: every
+        element of every block attends.
       name: Kept as the attribute `name`.
 
     Raises:
-      ValueError: If an argument, or what the callback returns, is not as above.
+      TypeError: If the layout has another dtype, or floats that are neither 0 nor 1.
+      ValueError: If another argument, or what the callback returns, is not as above.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class BlocksparseTables:
         mask_callback: Callable | None = None,
         name: str | None = None,
     ) -> None:
-        layout = np.asarray(layout).astype(bool)
+        layout = as_truth("layout", layout)
         if block_size not in _MASK_WORDS:
             raise ValueError(f"block_size must be 8, 16, 32 or 64, got {block_size!r}")
         if layout.ndim not in (2, 3) or layout.size == 0:

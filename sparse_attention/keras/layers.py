@@ -232,7 +232,7 @@ class SparseSelfAttention(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict) -> Any:
-        plan = config["block_mask"]
+        plan = config.get("block_mask")
         plan = plan and BlockMask.from_config(plan)
         return super().from_config({**config, "block_mask": plan})
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
+import zipfile
 from typing import Any
 
 import numpy as np
 
 from .checks import as_truth, check_positive
-from .masks import Mask, Span, as_mask
+from .masks import CHUNK, Mask, Span, as_mask, check_heads
 from .tile_plans import (
     EMPTY,
     FULL,
@@ -30,8 +32,15 @@ from .tile_plans import (
 )
 from .tiling import EFFICIENCY
 
-# So many blocks are judged, or elements evaluated, at a time, which bounds the memory.
-CHUNK = 1 << 20
+# What a configuration holds: sizes, and arrays with their dtypes and ranks, which may have
+# so many bytes in all. A small file can hold far more zeros than there is memory.
+_SAVED_SIZES = ("block_size", "q_len", "kv_len", "row_stride")
+_SAVED_ARRAYS = {
+    "block_kinds": (np.int8, 3),
+    "mask_ids": (np.int32, 1),
+    "mask_bits": (np.uint8, 3),
+}
+MAX_SAVED = 1 << 30
 
 
 class BlockMask:
@@ -83,11 +92,12 @@ class BlockMask:
         kv_len: int | None = None,
         row_stride: int = 1,
     ) -> None:
+        check_positive(block_size=block_size, row_stride=row_stride)
         if block_size not in EFFICIENCY:
             raise ValueError(
                 f"block_size must be one of {list(EFFICIENCY)}, got {block_size!r}"
             )
-        layout = as_truth("layout", layout)  # a copy: the plan will not change with it
+        layout = as_truth("layout", layout).copy()  # nobody else can change it
         self.layout = layout[None] if layout.ndim == 2 else layout
         if self.layout.ndim != 3 or not layout.size:
             raise ValueError(
@@ -96,15 +106,11 @@ class BlockMask:
             )
         self.heads, self.q_blocks, self.kv_blocks = self.layout.shape
         self.mask = as_mask(mask)
-        if self.mask.per_head and self.heads == 1:
-            raise ValueError(
-                f"layout must have a head for each that {self.mask} tells apart, got 1"
-            )
+        self._heads_differ = check_heads(self.mask, self.heads)
         self.block_size = block_size
         self.q_len = self.q_blocks * block_size if q_len is None else q_len
         self.kv_len = self.kv_blocks * block_size if kv_len is None else kv_len
         self.row_stride = row_stride
-        check_positive(block_size=block_size, row_stride=row_stride)
         check_positive(q_len=self.q_len, kv_len=self.kv_len)
         longest = max(self.q_len, self.kv_len)
         if row_stride > longest:
@@ -114,7 +120,6 @@ class BlockMask:
             )
         self._q = _Axis("q", self.q_len, block_size, row_stride, self.q_blocks)
         self._kv = _Axis("kv", self.kv_len, block_size, row_stride, self.kv_blocks)
-        self._heads_differ = self.heads > 1 and self.mask.per_head is not False
         self.block_kinds = self._judge_blocks()
         self._blocks = Blocks(self.block_kinds, *self._evaluate_elements())
         self._cache = {}
@@ -161,7 +166,7 @@ class BlockMask:
             kv_idx = self._kv.rows[kv_block][:, :, None]
             exists = self._q.exists[q_block][:, None, :]
             exists = exists & self._kv.exists[kv_block][:, :, None]
-            allowed = as_truth("mask", self.mask(head[:, None, None], q_idx, kv_idx))
+            allowed = self.mask(head[:, None, None], q_idx, kv_idx)
             allowed = allowed & exists
             kinds[part][(allowed == exists).all(axis=(1, 2))] = FULL
             kinds[part][~allowed.any(axis=(1, 2))] = EMPTY
@@ -334,16 +339,24 @@ class BlockMask:
 
         Returns:
           dict of ints and one string, "arrays", a compressed .npz file in base 64.
+
+        Raises:
+          ValueError: If the arrays have more than `MAX_SAVED` bytes (2 ** 30).
         """
-        file = io.BytesIO()
-        np.savez_compressed(
-            file,
+        arrays = dict(
             block_kinds=self.block_kinds,
             mask_ids=self._blocks.mask_ids,
             mask_bits=self._blocks.mask_bits,
         )
-        names = ("block_size", "q_len", "kv_len", "row_stride")
-        config = {name: int(getattr(self, name)) for name in names}
+        size = sum(array.nbytes for array in arrays.values())
+        if size > MAX_SAVED:
+            raise ValueError(
+                f"a plan that is saved must have at most {MAX_SAVED} bytes, got {size}: "
+                "larger blocks make it smaller, or save its layout and mask instead"
+            )
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        config = {name: int(getattr(self, name)) for name in _SAVED_SIZES}
         return {**config, "arrays": base64.b64encode(file.getvalue()).decode()}
 
     @classmethod
@@ -360,16 +373,34 @@ class BlockMask:
         Returns:
           `BlockMask`. Its `mask` is None, and its `layout` is True where a block is not
           EMPTY.
+
+        Raises:
+          ValueError: If this is no such dict, or damaged. A file comes from outside, so
+            no more than `MAX_SAVED` bytes are unpacked.
         """
-        sizes = dict(config)
-        file = io.BytesIO(base64.b64decode(sizes.pop("arrays")))
-        with np.load(file) as arrays:
-            block_kinds = arrays["block_kinds"]
-            plan = cls(np.zeros(block_kinds.shape, bool), **sizes)
-            partial = np.flatnonzero(block_kinds == PARTIAL)
-            plan._blocks = Blocks(
-                block_kinds, partial, arrays["mask_ids"], arrays["mask_bits"]
+        expected = [*_SAVED_SIZES, "arrays"]
+        if not isinstance(config, dict) or set(config) != set(expected):
+            got = list(config) if isinstance(config, dict) else repr(config)
+            raise ValueError(f"config must be a dict with {expected}, got {got}")
+        sizes = {name: config[name] for name in _SAVED_SIZES}
+        check_positive(**sizes)
+        block_kinds, mask_ids, mask_bits = _unpack(config["arrays"])
+        plan = cls(np.zeros(block_kinds.shape, bool), **sizes)
+        partial = np.flatnonzero(block_kinds == PARTIAL)
+        side = plan.block_size
+        fit = {
+            "block_kinds": np.isin(block_kinds, (EMPTY, PARTIAL, FULL)).all(),
+            "mask_bits": mask_bits.shape[1:] == (side, side // 8),
+            "mask_ids": len(mask_ids) == len(partial)
+            and np.all((mask_ids >= 0) & (mask_ids < len(mask_bits))),
+        }
+        if not all(fit.values()):
+            names = [name for name, fits in fit.items() if not fits]
+            raise ValueError(
+                f"config['arrays'] must hold a plan, got {' and '.join(names)} that do "
+                f"not fit {len(partial)} partial blocks of block_size={side}"
             )
+        plan._blocks = Blocks(block_kinds, partial, mask_ids, mask_bits)
         plan.mask = None  # type: ignore[assignment]
         plan.layout, plan.block_kinds = block_kinds != EMPTY, block_kinds
         freeze(plan.layout, plan.block_kinds)
@@ -397,9 +428,48 @@ class BlockMask:
         heads, rows, columns = kinds.shape
         squares = kinds.reshape(heads, rows // side, side, columns // side, side)
         low, high = squares.min(axis=(2, 4)), squares.max(axis=(2, 4))
-        characters = np.array(list("·▒█"))[np.where(low == high, low, PARTIAL)]
+        characters = _characters()[np.where(low == high, low, PARTIAL)]
         lines = ("  ".join(map("".join, line)) for line in characters.swapaxes(0, 1))
         return "\n".join(lines)
+
+
+def _characters():
+    """What draws EMPTY, PARTIAL and FULL where the standard output can write it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        "·▒█".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return np.array(list(".+#"))
+    return np.array(list("·▒█"))
+
+
+def _unpack(text):
+    """The arrays of `_SAVED_ARRAYS` that a configuration's string holds."""
+    try:
+        file = zipfile.ZipFile(io.BytesIO(base64.b64decode(text)))
+        size = sum(file.getinfo(f"{name}.npy").file_size for name in _SAVED_ARRAYS)
+        if size > MAX_SAVED:
+            raise ValueError(f"{size} bytes, where {MAX_SAVED} are allowed")
+        return [
+            _read_array(file.read(f"{name}.npy"), name, *form)
+            for name, form in _SAVED_ARRAYS.items()
+        ]
+    except Exception as error:  # Damage shows in many ways: in zipfile, zlib, NumPy.
+        raise ValueError(
+            "config['arrays'] must be what get_config gives, a string with the arrays "
+            f"{list(_SAVED_ARRAYS)}; it is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read_array(data, name, dtype, rank):
+    """An array from the bytes of an .npy file, which cannot claim more than there are."""
+    file = io.BytesIO(data)
+    np.lib.format.read_magic(file)
+    shape, is_transposed, got = np.lib.format.read_array_header_1_0(file)
+    if got != dtype or len(shape) != rank:
+        raise ValueError(f"{name} is {got} {shape}")
+    array = np.frombuffer(data, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if is_transposed else "C")
 
 
 def in_positions(mask, length, row_stride):

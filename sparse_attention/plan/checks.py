@@ -55,7 +55,7 @@ def as_truth(name: str, values: Any) -> np.ndarray:
     """
     array = np.asarray(values)
     if array.dtype.kind in "biu":
-        return array.astype(bool)
+        return array.astype(bool, copy=False)
     if array.dtype.kind != "f":
         raise TypeError(f"{name} must be bool, got {array.dtype}")
     others = array[(array != 0) & (array != 1)]

@@ -1,23 +1,25 @@
 """Layouts: which blocks of the score matrix are computed at all.
 
 A layout is bool [heads or 1, q_blocks, kv_blocks], True = computed. Each builder asks the
-mask of the same name about whole blocks: a block is computed unless the mask knows that
-it is empty. Lengths that are no multiple of the block size round up.
+mask of the same name about whole blocks, and about elements where the mask cannot tell.
+Lengths that are no multiple of the block size round up.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 
 from .checks import check_positive
 from .masks import (
+    CHUNK,
     NUM_VERTS,
     VERTSIZE,
     Span,
     as_mask,
     causal_mask,
+    check_heads,
     chunk_mask,
     dense_mask,
     fixed_mask,
@@ -29,7 +31,7 @@ from .masks import (
 def mask_layout(
     mask: Any, q_len: int, block_size: int, kv_len: int | None = None, heads: int = 1
 ) -> np.ndarray:
-    """The blocks that a mask may touch.
+    """The blocks in which a mask allows an element.
 
     >>> from sparse_attention.plan.masks import causal_mask, chunk_mask
     >>> mask_layout(chunk_mask(32) & causal_mask(), 64, 16)[0].astype(int)
@@ -37,10 +39,16 @@ def mask_layout(
            [1, 1, 0, 0],
            [0, 0, 1, 0],
            [0, 0, 1, 1]])
+    >>> mask_layout(lambda head, q_idx, kv_idx: q_idx >= kv_idx + 16, 64, 16)[0].astype(int)
+    array([[0, 0, 0, 0],
+           [1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [1, 1, 1, 0]])
 
     Args:
-      mask: A `Mask`. Of a plain function every block is kept, because it can only be
-        asked about elements; `BlockMask` then drops the empty ones.
+      mask: A `Mask`, or a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts.
+        It is evaluated in the blocks that its bounds cannot decide; a plain function
+        has no bounds, so in all.
       q_len: Queries in positions.
       block_size: Side of a block in positions.
       kv_len: Keys in positions; None: as many as queries.
@@ -51,21 +59,61 @@ def mask_layout(
         computed.
 
     Raises:
-      ValueError: If a size is not a positive integer.
+      TypeError: If what the mask returns is neither boolean nor integer, nor floats that
+        are 0 or 1.
+      ValueError: If a size is not a positive integer, or the mask differs between heads
+        and `heads` is 1.
+
+    Cost: q_len * kv_len elements of a plain function, for each head that it tells apart;
+      memory for a million of them at a time.
     """
     kv_len = q_len if kv_len is None else kv_len
     check_positive(q_len=q_len, kv_len=kv_len, block_size=block_size, heads=heads)
     mask = as_mask(mask)
-    q_lo = np.arange(0, q_len, block_size)[:, None]
+    heads_differ = check_heads(mask, heads)
+    q_lo = np.arange(0, q_len, block_size)
     kv_lo = np.arange(0, kv_len, block_size)
-    q = Span(q_lo, np.minimum(q_lo + block_size, q_len) - 1)
+    q = Span(q_lo[:, None], np.minimum(q_lo[:, None] + block_size, q_len) - 1)
     kv = Span(kv_lo, np.minimum(kv_lo + block_size, kv_len) - 1)
-    layout = np.zeros((heads, len(q_lo), len(kv_lo)), bool)
-    for head in range(heads):
-        if head == 0 or mask.per_head:
-            _, none_true = mask.bounds(head, q, kv)
+    layout = np.empty((heads, len(q_lo), len(kv_lo)), bool)
+    for head in range(heads if heads_differ else 1):
+        all_true, none_true = mask.bounds(head, q, kv)
         layout[head] = np.logical_not(none_true)
+        undecided = layout[head] & np.logical_not(all_true)
+        for q_blocks, kv_blocks in _groups(undecided, max(1, CHUNK // block_size**2)):
+            # [rows of blocks, positions of a block], and those of all blocks in a row
+            q_idx = q_lo[q_blocks, None] + np.arange(block_size)
+            kv_idx = kv_lo[kv_blocks, None] + np.arange(block_size)
+            q_idx = np.minimum(q_idx, q_len - 1)[:, :, None]
+            kv_idx = np.minimum(kv_idx, kv_len - 1).reshape(len(q_blocks), 1, -1)
+            allowed = mask(head, q_idx, kv_idx)
+            allowed = np.broadcast_to(allowed, np.broadcast(q_idx, kv_idx).shape)
+            is_read = allowed.any(axis=1).reshape(*kv_blocks.shape, block_size)
+            layout[head, q_blocks[:, None], kv_blocks] = is_read.any(axis=2)
+    if not heads_differ:
+        layout[1:] = layout[0]
     return layout
+
+
+def _groups(chosen: np.ndarray, size: int) -> Iterator[tuple]:
+    """Collects blocks by rows, so that a mask answers for many of them at once.
+
+    Args:
+      chosen: bool [q_blocks, kv_blocks].
+      size: Blocks in a group, at most.
+
+    Yields:
+      q_blocks [rows], and kv_blocks [rows, n], those of each row.
+    """
+    counts = np.count_nonzero(chosen, axis=1)
+    for count in np.unique(counts[counts > 0]):
+        q_blocks = np.flatnonzero(counts == count)
+        kv_blocks = np.nonzero(chosen[q_blocks])[1].reshape(-1, count)
+        rows = max(1, size // count)
+        for row in range(0, len(q_blocks), rows):
+            for column in range(0, count, size):
+                some = slice(row, row + rows)
+                yield q_blocks[some], kv_blocks[some, column : column + size]
 
 
 def dense_layout(
@@ -245,7 +293,8 @@ def fixed_layout(
             f"heads must be a multiple of num_verts={num_verts}, got {heads}; "
             "num_verts=1 gives all of them the same column"
         )
-    return mask_layout(mask, q_len, block_size, heads=heads)
+    layout = mask_layout(mask, q_len, block_size, heads=num_verts)
+    return layout[np.arange(heads) % num_verts]
 
 
 def chunk_layout(q_len: int, block_size: int, chunk: int, heads: int = 1) -> np.ndarray:

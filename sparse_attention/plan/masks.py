@@ -26,11 +26,14 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
-from .checks import check_positive
+from .checks import as_truth, check_positive
 
 # The defaults of `fixed`, which are those of OpenAI's code: the number of different summary
 # columns among the heads, and the number of blocks in each.
 NUM_VERTS, VERTSIZE = 4, 1
+
+# So many elements are evaluated, or blocks judged, at a time, which bounds the memory.
+CHUNK = 1 << 20
 
 
 class Span(NamedTuple):
@@ -52,8 +55,11 @@ class Mask:
       fn: `fn(head, q_idx, kv_idx)` -> bool, broadcasting; indices are rows (time).
       bounds: `bounds(head, q, kv)` -> `(all_true, none_true)`, see `Mask.bounds`; None:
         the elements of every block are evaluated.
-      per_head: Whether `head` matters; None: this is not known, so each head is asked.
+      per_head: Whether `head` matters; None: `tells_heads_apart` finds out.
       name: What `repr` shows.
+
+    Calling it raises TypeError if `fn` returns neither booleans nor integers, nor floats
+    that are 0 or 1.
     """
 
     def __init__(
@@ -69,7 +75,21 @@ class Mask:
         self._bounds = bounds
 
     def __call__(self, head: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return self.fn(head, q_idx, kv_idx)
+        return as_truth("mask", self.fn(head, q_idx, kv_idx))
+
+    def tells_heads_apart(self) -> bool:
+        """Whether the rule depends on the head.
+
+        Where `per_head` is None, one call tells: an answer has a dimension for two heads
+        only if the function reads them.
+
+        >>> Mask(lambda head, q_idx, kv_idx: q_idx >= kv_idx + head).tells_heads_apart()
+        True
+        """
+        if self.per_head is not None:
+            return self.per_head
+        heads, row = np.zeros((2, 1, 1), np.int64), np.zeros((1, 1), np.int64)
+        return np.shape(self(heads, row, row))[-3:-2] == (2,)
 
     def bounds(self, head: Any, q: Span, kv: Span) -> tuple:
         """Whether all of a block's elements are allowed, and whether none of them is.
@@ -87,7 +107,10 @@ class Mask:
           `(all_true, none_true)`, bool, broadcast; both are False where the mask
           cannot tell without looking at the elements.
         """
-        return self._bounds(head, q, kv) if self._bounds else (False, False)
+        if self._bounds is None:
+            return False, False
+        all_true, none_true = self._bounds(head, q, kv)
+        return as_truth("all_true", all_true), as_truth("none_true", none_true)
 
     def __and__(self, other: Any) -> Mask:
         return _combine(self, as_mask(other), "&")
@@ -118,6 +141,17 @@ def as_mask(mask: Any) -> Mask:
     if not callable(mask):
         raise TypeError(f"mask must be a Mask or a function, got {mask!r}")
     return Mask(mask)
+
+
+def check_heads(mask: Mask, heads: int) -> bool:
+    """Whether a plan's heads differ by the mask; ValueError if one stands for all."""
+    differ = mask.tells_heads_apart()
+    if differ and heads == 1:
+        raise ValueError(
+            f"layout must have a head for each that {mask} tells apart, got 1: give "
+            "heads=..., or Mask(function, per_head=False) if it is the same for all"
+        )
+    return differ
 
 
 def _combine(a, b, operator):
@@ -384,7 +418,8 @@ def callback_mask(mask_callback: Callable, layout: Any, block_size: int) -> Mask
     Args:
       mask_callback: `mask_callback(blk_shape, head_idx, query_blk_idx, key_blk_idx,
         blk_idx)` -> bool [block_size, block_size], True = attend; `blk_idx` counts the
-        computed blocks of a head, row by row. Called once for each of them.
+        computed blocks of a head, row by row. Called once for each of them; where the
+        layout has one head, with head 0 for all.
       layout: bool [heads or 1, q_blocks, kv_blocks] or [q_blocks, kv_blocks], True =
         computed.
       block_size: Side of a block in positions.
@@ -393,11 +428,12 @@ def callback_mask(mask_callback: Callable, layout: Any, block_size: int) -> Mask
       `Mask`, nothing allowed outside the layout.
 
     Raises:
-      TypeError: If the callback returns neither booleans nor integers.
+      TypeError: If the callback returns neither booleans nor integers, or the layout is
+        neither these nor floats that are 0 or 1.
       ValueError: If it returns another shape.
     """
     check_positive(block_size=block_size)
-    layout = np.array(layout, bool, ndmin=3)
+    layout = np.array(as_truth("layout", layout), ndmin=3)
     blk_shape = (block_size, block_size)
     seen = {np.zeros(blk_shape, bool).tobytes(): 0}  # equal blocks are kept once
     block_ids = np.zeros(layout.shape, np.int32)

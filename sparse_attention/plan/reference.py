@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .checks import as_truth
+
 
 @np.errstate(divide="ignore", invalid="ignore")  # log(0); whatever masked keys hold
 def attention_fwd(
@@ -50,6 +52,7 @@ def attention_fwd(
       lse: float64 [batch, heads, q_len], nats.
 
     Raises:
+      TypeError: If the mask is neither boolean nor integer, nor floats that are 0 or 1.
       ValueError: If shapes do not fit.
     """
     q, k, v, allowed, scale, group = _prepare(q, k, v, mask, softmax_scale, kv_lengths)
@@ -92,7 +95,7 @@ def attention_bwd(
       dq, dk, dv: float64, shaped like q, k and v; a kv head sums over its heads.
 
     Raises:
-      ValueError: If shapes do not fit.
+      TypeError, ValueError: As `attention_fwd`.
     """
     q, k, v, allowed, scale, group = _prepare(q, k, v, mask, softmax_scale, kv_lengths)
     do = np.asarray(do, np.float64)
@@ -134,7 +137,7 @@ def _prepare(q, k, v, mask, softmax_scale, kv_lengths):
         )
     allowed = np.ones((batch, heads, q_len, kv_len), bool)
     if mask is not None:
-        allowed &= np.asarray(mask, bool)
+        allowed &= as_truth("mask", mask)
     if kv_lengths is not None:
         allowed &= np.arange(kv_len) < np.reshape(kv_lengths, (batch, 1, 1, 1))
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
