@@ -134,12 +134,12 @@ def _from_windows(x):
 
 
 def _scores(q, k):
-    scores = tf.matmul(q, k, transpose_b=True)
-    return tf.cast(scores, tf.float32) * q.shape[-1] ** -0.5
+    q, k = tf.cast(q, tf.float32), tf.cast(k, tf.float32)
+    return tf.matmul(q, k, transpose_b=True) * q.shape[-1] ** -0.5
 
 
 def _softmax(scores, mask, dtype):
-    return tf.cast(tf.nn.softmax(tf.where(mask, scores, -1e9)), dtype)
+    return tf.cast(tf.nn.softmax(tf.where(mask, scores, scores.dtype.min)), dtype)
 
 
 # ---- the ceiling ----

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import DTYPES, PATTERNS, assert_attention_close, random_inputs
+from helpers import DTYPES, PATTERNS, assert_attention_close, random_inputs, to_dtype
 from tf_helpers import assert_same_bits, merged, run, run_with_gradients
 
 import sparse_attention as sa
@@ -78,6 +78,24 @@ def test_dense_reference_has_a_float32_softmax():
             assert sa.attention_impl(x, x, x, 1, "all").dtype == dtype
             (softmax,) = (op for op in graph.get_operations() if op.type == "Softmax")
             assert softmax.outputs[0].dtype == tf.float32
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [("float16", 34), ("bfloat16", 1e6), ("float32", 1e6), ("float32", 1e20)],
+)
+@pytest.mark.parametrize("attn_mode", PATTERNS)
+def test_dense_reference_does_not_see_the_future(attn_mode, dtype, size):
+    """Nor any other masked key, however low the scores of the allowed ones are."""
+    q = np.full([1, 64, 4 * 64], size, np.float32)
+    v = np.arange(64.0, dtype=np.float32)[None, :, None] + np.zeros([1, 64, 4 * 64])
+    q, k, v = (to_dtype(x, dtype) for x in (q, -q, v))
+    (o,) = run(
+        lambda q, k, v: [sa.attention_impl(q, k, v, 4, attn_mode, 32, 8)], *(q, k, v)
+    )
+    mask = element_rule(attn_mode, 64, 4, num_verts=4, vertsize=1)
+    last = np.where(mask, np.arange(64), -1).max(axis=2)  # a mean is not above it
+    assert not (o.reshape(64, 4, 64) > last.T[:, :, None]).any()
 
 
 def test_dense_reference_takes_an_unknown_time():

@@ -50,8 +50,8 @@ def attention_impl(
     Raises:
       ValueError: If an argument is missing, not positive, or does not fit the others.
 
-    Numerics: Products as TensorFlow multiplies matrices in this dtype; the softmax in
-      float32 if the input has 16 bits, the weights cast back.
+    Numerics: Products as TensorFlow multiplies matrices; scores and softmax in float32 if
+      the input has 16 bits, the weights cast back.
     Cost: 4 * time^2 * head_dim FLOP per head; memory for several score matrices.
     """
     q, k, v = (split_heads(tf.convert_to_tensor(x), heads) for x in (q, k, v))
@@ -64,13 +64,14 @@ def attention_impl(
         num_verts,
         vertsize,
     )
-    w = tf.matmul(q, k, transpose_b=True)
-    if w.dtype in (tf.float16, tf.bfloat16):
-        w = tf.cast(w, tf.float32)
-    w = w * shape_list(q)[-1] ** -0.5
-    w = tf.compat.v1.where_v2(mask > 0, w, -1e9)
-    w = tf.cast(tf.nn.softmax(w), v.dtype)
-    return merge_heads(tf.matmul(w, v))
+    if q.dtype in (tf.float16, tf.bfloat16):
+        q, k = tf.cast(q, tf.float32), tf.cast(k, tf.float32)
+    w = tf.matmul(q, k, transpose_b=True) * shape_list(q)[-1] ** -0.5
+    # A masked score is the least finite number, because enable_check_numerics stops at
+    # -inf, and its weight is 0, even where no score is larger.
+    w = tf.compat.v1.where_v2(mask > 0, w, w.dtype.min)
+    w = tf.compat.v1.where_v2(mask > 0, tf.nn.softmax(w), 0.0)
+    return merge_heads(tf.matmul(tf.cast(w, v.dtype), v))
 
 
 @recomputable("blocksparse_attention_impl")

@@ -139,7 +139,7 @@ class Decoder:
         q = tf.reshape(attention.query(h), [self.batch, lists, -1, head_dim])
         s = tf.matmul(tf.cast(q, tf.float32), k, transpose_b=True) * head_dim**-0.5
         is_key = is_key[:, None]
-        p = tf.nn.softmax(tf.where(is_key, s, -np.inf))
+        p = tf.nn.softmax(tf.where(is_key, s, s.dtype.min))
         p = tf.where(is_key, p, 0.0)  # no key at all: o = 0
         o = tf.reshape(tf.matmul(p, v), [self.batch, attention.heads * head_dim])
         return attention.output_dense(tf.cast(o, h.dtype))

@@ -31,6 +31,23 @@ not_converted = tf.autograph.experimental.do_not_convert
 # ---- block-sparse attention ----
 
 
+def _allow_infinite_lse():
+    """Tells `tf.debugging.enable_check_numerics` that lse may be -inf.
+
+    The op gives it for rows that attend to nothing, whether or not it is asked for.
+    TensorFlow lists such outputs of its own ops; without the list, there is nothing to do.
+    """
+    try:
+        from tensorflow.python.debug.lib import check_numerics_callback as callback
+
+        callback.IGNORE_OP_OUTPUTS += ((b"BlockSparseAttention", 1),)
+    except (ImportError, AttributeError, TypeError):
+        pass
+
+
+_allow_infinite_lse()
+
+
 @not_converted
 def block_sparse_attention(
     q: TensorLike,
@@ -99,7 +116,11 @@ def block_sparse_attention(
     ops = loader.attention_ops()
     if ops is None:
         o, lse = fallback.attention(
-            *(q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name),
+            *(q, k, v, block_mask, heads, kv_heads),
+            softmax_scale=softmax_scale,
+            kv_lengths=kv_lengths,
+            return_lse=return_lse,
+            name=name,
             why_not=loader.why_not("attention_ops"),
         )
     else:

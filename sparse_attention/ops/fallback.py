@@ -36,11 +36,23 @@ Pairs = namedtuple(
 
 
 def attention(
-    q, k, v, block_mask, heads, kv_heads, softmax_scale, kv_lengths, name, why_not
+    q,
+    k,
+    v,
+    block_mask,
+    heads,
+    kv_heads,
+    softmax_scale,
+    kv_lengths,
+    return_lse,
+    name,
+    why_not,
 ):
     """`block_sparse_attention` for arguments that it has checked; returns o and lse.
 
-    `why_not` says what is in the way of the kernels.
+    lse is None unless it is asked for: it may be -inf, at which
+    `tf.debugging.enable_check_numerics` stops. `why_not` says what is in the way of the
+    kernels.
     """
     _warn_once(why_not)
     with tf.name_scope(name or "block_sparse_attention"):
@@ -54,15 +66,20 @@ def attention(
         q_tiles = _blocks(_split(q, heads) * softmax_scale, pairs.q_rows)
         k_blocks = _blocks(_select(exists, _split(k, kv_heads), 0.0), pairs.kv_rows)
         v_blocks = _blocks(_select(exists, _split(v, kv_heads), 0.0), pairs.kv_rows)
-        o, lse = _attend(q_tiles, k_blocks, v_blocks, pairs, end)
+        o, row_max, row_sum = _attend(q_tiles, k_blocks, v_blocks, pairs, end)
         o = _rows(o, heads, pairs)
         o = tf.reshape(o, [tf.shape(q)[0], block_mask.q_len, heads * o.shape[3]])
+        o = tf.cast(o, q.dtype)
+        if not return_lse:
+            return o, None
+        lse = row_max + tf.math.log(_select(row_sum > 0, row_sum, 1.0))
+        lse = _select(row_sum > 0, lse, -np.inf)
         lse = _rows(lse[..., None], heads, pairs)[..., 0]
-        return tf.cast(o, q.dtype), tf.transpose(lse, [0, 2, 1])
+        return o, tf.transpose(lse, [0, 2, 1])
 
 
 def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
-    """o and lse of the q tiles, [heads * q_tiles, batch, tile_q, ...]."""
+    """o of the q tiles, [heads * q_tiles, batch, tile_q, dim], row maxima and row sums."""
 
     def gather_tile(x):
         return tf.gather(x, pairs.q_tile)
@@ -76,19 +93,18 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     kv_rows = tf.gather(pairs.kv_rows, pairs.kv_block % len(pairs.kv_rows))
     allowed = tf.gather(pairs.masks, pairs.mask_ids)[:, None]
     allowed &= kv_rows[:, None, None, :] < end[:, None, None]
-    s = _select(allowed, s, -np.inf)
-    row_max = tf.math.unsorted_segment_max(
-        tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
+    s = _select(allowed, s, s.dtype.min)
+    row_max = tf.stop_gradient(
+        tf.math.unsorted_segment_max(
+            tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
+        )
     )
-    # row_max is -inf where all keys are masked, and s - row_max must not be NaN.
-    row_max = tf.stop_gradient(_select(row_max > -np.inf, row_max, 0.0))
-    p = tf.exp(s - gather_tile(row_max)[..., None])
+    # Where all keys are masked, s is row_max.
+    p = _select(allowed, tf.exp(s - gather_tile(row_max)[..., None]), 0.0)
     row_sum = sum_tile(tf.reduce_sum(p, axis=3))
-    is_empty = tf.equal(row_sum, 0.0)
-    row_sum = _select(is_empty, 1.0, row_sum)
-    lse = _select(is_empty, -np.inf, row_max + tf.math.log(row_sum))
-    p /= gather_tile(row_sum)[..., None]
-    return sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block))), lse
+    p /= gather_tile(_select(row_sum > 0, row_sum, 1.0))[..., None]
+    o = sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block)))
+    return o, row_max, row_sum
 
 
 def _end(kv_lengths, kv_len):

@@ -19,7 +19,6 @@ import inspect
 import warnings
 from typing import Callable
 
-import numpy as np
 import tensorflow as tf
 
 # TensorFlow 1's variables that are not resources: no op of its own reads them.
@@ -145,8 +144,8 @@ def _after(gradients, inputs, stack):
     stack.enter_context(tf.control_dependencies(gradients))
     # XLA ignores control edges. It has no way to know that this is 0, and x - 0 is x,
     # bit for bit.
-    first = tf.reshape(gradients[0], [-1])[:1]
-    zero = tf.reduce_any(tf.math.real(first) > np.inf)
+    first = tf.math.real(tf.reshape(gradients[0], [-1])[:1])
+    zero = tf.reduce_any(tf.logical_and(first > 1, first < 0))
     return [
         x - tf.cast(zero, x.dtype) if _is_differentiable(x) else tf.identity(x)
         for x in inputs
