@@ -250,3 +250,12 @@ def test_a_mask_of_another_length_is_refused(time):
         ValueError, match=f"mask must be bool .* where the time is {TIME}"
     ):
         layer(tf.ones([2, TIME, WIDTH]), mask=np.ones([2, time], bool))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_fixed_takes_any_number_of_heads_by_default(heads):
+    layer = sa.SparseSelfAttention(heads, 8, "fixed", local_attn_ctx=32, block_size=8)
+    layer.build([1, 64, 8 * heads])
+    assert layer.block_mask.heads == (heads if heads > 1 else 1)
+    again = sa.SparseSelfAttention.from_config(layer.get_config())
+    assert again.num_verts is None

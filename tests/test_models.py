@@ -299,3 +299,18 @@ def test_weights_of_another_configuration_are_an_error(name, tmp_path):
 def test_another_length_is_an_error():
     with pytest.raises(ValueError, match=r"time = 64\], got shape \(2, 63\)"):
         transformer()(tokens()[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "attention, heads", [("fixed", 6), ("all,fixed", 1), ("all", 2)]
+)
+def test_fixed_chooses_columns_and_saves_them(attention, heads, tmp_path):
+    sizes = (VOCAB, TIME, 1, 8 * heads, heads, attention, 16, 8)
+    model = sa.SparseTransformer(*sizes)
+    model(np.zeros([1, TIME], np.int32))
+    model.save_weights(tmp_path / "model.weights.h5")
+    columns = {"fixed": 2, "all,fixed": 1, "all": None}[attention]
+    assert model.get_config()["num_verts"] == columns
+    again = sa.SparseTransformer(*sizes, num_verts=columns)
+    again(np.zeros([1, TIME], np.int32))
+    again.load_weights(tmp_path / "model.weights.h5")

@@ -144,6 +144,13 @@ def test_bad_patterns_are_refused(name, message, options):
         run(lambda x: getattr(sa, name)(x, x, x, 4, blocksize=8, **options), x)
 
 
+@pytest.mark.parametrize("name", ["attention_impl", "blocksparse_attention_impl"])
+def test_heads_that_openais_default_does_not_divide_are_told_the_remedy(name):
+    x = np.zeros([2, 64, 24], np.float32)
+    with pytest.raises(ValueError, match="must .*3.*num_verts=1 gives all of them"):
+        run(lambda x: getattr(sa, name)(x, x, x, 3, "fixed", 32, 8), x)
+
+
 def test_bad_block_size_is_refused():
     x = np.zeros([2, 64, 32], np.float32)
     with pytest.raises(ValueError, match="block_size must be one of .* got 24"):

@@ -124,11 +124,11 @@ def test_no_other_number_is_taken_for_one_that_is_known(name, size):
         (("fixed", 64, 4, 32, -128), "local_attn_ctx must be .*, got -128"),
         (("fixed", 64, 4, 32, 100), "local_attn_ctx.* multiple of .*=32, got 100"),
         (
-            ("fixed", 64, 6, 32, 128),
+            ("fixed", 64, 6, 32, 128, 4),
             "heads must be a multiple of num_verts=4, got 6; num_verts=1",
         ),
         (("fixed", 64, 4, 32, 128, 1, 3), "vertsize must divide .* 4 blocks .*, got 3"),
-        (("fixed", 64, 4, 32, 128, 4, 2), r"num_verts \* vertsize must be at most"),
+        (("fixed", 64, 4, 32, 128, 4, 2), r"num_verts \* vertsize .* num_verts=1"),
     ],
 )
 def test_patterns_name_what_does_not_fit(args, message):
@@ -154,8 +154,8 @@ def test_another_pattern_of_the_same_name_is_another_plan(monkeypatch):
 def test_defaults_have_one_home(monkeypatch):
     plan = pattern_block_mask("fixed", 64, 4, 8, 32)
     assert plan is pattern_block_mask("fixed", 64, 4, 8, 32, 4, 1)
-    for name, number in ("NUM_VERTS", 2), ("VERTSIZE", 2):
-        monkeypatch.setattr(patterns, name, number)
+    monkeypatch.setattr(masks, "NUM_VERTS", 2)
+    monkeypatch.setattr(patterns, "VERTSIZE", 2)
     assert pattern_block_mask("fixed", 64, 4, 8, 32) is not plan
     assert (
         pattern_block_mask("fixed", 64, 4, 8, 32).mask.name == "fixed_mask(32, 8, 2, 2)"
@@ -222,3 +222,14 @@ def test_docstrings_run(module, monkeypatch):
     monkeypatch.undo()  # the errors list the patterns
     assert doctest.testmod(module).attempted
     assert not doctest.testmod(module).failed
+
+
+@pytest.mark.parametrize(
+    "heads, ctx, vertsize, columns",
+    [(1, 128, 1, 1), (2, 128, 1, 2), (3, 128, 1, 3), (6, 128, 1, 3), (5, 128, 1, 1)]
+    + [(4, 128, 1, 4), (8, 256, 1, 4), (4, 64, 1, 2), (4, 32, 1, 1), (8, 128, 2, 2)],
+)
+def test_fixed_chooses_columns_that_fit(heads, ctx, vertsize, columns):
+    sizes = (256, heads, 32, ctx)
+    plan = pattern_block_mask("fixed", *sizes, vertsize=vertsize)
+    assert plan is pattern_block_mask("fixed", *sizes, columns, vertsize)

@@ -93,7 +93,8 @@ def blocksparse_attention_impl(
     Args:
       q, k, v: float32, float16 or bfloat16 [batch, time, heads * head_dim].
       heads: Number of heads.
-      attn_mode, local_attn_ctx, num_verts, vertsize: As for `pattern_block_mask`.
+      attn_mode, local_attn_ctx, num_verts, vertsize: As for `pattern_block_mask`, but
+        num_verts is 4 where it is None.
       blocksize: Side of a block in positions: 8, 16, 32, 64 or, if "fused", 128.
       backend: "fused" runs `block_sparse_attention`. "blocksparse_ops" runs the three ops
         of OpenAI's code, which keep scores and weights in memory, 16 bits each.
@@ -111,6 +112,7 @@ def blocksparse_attention_impl(
     """
     q, k, v = (tf.convert_to_tensor(x, name=n) for n, x in zip("qkv", (q, k, v)))
     q_len = static_time("q", q)
+    num_verts = NUM_VERTS if num_verts is None else num_verts
     sizes = (blocksize, local_attn_ctx, num_verts, vertsize)
     if backend == "fused":
         block_mask = pattern_block_mask(attn_mode, q_len, heads, *sizes)
@@ -191,7 +193,10 @@ def get_attn_mask(
         heads = num_verts if heads is None else heads
         check_fixed(local_attn_ctx, blocksize, num_verts, vertsize)
         if heads % num_verts:
-            raise ValueError(f"num_verts must divide heads={heads}, got {num_verts}")
+            raise ValueError(
+                f"num_verts must divide heads={heads}, got {num_verts}; num_verts=1 gives "
+                "all of them the same column"
+            )
         # Summary columns count from the end of a window.
         column = (local_attn_ctx - 1 - j % local_attn_ctx) // (vertsize * blocksize)
         own_column = (tf.range(heads) % num_verts)[:, None, None]

@@ -281,6 +281,7 @@ def get_blocksparse_obj(
         raise ValueError(
             f"n_ctx must be a multiple of blocksize={blocksize}, got {n_ctx}"
         )
+    num_verts = NUM_VERTS if num_verts is None else num_verts
     pattern, settings = resolve(
         attn_mode, n_ctx, n_heads, blocksize, local_attn_ctx, num_verts, vertsize
     )

@@ -14,7 +14,7 @@ from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
 from ..ops.signature import TensorLike
 from ..plan.block_mask import BlockMask
 from ..plan.checks import as_ints, check_positive
-from ..plan.masks import NUM_VERTS, VERTSIZE
+from ..plan.masks import VERTSIZE
 from ..plan.patterns import pattern_block_mask
 from .backend import keras
 from .xla import Dense
@@ -75,7 +75,7 @@ class SparseSelfAttention(keras.layers.Layer):
         attn_mode: str = "all",
         local_attn_ctx: int | None = None,
         block_size: int = 32,
-        num_verts: int = NUM_VERTS,
+        num_verts: int | None = None,
         vertsize: int = VERTSIZE,
         block_mask: BlockMask | None = None,
         kv_heads: int | None = None,

@@ -12,8 +12,8 @@ import tensorflow as tf
 from ..ops.recompute import recomputable
 from ..ops.signature import TensorLike
 from ..plan.checks import as_ints, check_positive
-from ..plan.masks import NUM_VERTS, VERTSIZE
-from ..plan.patterns import layer_patterns, pattern_block_mask
+from ..plan.masks import VERTSIZE
+from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
 from .backend import keras, require_keras_3
 from .layers import SparseSelfAttention, serializable
 from .xla import Dense, fused_on_gpu
@@ -164,7 +164,7 @@ class SparseTransformer(keras.Model):
         attention: str = "fixed",
         local_attn_ctx: int = 128,
         block_size: int = 32,
-        num_verts: int = NUM_VERTS,
+        num_verts: int | None = None,
         vertsize: int = VERTSIZE,
         dropout: float = 0.0,
         recompute: bool = False,
@@ -189,6 +189,11 @@ class SparseTransformer(keras.Model):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        attn_modes = layer_patterns(attention)
+        for attn_mode in attn_modes:  # Errors are raised now, and the plans are cached.
+            _, settings = resolve(attn_mode, time, heads, **pattern)
+            pattern["num_verts"] = settings.num_verts or pattern["num_verts"]
+            pattern_block_mask(attn_mode, time, heads, **pattern)
         self._config = {
             **sizes,
             "attention": attention,
@@ -203,9 +208,6 @@ class SparseTransformer(keras.Model):
         residual_scale = (2 * layers) ** -0.5
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
         self.position_embedding = _embedding("position_embedding", time, width, policy)
-        attn_modes = layer_patterns(attention)
-        for attn_mode in attn_modes:  # Errors are raised now, and the plans are cached.
-            pattern_block_mask(attn_mode, time, heads, **pattern)
         self.blocks = [
             SparseTransformerBlock(
                 SparseSelfAttention(

@@ -28,8 +28,8 @@ import numpy as np
 
 from .checks import as_truth, check_positive
 
-# The defaults of `fixed`, which are those of OpenAI's code: the number of different summary
-# columns among the heads, and the number of blocks in each.
+# The defaults of `fixed` in OpenAI's code: the number of different summary columns among the
+# heads, and the number of blocks in each.
 NUM_VERTS, VERTSIZE = 4, 1
 
 # So many elements are evaluated, or blocks judged, at a time, which bounds the memory.
@@ -399,7 +399,19 @@ def check_fixed(stride, block_size, num_verts, vertsize):
         raise ValueError(
             f"num_verts * vertsize must be at most the window's {window} blocks "
             f"(stride / block_size), got {num_verts} * {vertsize}"
+            + ("; num_verts=1 gives all heads the same column" if num_verts > 1 else "")
         )
+
+
+def choose_num_verts(heads, stride, block_size, vertsize=VERTSIZE):
+    """The most summary columns, up to OpenAI's 4, that divide the heads and fit a window.
+
+    >>> choose_num_verts(heads=6, stride=128, block_size=32)
+    3
+    """
+    room = stride // (block_size * vertsize)
+    fits = (n for n in range(NUM_VERTS, 0, -1) if heads % n == 0 and n <= room)
+    return next(fits, 1)
 
 
 # ---- compatibility ----

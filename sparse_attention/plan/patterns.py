@@ -14,9 +14,9 @@ from .block_mask import BlockMask
 from .checks import as_ints, check_positive
 from .layouts import all_layout, fixed_layout, local_layout, strided_layout
 from .masks import (
-    NUM_VERTS,
     VERTSIZE,
     causal_mask,
+    choose_num_verts,
     fixed_mask,
     local_mask,
     strided_mask,
@@ -143,14 +143,20 @@ def resolve(
         heads=heads,
         block_size=block_size,
         local_attn_ctx=local_attn_ctx,
-        num_verts=NUM_VERTS if num_verts is None else num_verts,
+        num_verts=num_verts,
         vertsize=VERTSIZE if vertsize is None else vertsize,
     )
     for name in ("local_attn_ctx", "num_verts", "vertsize"):
         if name not in pattern.needs:
             sizes[name] = None
-    required = ("q_len", "heads", "block_size", *pattern.needs)
-    check_positive(**{name: sizes[name] for name in required})
+    required = {"q_len", "heads", "block_size", *pattern.needs}
+    if num_verts is None:
+        required.discard("num_verts")
+    check_positive(**{name: sizes[name] for name in sizes if name in required})
+    if num_verts is None and "num_verts" in pattern.needs:
+        sizes["num_verts"] = choose_num_verts(
+            heads, sizes["local_attn_ctx"], block_size, sizes["vertsize"]
+        )
     return pattern, Settings(**sizes)
 
 
@@ -185,7 +191,8 @@ def pattern_block_mask(
       block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
       local_attn_ctx: The window of "local" and "fixed", the stride of "strided", in
         positions; unused by "all".
-      num_verts: Different summary columns among the heads of "fixed"; None: 4.
+      num_verts: Different summary columns among the heads of "fixed"; None: as many as
+        divide the heads and fit a window, at most 4.
       vertsize: Blocks in a summary column of "fixed"; None: 1.
 
     Returns:
