@@ -14,7 +14,7 @@ NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
         "check_numerics generation gpu_training keras_3 models new_pattern optimizer "
-        "train_lm xla"
+        "recompute_layers train_lm xla"
     ).split()
 ]
 collect_ignore = NEWER_TESTS if sys.version_info < (3, 8) else []

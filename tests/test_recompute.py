@@ -1,7 +1,9 @@
 """recomputable: the numbers of a plain call, and the memory of one block, not all."""
 
 import inspect
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -334,6 +336,145 @@ def test_inside_of_a_loop(mode):
     assert_same_bits(*both_ways(loop, [x, w], [np.ones_like(x)], mode))
 
 
+class Box:
+    """A container that tf.nest does not open."""
+
+    def __init__(self, content):
+        self.content = content
+
+
+class Slots:
+    __slots__ = ("content",)
+
+    def __init__(self, content):
+        self.content = content
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["ragged", "sparse", "slices"])
+def test_composite_tensors_have_gradients(kind, mode):
+    def make(x):
+        if kind == "ragged":
+            return tf.RaggedTensor.from_row_splits(x, [0, 2, 3])
+        if kind == "sparse":
+            return tf.SparseTensor([[0, 1], [1, 0], [1, 2]], x, [2, 3])
+        return tf.IndexedSlices(x, tf.constant([2, 0, 1]), tf.constant([3]))
+
+    def values(composite):
+        return composite.flat_values if kind == "ragged" else composite.values
+
+    @sa.recomputable
+    def squared(composite):
+        return {"result": make(values(composite) ** 2)}
+
+    def call(recompute, x):
+        return [values(squared(make(x), recompute=recompute)["result"])]
+
+    x, dy = normal(3), normal(3, seed=1)
+    plain, again = both_ways(call, [x], [dy], mode)
+    assert_same_bits(plain, again)
+    np.testing.assert_allclose(again[1][0], 2 * x * dy, rtol=1e-6)
+
+
+CONTAINERS = {
+    "object": (Box, lambda box: box.content),
+    "slots": (Slots, lambda box: box.content),
+    "list in an object": (lambda x: Box([{"x": x}]), lambda box: box.content[0]["x"]),
+    "object in objects": (lambda x: Box(Box(x)), lambda box: box.content.content),
+    "deque": (lambda x: deque([x]), lambda box: box[0]),
+    "ragged": (lambda x: tf.RaggedTensor.from_row_splits(x, [0, 3]),
+               lambda box: box.flat_values),
+    "partial": (lambda x: partial(tf.identity, x), lambda box: box()),
+    "lambda": (lambda x: lambda: x, lambda box: box()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", ["argument", "keyword", "closure", "method"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_tensors_in_any_container_have_gradients(name, way, mode):
+    make, take = CONTAINERS[name]
+
+    def call(recompute, x):
+        held = make(x)
+
+        @sa.recomputable
+        def function(box):
+            return take(box) ** 2
+
+        @sa.recomputable
+        def closed():
+            return take(held) ** 2
+
+        class Layer:
+            box = None
+
+            @sa.recomputable
+            def method(self):
+                return take(self.box) ** 2
+
+        layer = Layer()
+        layer.box = held
+        if way == "argument":
+            return [function(held, recompute=recompute)]
+        if way == "keyword":
+            return [function(box=held, recompute=recompute)]
+        return [(closed if way == "closure" else layer.method)(recompute=recompute)]
+
+    x, dy = normal(3), normal(3, seed=1)
+    plain, again = both_ways(call, [x], [dy], mode)
+    assert_same_bits(plain, again)
+
+
+def test_an_eager_result_that_hides_tensors_is_refused():
+    @sa.recomputable("block")
+    def block(x):
+        return Box([x * x])
+
+    @sa.recomputable
+    def with_box_of_its_own(x, box):
+        return x * x, box
+
+    with context.eager_mode():
+        x = tf.constant([1.0, 2.0])
+        with pytest.raises(
+            TypeError, match="block must return tensors in .* got some in a Box"
+        ):
+            block(x, recompute=True)
+        y, box = with_box_of_its_own(x, Box(x), recompute=True)
+        assert box.content is x
+
+
+# ---- random numbers and updates ----
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_random_numbers_in_the_second_run_are_an_error(mode):
+    @sa.recomputable
+    def dropped(x):
+        return tf.nn.dropout(x, rate=0.5)
+
+    x = np.ones([100], np.float32)
+    with pytest.raises(ValueError, match="random numbers.*stateless.*Keras 3"):
+        run_with_gradients(lambda x: [dropped(x, recompute=True)], [x], [x], mode)
+
+
+def test_a_graph_that_updates_a_variable_twice_gives_a_warning():
+    def call(x):
+        v = tf.compat.v1.get_variable("v", initializer=0.0, use_resource=True)
+
+        @sa.recomputable
+        def counted(x):
+            with tf.control_dependencies([v.assign_add(1.0)]):
+                return x * x
+
+        return [counted(x, recompute=True)]
+
+    x = np.ones([3], np.float32)
+    with pytest.warns(RuntimeWarning, match=r"runs .*Assign.* twice"):
+        run_with_gradients(call, [x], [x])
+
+
 # ---- when it runs ----
 
 
@@ -425,6 +566,18 @@ def test_decorated_functions_keep_their_face():
     assert str(inspect.signature(named)) == "(x, y=2, *, recompute=False, **options)"
     assert str(inspect.signature(bare)) == "(x, *, recompute=False)"
     assert named(1, z=3) == named(1, z=3, recompute=False) == (1, 2, {"z": 3})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_function_may_have_any_name(mode):
+    functions = [sa.recomputable(lambda x: x * x)]
+    functions += [sa.recomputable(name)(tf.square) for name in ("_a", "2 + b/c", "é")]
+    for function in functions:
+        x = normal(3)
+        _, (dx,) = run_with_gradients(
+            lambda x, function=function: [function(x, recompute=True)], [x], [x], mode
+        )
+        np.testing.assert_array_equal(dx, 2 * x * x)
 
 
 # ---- memory ----

@@ -16,10 +16,13 @@ import contextlib
 import functools
 import importlib
 import inspect
+import re
 import warnings
 from typing import Callable
 
 import tensorflow as tf
+
+from .reachable import keras_3, keras_state_among, reachable, tensors_among
 
 # TensorFlow 1's variables that are not resources: no op of its own reads them.
 REF_VARIABLE_OPS = ("Variable", "VariableV2")
@@ -33,18 +36,30 @@ def recomputable(name: str | Callable) -> Callable:
     False by default. Everything else is handed on, tensors or not, by position or by
     keyword, nested or not, `self` included; results may be nested as well.
 
-    Gradients reach the tensors among the arguments and the variables that the function
-    reads; in graphs and in `tf.function` also the other tensors that it captures and
-    the variables that it makes. In eager mode, pass such tensors as arguments.
+    Gradients reach the tensors among the arguments, the variables that the function
+    reads and the other tensors that it captures; in graphs and in `tf.function` also
+    the variables that it makes. In eager mode captured tensors are looked for in what
+    the function closes over and in the attributes of its arguments, three objects deep.
+    Results may be nested in what `tf.nest` opens, ragged and sparse tensors included.
 
-    The function runs twice: so do its side effects, and random numbers must come out
-    the same both times (stateless ops, or in a graph ops with a seed of their own).
+    The function runs twice. What Keras 3's layers change on the way (the seeds of
+    Dropout, the moving averages of BatchNormalization) changes once: the second time
+    they begin with what they had, and what they change is dropped. All else must come
+    out the same both times by itself: random numbers by stateless ops, or in a graph by
+    ops with a seed of their own. Where they do not, the gradient raises ValueError; a
+    graph in which a variable is updated twice gives a warning.
 
     Args:
       name: Label of the recomputed ops, or the function itself.
 
     Returns:
       A decorator, or the decorated function.
+
+    Raises:
+      TypeError: In eager mode, if a result holds tensors in what `tf.nest` does not open.
+      ValueError: If the second run draws other random numbers, or if the function changes
+        the state of a Keras layer that was not found in its arguments, its closure or the
+        globals that it names.
 
     Numerics: As deterministic as the function. Sums over the ways by which a gradient
       reaches a tensor may be taken in another order than with `recompute=False`.
@@ -60,10 +75,13 @@ def recomputable(name: str | Callable) -> Callable:
 
 
 def _decorate(function, name):
+    # What a scope may be called; that of "<lambda>" is "lambda".
+    scope = re.sub(r"^[^A-Za-z0-9.]+|[^A-Za-z0-9_./-]", "", name) or "function"
+
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if kwargs.pop("recompute", False):
-            return _call(function, name, args, kwargs)
+            return _call(function, scope, args, kwargs)
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -79,19 +97,23 @@ def _decorate(function, name):
 
 
 def _call(function, name, args, kwargs):
-    leaves = tf.nest.flatten((args, kwargs))
+    leaves = _flatten((args, kwargs))
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Tensor)]
     inputs = [leaves[i] for i in slots]
 
     def call(tensors):
         filled = dict(zip(slots, tensors))
-        call_args, call_kwargs = tf.nest.pack_sequence_as(
+        call_args, call_kwargs = _pack(
             (args, kwargs), [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
         )
         return function(*call_args, **call_kwargs)
 
-    result, captured = _forward(call, inputs)
-    flat = tf.nest.flatten(result)
+    held = reachable((function, args, kwargs))
+    replay = _Replay((function, args, kwargs), held)
+    result, captured, random_ops = _forward(call, inputs, held)
+    flat = _flatten(result)
+    if tf.executing_eagerly():
+        _check_results(name, flat, held)
     out_slots = [i for i, leaf in enumerate(flat) if isinstance(leaf, tf.Tensor)]
     outputs = [flat[i] for i in out_slots]
     is_eager = tf.executing_eagerly()
@@ -108,7 +130,9 @@ def _call(function, name, args, kwargs):
             with contextlib.ExitStack() as stack:
                 _enter_scope(stack, name, outputs, variable_scope)
                 again = _after(list(given.values()), inputs, stack)
-                grads = _vjp(call, again, captured, given)
+                stack.enter_context(replay.scope())
+                first = (outputs, random_ops)
+                grads = _vjp(call, again, captured, given, out_slots, first)
         # Nothing flows to `outputs`: that way leads through the first forward pass.
         return [None] * len(outputs) + grads
 
@@ -120,9 +144,31 @@ def _call(function, name, args, kwargs):
 
     switched = switch(*outputs, *inputs, *[tf.identity(x) for x in captured])
     filled = dict(zip(out_slots, switched))
-    return tf.nest.pack_sequence_as(
-        result, [filled.get(i, leaf) for i, leaf in enumerate(flat)]
-    )
+    return _pack(result, [filled.get(i, leaf) for i, leaf in enumerate(flat)])
+
+
+def _flatten(structure):
+    return tf.nest.flatten(structure, expand_composites=True)
+
+
+def _pack(structure, flat):
+    return tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
+
+
+def _check_results(name, flat, held):
+    """Raises TypeError if new tensors hide among results, as they get no gradient."""
+    known = None
+    for leaf in flat:
+        if isinstance(leaf, tf.Tensor):
+            continue
+        hidden = filter(_is_differentiable, tensors_among(reachable(leaf)))
+        known = set(map(id, held)) if known is None else known
+        if any(id(x) not in known for x in hidden):
+            raise TypeError(
+                f"{name} must return tensors in what tf.nest opens (tuples, lists, dicts), "
+                f"got some in a {type(leaf).__name__}; with recompute=True they would get "
+                "no gradient"
+            )
 
 
 def _enter_scope(stack, name, outputs, variable_scope):
@@ -152,17 +198,23 @@ def _after(gradients, inputs, stack):
     ]
 
 
-def _forward(call, inputs):
-    """The result of `call(inputs)`, and what it read besides: variables and tensors."""
+def _forward(call, inputs, held):
+    """The result of `call(inputs)`, what it read besides, and its random ops.
+
+    It reads variables and tensors. In eager mode the tensors are those among `held`.
+    """
     if tf.executing_eagerly():
         with _unrecorded() as watcher:
             result = call(inputs)
-        return result, list(watcher.watched_variables())
+        known = set(map(id, inputs))
+        captured = [x for x in tensors_among(held) if id(x) not in known]
+        captured = [x for x in captured if _is_differentiable(x)]
+        return result, list(watcher.watched_variables()) + captured, []
     first_op = len(tf.compat.v1.get_default_graph().get_operations())
     with tf.GradientTape() as watcher:
         result = call(inputs)
     captured = list(watcher.watched_variables()) + _captured_tensors(first_op, inputs)
-    return result, captured
+    return result, captured, _random_ops(first_op)
 
 
 @contextlib.contextmanager
@@ -223,21 +275,27 @@ def _captured_tensors(first_op, inputs):
     return list(captured.values())
 
 
-def _vjp(call, inputs, captured, given):
-    """Gradients of all inputs; `given` maps i to the gradient of `call(inputs)[i]`."""
+def _vjp(call, inputs, captured, given, out_slots, first):
+    """Gradients of all inputs; `given` maps i to the gradient of `call(inputs)[i]`.
+
+    `first` has the outputs and the random ops of the first run, which are compared.
+    """
     sources = inputs + captured
     graph = tf.compat.v1.get_default_graph()
     d_outputs = list(given.values())
     if tf.executing_eagerly():
-        return _tape_gradients(call, inputs, sources, given, d_outputs)
+        grads, outputs = _tape_gradients(call, inputs, sources, given, d_outputs)
+        _check_same(first[0], [outputs[i] for i in out_slots])
+        return grads
     first_op = len(graph.get_operations())
     if graph.building_function:
-        grads = _tape_gradients(call, inputs, sources, given, d_outputs)
+        grads, _ = _tape_gradients(call, inputs, sources, given, d_outputs)
     else:
-        outputs = tf.nest.flatten(call(inputs))
+        outputs = _flatten(call(inputs))
         tensors = [x for x in sources if isinstance(x, tf.Tensor)]
         ys = [outputs[i] for i in given]
         grads = tf.gradients(ys, sources, d_outputs, stop_gradients=tensors)
+    _check_ops(first[1], first_op)
     # Nothing else keeps an update of a variable from overtaking this second look at it.
     reads = [
         op
@@ -252,8 +310,103 @@ def _vjp(call, inputs, captured, given):
 def _tape_gradients(call, inputs, sources, given, d_outputs):
     with tf.GradientTape() as tape:
         tape.watch(sources)
-        outputs = tf.nest.flatten(call(inputs))
-    return tape.gradient([outputs[i] for i in given], sources, d_outputs)
+        outputs = _flatten(call(inputs))
+    return tape.gradient([outputs[i] for i in given], sources, d_outputs), outputs
+
+
+# ---- what runs twice ----
+
+
+class _Replay:
+    """Gives Keras 3's variables what they had in the first run, and drops their changes."""
+
+    def __init__(self, values, held):
+        self._values = values
+        self._before = [(v, tf.identity(v.value)) for v in keras_state_among(held)]
+        self._known = {id(v) for v, _ in self._before}
+
+    def knows(self, variable):
+        """Also what the first run has made itself, such as a layer's variables."""
+        if id(variable) not in self._known:
+            found = keras_state_among(reachable(self._values))
+            self._known.update(map(id, found))
+        return id(variable) in self._known
+
+    def scope(self):
+        """The context of the second run."""
+        keras = keras_3()
+        if keras is None:
+            return contextlib.ExitStack()
+        knows = self.knows
+
+        class Scope(keras.StatelessScope):  # type: ignore[name-defined]
+            def add_update(self, update):
+                variable, _ = update
+                if not knows(variable):
+                    raise ValueError(
+                        "recompute=True must find what changes while the function runs, "
+                        f"to give it the same values again: {variable.path} is not in its "
+                        "arguments, its closure or the globals that it names; pass the "
+                        "layer or the SeedGenerator as an argument"
+                    )
+                super().add_update(update)
+
+        return Scope(self._before)
+
+
+def _random_ops(first_op):
+    """The seeds of the random ops from number `first_op` on: {(type, seed, seed2): ops}."""
+    found: dict = {}
+    for op in tf.compat.v1.get_default_graph().get_operations()[first_op:]:
+        if _has_seeds(op):
+            key = (op.type, op.get_attr("seed"), op.get_attr("seed2"))
+            found.setdefault(key, []).append(op.name)
+    return found
+
+
+_seeded_types: dict = {}
+
+
+def _has_seeds(op):
+    if op.type not in _seeded_types:
+        attrs = {attr.name for attr in op.op_def.attr}
+        _seeded_types[op.type] = {"seed", "seed2"} <= attrs
+    return _seeded_types[op.type]
+
+
+def _check_ops(first_random_ops, first_op):
+    """Raises or warns where the ops from number `first_op` on do not repeat the first."""
+    for key, names in _random_ops(first_op).items():
+        if key[1:] == (0, 0) or key not in first_random_ops:
+            raise ValueError(
+                f"{names[0]} ({key[0]}) draws other random numbers in the recomputation: "
+                "give it a seed of its own, or use tf.random.stateless_... or a Keras 3 "
+                "layer"
+            )
+    for op in tf.compat.v1.get_default_graph().get_operations()[first_op:]:
+        if op.type.startswith(("Assign", "ResourceScatter")):
+            warnings.warn(
+                f"recompute=True runs {op.name} ({op.type}) twice: the variable is updated "
+                "in the forward pass and again in the recomputation",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _check_same(first, again):
+    """Raises ValueError where the results of two eager runs are not the same numbers.
+
+    A sum in another order may change the last bits. Other random numbers change more.
+    """
+    for x, y in zip(first, again):
+        if x.dtype.is_floating and tf.size(x) > 0:
+            x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
+            if tf.reduce_max(abs(x - y)) > tf.reduce_max(abs(x)) / 16:
+                raise ValueError(
+                    "the function gave other results in the recomputation: random numbers "
+                    "must come out the same both times, by tf.random.stateless_... or a "
+                    "Keras 3 layer"
+                )
 
 
 def _is_variable_handle(tensor):
