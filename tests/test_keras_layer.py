@@ -34,13 +34,25 @@ def everyone(heads=1):
 # ---- numbers ----
 
 
-@pytest.mark.parametrize("attn_mode, kv_heads", zip(PATTERNS, [4, 2, 1, 4]))
-def test_a_step_of_fit_equals_the_oracle(attn_mode, kv_heads):
-    layer = attention(attn_mode, kv_heads=kv_heads)
-    model = functional(layer, TIME, WIDTH)
-    x, target = normal(3, TIME, WIDTH, seed=8), normal(3, TIME, WIDTH, seed=9)
-    oracle = layer_by_hand(layer, x, target, "float64")
-    plain = layer_by_hand(layer, x, target, "float32")
+# A pattern, the time of x, and whether it is known before the graph runs.
+CALLS = [(name, *call) for name in PATTERNS for call in [(TIME, True), (25, False)]]
+CALLS += [("local", TIME, False), ("local", 25, True), ("local", 1, False)]
+KV_HEADS = {"all": 4, "local": 2, "strided": 1, "fixed": 4}
+
+
+@pytest.mark.parametrize("attn_mode, time, is_known", CALLS)
+def test_a_step_of_fit_equals_the_oracle(attn_mode, time, is_known):
+    """To a shorter x a layer does what one does that is built for its time."""
+    kv_heads = KV_HEADS[attn_mode]
+    layer, twin = (attention(attn_mode, kv_heads=kv_heads) for _ in "ab")
+    functional(layer, TIME, WIDTH)
+    functional(twin, time, WIDTH)
+    twin.set_weights(layer.get_weights())
+    inputs = keras.Input([time if is_known else None, WIDTH])
+    model = keras.Model(inputs, layer(inputs))
+    x, target = normal(3, time, WIDTH, seed=8), normal(3, time, WIDTH, seed=9)
+    oracle = layer_by_hand(twin, x, target, "float64")
+    plain = layer_by_hand(twin, x, target, "float32")
     before = layer.get_weights()
     assert_close(model.predict(x), oracle[0], plain[0], 2)
     rate = 2.0**16  # so high that the weights before a step hide nothing of it
@@ -231,9 +243,63 @@ def test_a_block_mask_that_is_none_is_an_error():
         sa.SparseSelfAttention(4, block_mask=np.eye(2))
 
 
-def test_an_unknown_time_is_an_error():
-    with pytest.raises(ValueError, match="x must have a time and a width"):
+def test_an_unknown_time_is_an_error_that_says_what_to_do():
+    message = r"x must have a time and .*; give keras.Input\(\[time, width\]\)"
+    with pytest.raises(ValueError, match=message):
         attention()(keras.Input([None, WIDTH]))
+
+
+def test_a_block_mask_tells_the_time():
+    layer = sa.SparseSelfAttention(4, block_mask=everyone())
+    layer.build([None, None, WIDTH])
+    assert layer(tf.ones([1, TIME, WIDTH])).shape == (1, TIME, WIDTH)
+
+
+def with_unknown_times(layer):
+    """A model of the layer, built for TIME, whose x and mask have any time."""
+    if not layer.built:
+        layer.build([None, TIME, WIDTH])
+    inputs = keras.Input([None, WIDTH]), keras.Input([None], dtype="bool")
+    return keras.Model(inputs, layer(inputs[0], mask=inputs[1]))
+
+
+def test_a_longer_x_is_an_error():
+    message = f"x must have at most time = {TIME} positions"
+    layer, x = attention(), normal(1, TIME + 1, WIDTH)
+    model = with_unknown_times(layer)
+    model.predict([x[:, 1:], np.ones([1, TIME], bool)])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.predict([x, np.ones([1, TIME + 1], bool)])
+    with pytest.raises(ValueError, match=message + r", got shape \(1, 41, 32\)"):
+        layer(tf.constant(x))
+
+
+@pytest.mark.parametrize("time, is_masked", [(TIME, True), (25, True), (25, False)])
+def test_no_query_sees_what_a_shorter_x_is_padded_with(time, is_masked):
+    layer = sa.SparseSelfAttention(4, block_mask=everyone())
+    functional(layer, TIME, WIDTH)
+    lengths = np.array([time, 17, 0] if is_masked else [time] * 3, np.int32)
+    x, is_token = normal(3, time, WIDTH), np.arange(time) < lengths[:, None]
+    if is_masked:
+        got = with_unknown_times(layer).predict([x, is_token])
+    else:
+        inputs = keras.Input([None, WIDTH])
+        got = keras.Model(inputs, layer(inputs)).predict(x)
+    padded = np.pad(x, [(0, 0), (0, TIME - time), (0, 0)], "constant")
+    oracle, plain = (
+        layer_by_hand(layer, padded, np.zeros_like(padded), dtype, lengths)[0][:, :time]
+        for dtype in ("float64", "float32")
+    )
+    assert_close(got, oracle, plain, 2)
+
+
+@pytest.mark.parametrize("x_time, mask_time", [(TIME, 25), (25, TIME)])
+def test_a_mask_of_another_time_is_refused_when_the_graph_runs(x_time, mask_time):
+    model = with_unknown_times(attention())
+    model.predict([normal(1, TIME, WIDTH), np.ones([1, TIME], bool)])
+    message = r"mask must be \[batch, time\] with the time of x"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.predict([normal(1, x_time, WIDTH), np.ones([1, mask_time], bool)])
 
 
 def test_what_needs_keras_3_says_so(monkeypatch):

@@ -113,6 +113,32 @@ def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, activation, monkeypa
         assert_close(got[3].numpy(), exact[3], plain, 2)
 
 
+@pytest.mark.parametrize("attention", ["all,local", "strided,fixed"])
+def test_fewer_tokens_have_the_logits_that_they_have_in_the_whole(attention):
+    model, x = transformer(attention=attention, num_verts=2), tokens()
+    whole = model.predict(x, verbose=0)  # the next call's time is unknown to TensorFlow
+    for time in (1, 37):
+        got = model.predict(x[:, :time], verbose=0)
+        oracle = model_by_hand(model, x, np.float64, attention_fwd)[:, :time]
+        assert_close(got, oracle, whole[:, :time], 2)
+
+
+def test_it_trains_on_data_whose_time_is_unknown():
+    x = tokens(batch=4)
+    weights = []
+    for time in (TIME, None):
+        spec = tf.TensorSpec([time], tf.int32)
+        data = tf.data.Dataset.from_generator(
+            lambda: zip(x, np.roll(x, -1, axis=1)), output_signature=(spec, spec)
+        )
+        model = transformer(dropout=0.1, recompute=True)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(sa.Adam(), loss)
+        model.fit(data.batch(2), shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    assert_same_bits(*weights)
+
+
 def test_no_token_sees_a_later_one():
     model, x = transformer(attention="all,fixed", num_verts=2), tokens()
     changed = x.copy()
@@ -296,9 +322,16 @@ def test_weights_of_another_configuration_are_an_error(name, tmp_path):
         fewer.load_weights(tmp_path / name)
 
 
-def test_another_length_is_an_error():
-    with pytest.raises(ValueError, match=r"time = 64\], got shape \(2, 63\)"):
-        transformer()(tokens()[:, 1:])
+def test_more_tokens_than_the_time_are_an_error():
+    model, x = transformer(), np.zeros([2, TIME + 1], np.int32)
+    message = "tokens must have at most time = 64 positions"
+    with pytest.raises(ValueError, match=message + r", got shape \(2, 65\)"):
+        model(x)
+    model.predict(x[:, 1:], verbose=0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.predict(x, verbose=0)
+    with pytest.raises(ValueError, match=r"tokens must be \[batch, time\], got shape"):
+        model(x[0])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class SparseSelfAttention(keras.layers.Layer):
     >>> layer(tf.ones([2, 128, 64])).shape.as_list()
     [2, 128, 64]
 
-    The plan is made once, for the time dimension that the layer is built with.
+    The plan is made once, for the time dimension that the layer is built with. A shorter
+    x is padded to it, which costs as much as one of the whole time.
 
     Args:
       heads: Number of query heads.
@@ -52,7 +53,9 @@ class SparseSelfAttention(keras.layers.Layer):
       **kwargs: What every layer takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
-      x: float [batch, time, width]; only the batch may be unknown.
+      x: float [batch, time, width]. The time is known when the layer is built, unless a
+        `block_mask` tells it; later x may be shorter, or of a time that is known only
+        when the graph runs. Keys past its end do not exist.
       mask: bool [batch, time], as Keras passes it on: True = a token. All tokens come
         before the padding, whose keys then do not exist. None: there is no padding.
 
@@ -62,7 +65,8 @@ class SparseSelfAttention(keras.layers.Layer):
     Raises:
       TypeError: If `block_mask` is no `BlockMask`.
       ValueError: If an argument is not positive or does not fit the others, or x.
-      InvalidArgumentError: If a mask has a token after padding.
+      InvalidArgumentError: If a mask has a token after padding, or x or a mask is of a
+        wrong time that is known only when the graph runs.
 
     Numerics: As `block_sparse_attention`, in the policy's compute dtype. XLA compiles a
       model with this layer on a CPU, from TensorFlow 2.20 on (`supports_jit`).
@@ -134,10 +138,13 @@ class SparseSelfAttention(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
+        if time is None and self.block_mask is not None:
+            time = self.block_mask.q_len
         if time is None or width is None:
             raise ValueError(
                 "x must have a time and a width that are known when the layer is "
-                f"built, got shape {input_shape}"
+                f"built, got shape {input_shape}; give keras.Input([time, width]) or "
+                "call build([None, time, width]) first, and x may then be shorter"
             )
         if self.head_dim is None:
             self.head_dim, rest = divmod(width, self.heads)
@@ -195,6 +202,16 @@ class SparseSelfAttention(keras.layers.Layer):
         return dense
 
     def call(self, x: TensorLike, mask: TensorLike | None = None) -> Any:
+        time = self.block_mask.q_len
+        length = length_up_to(time, x, "x")
+        lengths = None if mask is None else _lengths(mask, length)
+        is_whole = isinstance(length, int) and length == time
+        if not is_whole:
+            if lengths is None:
+                lengths = tf.fill(tf.shape(x)[:1], length)
+            width = x.shape[2]
+            x = tf.pad(x, [[0, 0], [0, time - length], [0, 0]])
+            x.set_shape([None, time, width])
         o = block_sparse_attention(
             self.query(x),
             self.key(x),
@@ -202,9 +219,9 @@ class SparseSelfAttention(keras.layers.Layer):
             self.block_mask,
             self.heads,
             self.kv_heads,
-            kv_lengths=None if mask is None else _lengths(mask, self.block_mask.q_len),
+            kv_lengths=lengths,
         )
-        return self.output_dense(o)
+        return self.output_dense(o if is_whole else o[:, :length])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -237,24 +254,52 @@ class SparseSelfAttention(keras.layers.Layer):
         return super().from_config({**config, "block_mask": plan})
 
 
+def length_up_to(time, x, name):
+    """How many positions x [batch, positions, ...] has: at most `time`, or an error.
+
+    Returns:
+      int, or an int32 tensor where only a run of the graph can tell.
+    """
+    length = tf.TensorShape(x.shape).as_list()[1]
+    message = f"{name} must have at most time = {time} positions"
+    if length is None:
+        length = tf.shape(x)[1]
+        check = tf.debugging.assert_less_equal(length, time, message=message)
+        with tf.control_dependencies([check]):
+            return tf.identity(length)
+    if length > time:
+        raise ValueError(f"{message}, got shape {x.shape}")
+    return length
+
+
 def _lengths(mask, time):
     """Counts the tokens before the padding: int32 [batch].
 
     It is an error if a token comes after the padding.
+
+    Args:
+      time: Of x, an int or an int32 tensor.
     """
     mask = tf.convert_to_tensor(mask)
-    fits = mask.shape.is_compatible_with([None, time])
+    fits = mask.shape.is_compatible_with(
+        [None, time if isinstance(time, int) else None]
+    )
     if mask.dtype != tf.bool or not fits:
         raise ValueError(
             f"mask must be bool [batch, time], got {mask.dtype.name} {mask.shape} where "
             f"the time is {time}"
         )
     lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
+    mask_time = tf.shape(mask)[1]
     is_padded_right = tf.reduce_all(
-        tf.equal(mask, tf.sequence_mask(lengths, tf.shape(mask)[1]))
+        tf.equal(mask, tf.sequence_mask(lengths, mask_time))
     )
-    message = "mask must have every True before every False (padding on the right), got"
-    with tf.control_dependencies(
-        [tf.debugging.Assert(is_padded_right, [message, mask])]
-    ):
+    order = "mask must have every True before every False (padding on the right), got"
+    checks = [
+        tf.debugging.assert_equal(
+            mask_time, time, message="mask must be [batch, time] with the time of x"
+        ),
+        tf.debugging.Assert(is_padded_right, [order, mask]),
+    ]
+    with tf.control_dependencies([check for check in checks if check is not None]):
         return tf.identity(lengths)

@@ -15,7 +15,7 @@ from ..plan.checks import as_ints, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
 from .backend import keras, require_keras_3
-from .layers import SparseSelfAttention, serializable
+from .layers import SparseSelfAttention, length_up_to, serializable
 from .xla import Dense, fused_on_gpu
 
 
@@ -136,10 +136,11 @@ class SparseTransformer(keras.Model):
       **kwargs: What every model takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
-      tokens: int [batch, time]. The caller shifts them: targets are one position ahead.
+      tokens: int [batch, time] or shorter, which costs as much. The caller shifts them:
+        targets are one position ahead.
 
     Returns:
-      logits: float32 [batch, time, vocab_size].
+      logits: float32 [batch, time, vocab_size], or as short as the tokens.
 
     Raises:
       ImportError: If Keras is older than 3.
@@ -249,15 +250,15 @@ class SparseTransformer(keras.Model):
         )
 
     def call(self, tokens: TensorLike, training: bool = False) -> Any:
-        if tokens.shape[1:] != (self.time,):
-            raise ValueError(
-                f"tokens must be [batch, time = {self.time}], got shape {tokens.shape}"
-            )
+        if len(tokens.shape) != 2:
+            raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
+        length = length_up_to(self.time, tokens, "tokens")
         seeds = self._draw_seeds() if training and self.dropout else None
         # The position embedding is added without a look-up. With several replicas, the
         # gradient of a look-up lists each row once for each of them, and Adam of Keras
         # 3.15 does not add these up.
-        x = self.token_embedding(tokens) + self.position_embedding.embeddings
+        positions = self.position_embedding.embeddings[:length]
+        x = self.token_embedding(tokens) + positions
         for i, block in enumerate(self.blocks):
             x = block(x, seeds if seeds is None else seeds[i])
         return self.logits(x)

@@ -207,7 +207,8 @@ def _static_shape(name, tensor):
     if sizes[1] is None:
         raise ValueError(
             f"{name} must have a time dimension that is known when the graph is built, "
-            f"as a plan is made for one length, got shape {shape}"
+            f"as a plan is made for one length, got shape {shape}; tell it by "
+            f"{name}.set_shape([None, time, None])"
         )
     return sizes
 
