@@ -100,6 +100,35 @@ def test_keras_updates_by_gradients_of_rows():
     assert_same_bits(*states)
 
 
+class Half(sa.Adam):
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, 0.5 * learning_rate)
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_a_subclass_changes_the_learning_rate(is_function):
+    got = stepped(Half(0.5), variables(), is_function)
+    want = stepped(sa.Adam(0.25), variables(), is_function)
+    assert_same_bits(got[: len(SHAPES)], want[: len(SHAPES)])
+
+
+def test_update_step_works_without_apply():
+    steps = []
+    for apply_by_hand in (False, True):
+        optimizer, weights = sa.Adam(0.01), variables()
+        optimizer.build(weights)
+        for grads in gradients():
+            grads = [tf.constant(g, tf.float32) for g in grads]
+            if apply_by_hand:
+                for grad, weight in zip(grads, weights):
+                    optimizer.update_step(grad, weight, 0.01)
+                optimizer.iterations.assign_add(1)
+            else:
+                optimizer.apply(grads, weights)
+        steps.append([weight.numpy() for weight in weights])
+    assert_same_bits(*steps)
+
+
 # ---- ops ----
 
 

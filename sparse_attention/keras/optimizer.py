@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import tensorflow as tf
@@ -39,18 +40,32 @@ class Adam(keras.optimizers.Adam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require_keras_3("Adam")
         super().__init__(*args, **kwargs)
+        self._shared_powers: Any = None
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """Hands on the powers of the betas, too: one of each for all variables."""
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        # While it runs, the variables of a device share one power of each beta.
+        self._shared_powers = functools.lru_cache(maxsize=None)(
+            lambda graph, device: self._powers()
+        )
+        try:
+            return super().apply(grads, trainable_variables)
+        finally:
+            self._shared_powers = None
+
+    def _powers(self):
         step = tf.cast(self.iterations + 1, tf.float32)
-        scalars = learning_rate, self.beta_1**step, self.beta_2**step
-        super()._backend_update_step(grads, trainable_variables, scalars)
+        return self.beta_1**step, self.beta_2**step
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        learning_rate, beta1_power, beta2_power = learning_rate
         is_sparse = isinstance(gradient, tf.IndexedSlices)
         if self.amsgrad or is_sparse or variable.dtype != tf.float32:
             return super().update_step(gradient, variable, learning_rate)
+        if self._shared_powers is None:
+            beta1_power, beta2_power = self._powers()
+        else:
+            graph = tf.compat.v1.get_default_graph()
+            device = variable.handle.device
+            beta1_power, beta2_power = self._shared_powers(graph, device)
         index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
