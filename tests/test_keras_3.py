@@ -47,6 +47,34 @@ def test_a_policy_without_kernels_is_an_error():
         attention(dtype="float64")(np.zeros([1, TIME, WIDTH]))
 
 
+def test_a_quantized_model_leaves_the_layer_as_it_is(tmp_path):
+    inputs = keras.Input([TIME, WIDTH])
+    layer = attention()
+    middle = layer(keras.layers.Dense(WIDTH)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(8)(middle))
+    attend = keras.Model(inputs, layer(inputs))
+    x = normal(2, TIME, WIDTH)
+    before = attend.predict(x, verbose=0)
+    with pytest.warns(UserWarning, match="sparse_attention's layers cannot be quantiz"):
+        model.quantize("int8")
+    assert_same_bits(attend.predict(x, verbose=0), before)
+    dtypes = [weight.dtype for weight in model.weights]
+    assert dtypes.count("int8") == 2
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_bits(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_the_layer_itself_is_not_quantized():
+    layer = attention()
+    layer.build([None, TIME, WIDTH])
+    for part in (layer, layer.query):
+        with pytest.raises(NotImplementedError, match="to 'int8' .*'mixed_bfloat16'"):
+            part.quantize("int8")
+    with pytest.raises(ValueError, match="without quantiz.* got 'int8_from_float32'"):
+        attention(dtype="int8_from_float32")
+
+
 # ---- files ----
 
 

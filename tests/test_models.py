@@ -113,6 +113,13 @@ def test_a_dense_layer_on_a_gpu_has_the_same_numbers(dtype, activation, monkeypa
         assert_close(got[3].numpy(), exact[3], plain, 2)
 
 
+def test_count_params_counts_the_weights_of_the_network():
+    model = transformer()
+    by_hand = (VOCAB + TIME) * WIDTH + 2 * WIDTH  # embeddings and the last norm
+    by_hand += LAYERS * (12 * WIDTH**2 + 13 * WIDTH)
+    assert model.count_params() == by_hand
+
+
 @pytest.mark.parametrize("attention", ["all,local", "strided,fixed"])
 def test_fewer_tokens_have_the_logits_that_they_have_in_the_whole(attention):
     model, x = transformer(attention=attention, num_verts=2), tokens()
@@ -286,6 +293,25 @@ def test_numpys_integers_are_saved_as_pythons(tmp_path):
 
 
 # ---- errors ----
+
+
+def test_the_model_is_not_quantized():
+    model, x = transformer(), tokens()
+    before = model(x).numpy()
+    with pytest.raises(NotImplementedError, match="to 'int8' .*'mixed_bfloat16'"):
+        model.quantize("int8")
+    inputs = keras.Input([TIME], dtype="int32")
+    outer = keras.Model(inputs, keras.layers.Dense(8)(model(inputs)))
+    with pytest.warns(UserWarning, match="keep their dtype policy 'float32'"):
+        outer.quantize("int8")
+    assert_same_bits(model(x).numpy(), before)
+    decoder = sa.Decoder(model, len(x))
+    decoder.prefill(x[:, :-1])
+    got = decoder.step(x[:, -1], TIME - 1).numpy()
+    oracle = model_by_hand(model, x, np.float64, attention_fwd)[:, -1]
+    assert_close(got, oracle, before[:, -1], 2)
+    with pytest.raises(ValueError, match="without quantiz.* got 'int8_from_float32'"):
+        transformer(dtype="int8_from_float32")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,30 @@ VERSION = getattr(keras, "__version__", "2")
 IS_KERAS_3 = VERSION.startswith("3.")
 
 
+class NotQuantized:
+    """A base of layers whose weights Keras leaves as they are.
+
+    Models read weights of their layers around the layers' calls, and an attention layer
+    makes the same projections again when it is loaded. Keras's `Model.quantize` asks each
+    layer that has no other inside, and turns the error into a warning.
+    """
+
+    def quantize(self, mode=None, *args, **kwargs):
+        dtype = self.dtype_policy.name
+        raise NotImplementedError(
+            f"sparse_attention's layers cannot be quantized to {mode!r} and keep their "
+            f"dtype policy {dtype!r}; for 16 bits, give them dtype='mixed_bfloat16'"
+        )
+
+    def require_float_policy(self):
+        policy = getattr(self, "dtype_policy", None)
+        if getattr(policy, "quantization_mode", None) is not None:
+            raise ValueError(
+                "dtype must be a policy without quantization for sparse_attention's "
+                f"layers, as 'float32' or 'mixed_bfloat16', got {policy.name!r}"
+            )
+
+
 def require_keras_3(name):
     if not IS_KERAS_3:
         raise ImportError(

@@ -16,7 +16,7 @@ from ..plan.block_mask import BlockMask
 from ..plan.checks import as_ints, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import pattern_block_mask
-from .backend import keras
+from .backend import NotQuantized, keras
 from .xla import Dense
 
 
@@ -27,7 +27,7 @@ def serializable(cls):
 
 
 @serializable
-class SparseSelfAttention(keras.layers.Layer):
+class SparseSelfAttention(NotQuantized, keras.layers.Layer):
     """Every position of a sequence attends to those that the pattern allows.
 
         q, k, v = query(x), key(x), value(x)
@@ -65,6 +65,7 @@ class SparseSelfAttention(keras.layers.Layer):
     Raises:
       TypeError: If `block_mask` is no `BlockMask`.
       ValueError: If an argument is not positive or does not fit the others, or x.
+      NotImplementedError: From `quantize`; a model around it leaves it as it is.
       InvalidArgumentError: If a mask has a token after padding, or x or a mask is of a
         wrong time that is known only when the graph runs.
 
@@ -89,6 +90,7 @@ class SparseSelfAttention(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.require_float_policy()
         sizes = as_ints(
             heads=heads,
             head_dim=head_dim,

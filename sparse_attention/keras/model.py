@@ -14,7 +14,7 @@ from ..ops.signature import TensorLike
 from ..plan.checks import as_ints, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
-from .backend import keras, require_keras_3
+from .backend import NotQuantized, keras, require_keras_3
 from .layers import SparseSelfAttention, length_up_to, serializable
 from .xla import Dense, fused_on_gpu
 
@@ -29,7 +29,7 @@ def layer_norm(x, gamma, beta):
     return keras.ops.layer_normalization(x, gamma, beta, axis=-1, epsilon=1e-5)
 
 
-class LayerNorm(keras.layers.LayerNormalization):
+class LayerNorm(NotQuantized, keras.layers.LayerNormalization):
     """Keras's LayerNormalization, compiled by XLA where it runs on a GPU."""
 
     def call(self, x):
@@ -37,7 +37,11 @@ class LayerNorm(keras.layers.LayerNormalization):
         return tf.cast(layer_norm(x, gamma, beta), self.compute_dtype)
 
 
-class SparseTransformerBlock(keras.layers.Layer):
+class Embedding(NotQuantized, keras.layers.Embedding):
+    """Keras's, whose weights the model also reads by itself."""
+
+
+class SparseTransformerBlock(NotQuantized, keras.layers.Layer):
     """Attention and a feed-forward network, each added to what it reads.
 
         x = x + dropout(attention(norm_attention(x)))
@@ -107,7 +111,7 @@ class SparseTransformerBlock(keras.layers.Layer):
 
 
 @serializable
-class SparseTransformer(keras.Model):
+class SparseTransformer(NotQuantized, keras.Model):
     """A language model: which token comes next, at every position of a long sequence.
 
     >>> model = SparseTransformer(256, time=128, layers=2, width=64, heads=4,
@@ -145,6 +149,7 @@ class SparseTransformer(keras.Model):
     Raises:
       ImportError: If Keras is older than 3.
       ValueError: If an argument is out of range or does not fit the others.
+      NotImplementedError: From `quantize`.
 
     Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
       the embeddings; the last norm and the products for the logits in float32. On a
@@ -173,6 +178,7 @@ class SparseTransformer(keras.Model):
     ) -> None:
         require_keras_3("SparseTransformer")
         super().__init__(**kwargs)
+        self.require_float_policy()
         sizes = as_ints(
             vocab_size=vocab_size, time=time, layers=layers, width=width, heads=heads
         )
@@ -295,6 +301,10 @@ class SparseTransformer(keras.Model):
     def compute_output_spec(self, tokens, training=False):
         return keras.KerasTensor((*tokens.shape, self.vocab_size), "float32")
 
+    def count_params(self) -> int:
+        """How many weights the network has; `dropout_calls` is none of them."""
+        return super().count_params() - 1
+
     def get_config(self) -> dict:
         return {**super().get_config(), **self._config}
 
@@ -326,7 +336,7 @@ def _spans_workers(strategy):
 
 
 def _embedding(name, count, width, policy):
-    return keras.layers.Embedding(
+    return Embedding(
         count,
         width,
         embeddings_initializer=keras.initializers.RandomNormal(stddev=width**-0.5),

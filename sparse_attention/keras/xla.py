@@ -8,7 +8,7 @@ import functools
 
 import tensorflow as tf
 
-from .backend import IS_KERAS_3, keras
+from .backend import IS_KERAS_3, NotQuantized, keras
 
 
 def compiled(function):
@@ -71,7 +71,7 @@ def biased(activation):
     )
 
 
-class Dense(keras.layers.Dense):
+class Dense(NotQuantized, keras.layers.Dense):
     """Keras's. On a GPU XLA adds the bias and applies the activation, in one function.
 
     TensorFlow's own op sums the gradient of a 16-bit bias with atomics in 16 bits, which
