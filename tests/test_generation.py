@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import gc
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -152,11 +154,58 @@ def test_bytes_are_those_of_the_keys_that_the_pattern_allows(attention):
     assert statistics.seconds_per_token > 0
 
 
-def test_steps_are_traced_once():
-    decoder = sa.Decoder(model_of(), 1)
-    for position in range(0, TIME, 8):
-        decoder.step([3], position)
-    assert decoder._graph.experimental_get_tracing_count() == 1
+def traces(model, batch):
+    """How often TensorFlow has traced a step for so many sequences."""
+    graph = generation._network_of(model, batch).graph
+    return graph.experimental_get_tracing_count()
+
+
+def test_steps_are_traced_once_for_all_calls():
+    model = model_of.__wrapped__()  # one of its own
+    for _ in range(2):
+        decoder = sa.Decoder(model, 1)
+        for position in range(0, TIME, 8):
+            decoder.step([3], position)
+        sa.generate(model, [[1, 2, 3]], 5)
+    assert traces(model, 1) == 1
+
+
+def test_a_call_does_not_see_the_keys_of_another():
+    model, tokens = model_of(), tokens_of()
+    want = steps(model_of.__wrapped__(), tokens, 0)
+    decoders = [sa.Decoder(model, 2) for _ in "ab"]
+    for position, column in enumerate(tokens.T[:10]):
+        for decoder, shown in zip(decoders, (column, column[::-1])):
+            got = decoder.step(shown, position).numpy()
+        np.testing.assert_array_equal(got[::-1], want[:, position])
+
+
+def test_other_weights_or_plans_are_traced_anew():
+    model, prompt = model_of.__wrapped__("all"), tokens_of(PROMPT)
+    sa.generate(model, prompt, 5, temperature=0)
+    model.token_embedding.enable_lora(2)
+    model.token_embedding.lora_embeddings_a.assign(np.ones([VOCAB, 2]))
+    model.token_embedding.lora_embeddings_b.assign(np.ones([2, 32]) * np.arange(32))
+    model.blocks[0].attention.block_mask = (
+        model_of("local").blocks[0].attention.block_mask
+    )
+    got, _ = sa.generate(model, prompt, 5, temperature=0)
+    tokens = np.concatenate([prompt, got], axis=1)
+    want = np.argmax(model(np.pad(tokens, [(0, 0), (0, TIME - PROMPT - 5)])), axis=2)
+    np.testing.assert_array_equal(got, want[:, PROMPT - 1 : PROMPT + 4])
+
+
+def test_few_traces_are_kept_and_end_with_the_model():
+    model = model_of.__wrapped__()
+    for batch in range(1, generation.KEPT_NETWORKS + 3):
+        cache = weakref.ref(sa.Decoder(model, batch)._caches[0][0])
+    kept = vars(model)["_decoding_networks"].values()
+    assert [network.batch for network, _ in kept] == [3, 4, 5, 6]
+    gc.collect()
+    assert cache() is None
+    model, kept = weakref.ref(model), None
+    gc.collect()
+    assert model() is None
 
 
 def test_benchmark_prints_what_a_token_costs(capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Keras on TensorFlow, or an error that says what is in its way."""
 
+from typing import Any
+
 try:
     from tensorflow import keras
 
@@ -29,6 +31,8 @@ class NotQuantized:
     layer that has no other inside, and turns the error into a warning.
     """
 
+    dtype_policy: Any
+
     def quantize(self, mode=None, *args, **kwargs):
         dtype = self.dtype_policy.name
         raise NotImplementedError(
@@ -41,7 +45,7 @@ class NotQuantized:
         if getattr(policy, "quantization_mode", None) is not None:
             raise ValueError(
                 "dtype must be a policy without quantization for sparse_attention's "
-                f"layers, as 'float32' or 'mixed_bfloat16', got {policy.name!r}"
+                f"layers, as 'float32' or 'mixed_bfloat16', got {self.dtype_policy.name!r}"
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections import namedtuple
 from typing import Any, Callable
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..ops.signature import TensorLike
 from ..plan.checks import check_positive
 
 # What `generate` measures, for each sequence of the batch.
-GenerationStatistics = namedtuple(
+GenerationStatistics = collections.namedtuple(
     "GenerationStatistics",
     [
         "seconds_per_token",  # the median; sampling included
@@ -23,6 +23,9 @@ GenerationStatistics = namedtuple(
         "dense_bytes_per_token",  # what attention to every earlier position would read
     ],
 )
+
+# Traced networks that a model keeps, one for each number of sequences.
+KEPT_NETWORKS = 4
 
 
 class Decoder:
@@ -41,7 +44,8 @@ class Decoder:
 
     Numerics: Scores, softmax and weighted sum in float32; all else in the model's
       dtypes.
-    Cost: Memory for 2 * layers * time * kv_heads * head_dim elements a sequence.
+    Cost: Memory for 2 * layers * time * kv_heads * head_dim elements a sequence. What
+      TensorFlow traces is kept with the model for later decoders of as many sequences.
     """
 
     def __init__(self, model: Any, batch: int) -> None:
@@ -49,18 +53,9 @@ class Decoder:
         self.model, self.batch = model, batch
         if not model.built:
             model.build([batch, model.time])
-        plans = [block.attention.block_mask for block in model.blocks]
-        self._plans = list(dict.fromkeys(plans))
-        self._layer_plans = [self._plans.index(plan) for plan in plans]
+        self._network = _network_of(model, batch)
         self._caches = [self._cache(block.attention) for block in model.blocks]
-        self._graph = tf.function(
-            self._run,
-            input_signature=[
-                tf.TensorSpec([batch], tf.int32),
-                tf.TensorSpec([], tf.int32),
-                [tf.TensorSpec([plan.heads, None], tf.int32) for plan in self._plans],
-            ],
-        )
+        self._step = self._network.traced(self._caches)
 
     def _cache(self, attention):
         """Variables for k and v, [batch * kv_heads * time, head_dim]."""
@@ -74,7 +69,7 @@ class Decoder:
         Args:
           tokens: int [batch, n], n <= time.
         """
-        self._layers(tokens, np.arange(tokens.shape[1]), self._attend_all)
+        self._network.prefill(tokens, self._caches)
 
     def step(self, tokens: TensorLike, position: int) -> tf.Tensor:
         """Logits of what follows `position`; earlier positions must be in the cache.
@@ -86,25 +81,71 @@ class Decoder:
         Returns:
           float32 [batch, vocab_size].
         """
-        keys = [plan.keys_of(position) for plan in self._plans]
+        network = self._network
+        keys = [tf.constant(plan.keys_of(position)) for plan in network.plans]
         self.bytes_read = sum(
             keys[plan].shape[1] * _lists(block.attention) * _key_bytes(block.attention)
-            for block, plan in zip(self.model.blocks, self._layer_plans)
+            for block, plan in zip(self.model.blocks, network.layer_plans)
         )
-        return self._graph(tf.cast(tokens, tf.int32), np.int32(position), keys)
+        tokens = tf.cast(tokens, tf.int32)
+        return self._step(tokens, tf.constant(position, tf.int32), keys, self._caches)
 
-    def _run(self, tokens, position, keys):
+
+def _network_of(model, batch):
+    """The `_Network` of a model, the same as before while its variables and plans are.
+
+    A model keeps the latest few: TensorFlow takes longer to trace one than to run many of
+    its steps.
+    """
+    kept = vars(model).setdefault("_decoding_networks", collections.OrderedDict())
+    plans = [block.attention.block_mask for block in model.blocks]
+    parts = [*model.variables, *plans]
+    key = (batch, *map(id, parts))
+    network, _ = kept.pop(key, (None, None))
+    network = network or _Network(model, batch, plans)
+    kept[key] = network, parts  # which keeps their ids from being given to others
+    while len(kept) > KEPT_NETWORKS:
+        kept.popitem(last=False)
+    return network
+
+
+class _Network:
+    """A model around attention to caches of keys and values, which it is given.
+
+    Args:
+      plans: The `BlockMask` of each layer.
+    """
+
+    def __init__(self, model, batch, plans):
+        self.model, self.batch = model, batch
+        self.plans = list(dict.fromkeys(plans))
+        self.layer_plans = [self.plans.index(plan) for plan in plans]
+        self.graph = tf.function(self._step)
+
+    def traced(self, caches):
+        """The function (tokens, position, keys, caches) -> logits, traced once."""
+        return self.graph.get_concrete_function(
+            tf.TensorSpec([self.batch], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            [tf.TensorSpec([plan.heads, None], tf.int32) for plan in self.plans],
+            caches,
+        )
+
+    def prefill(self, tokens, caches):
+        self._layers(tokens, np.arange(tokens.shape[1]), caches, self._attend_all)
+
+    def _step(self, tokens, position, keys, caches):
         def attend(attention, h, caches, plan):
             return self._attend(attention, h, caches, keys[plan], position)
 
-        x = self._layers(tokens, position, attend)
+        x = self._layers(tokens, position, caches, attend)
         return self.model.logits(x)
 
-    def _layers(self, tokens, positions, attend):
+    def _layers(self, tokens, positions, caches, attend):
         model = self.model
         x = model.token_embedding(tokens) + model.position_embedding(positions)
-        for block, caches, plan in zip(model.blocks, self._caches, self._layer_plans):
-            x += attend(block.attention, block.norm_attention(x), caches, plan)
+        for block, cache, plan in zip(model.blocks, caches, self.layer_plans):
+            x += attend(block.attention, block.norm_attention(x), cache, plan)
             x += block.feed_forward(block.norm_feed_forward(x))
         return x
 
@@ -118,7 +159,7 @@ class Decoder:
         for cache, x in zip(caches, (k, v)):
             cache.assign(tf.reshape(split_heads(x, attention.kv_heads), cache.shape))
         o = block_sparse_attention(
-            q, k, v, self._plans[plan], attention.heads, attention.kv_heads
+            q, k, v, self.plans[plan], attention.heads, attention.kv_heads
         )
         return attention.output_dense(o[:, :n])
 
