@@ -69,3 +69,23 @@ def test_saved_model_runs_in_a_new_process_with_gradients(kind, tmp_path):
             outputs = {"o": attention(**inputs)}
             tf.compat.v1.saved_model.simple_save(session, model, inputs, outputs)
     assert run_script(LOAD, kind, tmp_path) == "same bits 4\n"
+
+
+LOAD_OPS = """
+import sys
+import sparse_attention as sa
+from sparse_attention.native import loader
+sa.load_ops(**{name: True for name in sys.argv[1:]})
+print(sorted(loader._loaded))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, loaded",
+    [
+        ([], ["attention_ops"]),
+        (["blocksparse_ops"], ["attention_ops", "blocksparse_ops"]),
+    ],
+)
+def test_only_the_ops_that_are_asked_for_are_loaded(arguments, loaded):
+    assert run_script(LOAD_OPS, *arguments) == f"{loaded}\n"

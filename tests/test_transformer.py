@@ -285,7 +285,7 @@ except (ValueError, tf.errors.NotFoundError) as error:
     assert "Blocksparse" in str(error) or "Bst" in str(error), error
 else:
     sys.exit("the ops are there before they are loaded")
-sa.load_ops()
+sa.load_ops(blocksparse_ops=True)
 random = np.random.RandomState(int(seed))
 inputs = ("q:0", "k:0", "v:0", "dy:0")
 feed = {name: random.standard_normal((2, 24, 16)) for name in inputs}

@@ -22,7 +22,7 @@ def attend(x: np.ndarray) -> float:
 
 
 def train() -> dict:
-    sa.load_ops()
+    sa.load_ops(blocksparse_ops=True)
     layer = sa.SparseSelfAttention(heads=4, attn_mode="local", local_attn_ctx=32)
     model = sa.SparseTransformer(256, time=128, layers=2, width=64, heads=4)
     tokens, statistics = sa.generate(model, [[1, 2, 3]], length=5, top_k=10)

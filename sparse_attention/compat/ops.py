@@ -26,11 +26,16 @@ def load_blocksparse_ops() -> Any:
     return real or _load_ours()
 
 
-def load_ops() -> None:
-    """Loads all ops and their gradients, compiling them if need be.
+def load_ops(blocksparse_ops: bool = False) -> None:
+    """Loads the attention ops and their gradients, compiling them if need be.
 
-    For programs that load a SavedModel or a GraphDef with our ops, or blocksparse's, in it
-    before they call anything here; everything else loads what it needs by itself.
+    For programs that load a SavedModel or a GraphDef with our ops in it before they call
+    anything here; everything else loads what it needs by itself.
+
+    Args:
+      blocksparse_ops: Whether to load the ops that carry blocksparse's names, too: graphs
+        have them from `BlocksparseTransformer` and `backend="blocksparse_ops"`. They are
+        a library of their own, which takes as long again to compile.
 
     Raises:
       RuntimeError: If the ops cannot be had here.
@@ -40,7 +45,8 @@ def load_ops() -> None:
             "the attention ops must be compiled to load a graph that holds them, and "
             f"cannot be: {loader.why_not('attention_ops')}"
         )
-    load_blocksparse_ops()
+    if blocksparse_ops:
+        load_blocksparse_ops()
 
 
 @functools.lru_cache(maxsize=None)
