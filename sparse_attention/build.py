@@ -39,9 +39,9 @@ def main(arguments=None):
         )
     options = parser.parse_args(arguments)
     try:
-        library = _library()
+        attention, blocksparse = _cores()
         for arch in options.arch:
-            for kernel, macros in _kernels(library, arch, options):
+            for kernel, macros in _kernels(attention, blocksparse, arch, options):
                 kernels.compiled(kernel, macros, name_of(arch))
     except RuntimeError as error:
         sys.stderr.write(f"{error}\n")
@@ -71,26 +71,35 @@ def _arch(word):
     return int(digits)
 
 
-def _library():
-    """Compiles all libraries and returns the one that holds the core.
+def _cores():
+    """Compiles all libraries; returns those with the core of attention and of the ops.
 
-    With TensorFlow that is the op library, and without it a library of its own.
+    With TensorFlow these are the libraries of the ops, and without it one of its own.
     """
     try:
         import tensorflow  # noqa: F401
     except ImportError:
-        return ctypes.CDLL(libraries.build_core())
+        path = libraries.build_core()
+        if path is None:
+            why = libraries.why_no_compiling()
+            raise RuntimeError(f"spattn_core cannot be had: {why}") from None
+        return [ctypes.CDLL(path)] * 2
     from .native import loader
 
-    if loader.attention_ops() is None or loader.blocksparse_ops() is None:
-        raise RuntimeError(
-            f"nothing can be compiled here: {libraries.why_no_compiling()}"
-        )
-    return loader.attention_ops().core
+    names = "attention_ops", "blocksparse_ops"
+    modules = [loader.attention_ops(), loader.blocksparse_ops()]
+    for name, module in zip(names, modules):
+        if module is None:
+            raise RuntimeError(f"{name} cannot be had: {loader.why_not(name)}")
+    return [module.core for module in modules]
 
 
-def _kernels(library, arch, options):
-    """The (kernel, macros) of every kernel that the options name, sorted."""
+def _kernels(attention, blocksparse, arch, options):
+    """The (kernel, macros) of every kernel that the options name, sorted.
+
+    Args:
+      attention, blocksparse: The libraries with the core of each.
+    """
     found = []
     # Kernels differ by whether rows are strided, not by how far.
     strides = {
@@ -101,19 +110,21 @@ def _kernels(library, arch, options):
     ):
         if block_size <= 64:  # The three ops have no larger blocks.
             sizes = arch, block_size, dtype, head_dim
-            found += abi.blocks_kernels(library, *sizes).values()
+            found += abi.blocks_kernels(blocksparse, *sizes).values()
         if dtype == "bfloat16" and arch < 80:
             continue
         for row_stride in strides:
             block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
-            shape = abi.shape_of(library, arch, dtype, [head_dim] * 2, block_mask)
+            shape = abi.shape_of(attention, arch, dtype, [head_dim] * 2, block_mask)
             has_tf32 = dtype == "float32" and arch >= 80
             sizes = kv_tile_sizes(shape.tile_kv, block_size, [head_dim])
             for tile_kv, tf32 in itertools.product(sizes, [0, 1] if has_tf32 else [0]):
                 shape.tile_kv, shape.uses_tf32 = tile_kv, tf32
-                found += [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
+                found += [
+                    abi.kernel_of(attention, shape, phase) for phase in abi.PHASES
+                ]
             for shape.list_keys in abi.LIST_KEYS:
-                found.append(abi.kernel_of(library, shape, "fwd"))
+                found.append(abi.kernel_of(attention, shape, "fwd"))
     return sorted({(k.name.decode(), k.macros.decode()) for k in found})
 
 

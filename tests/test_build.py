@@ -18,7 +18,7 @@ import time
 import numpy as np
 import pytest
 
-from sparse_attention import doctor
+from sparse_attention import build, doctor
 from sparse_attention.native import cache, libraries, loader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -215,6 +215,37 @@ def test_no_compiler_gives_right_numbers_and_one_warning(environment):
     assert "compiling" not in err
     (warning,) = eval(out.splitlines()[-1])
     assert "cannot be compiled here" in warning
+
+
+def test_building_ahead_makes_the_same_kernels_with_tensorflow_as_without(monkeypatch):
+    arguments = "--arch sm_80,sm_90a --dtype float16 --head-dim 64 --block-size 32"
+    made = []
+    for is_there in (True, False):
+        if not is_there:
+            monkeypatch.setitem(sys.modules, "tensorflow", None)
+        made.append(set())
+        compiled = lambda *kernel, of=made[-1]: of.add(kernel)  # noqa: E731
+        monkeypatch.setattr(build.kernels, "compiled", compiled)
+        assert build.main(arguments.split()) == 0
+    assert made[0] == made[1]
+    names = {name for name, _, _ in made[0]}
+    assert {"attention_fwd", "blocks_nt"} <= names
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_building_ahead_says_what_is_in_its_way(
+    is_there, monkeypatch, tmp_path, capsys
+):
+    for name, value in ("NO_JIT", "1"), ("CACHE_DIR", str(tmp_path)):
+        monkeypatch.setenv("SPARSE_ATTENTION_" + name, value)
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(libraries, "PACKAGE", str(tmp_path))
+    if not is_there:
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert build.main([]) == 1
+    what = "attention_ops" if is_there else "spattn_core"
+    said = f"{what} cannot be had: SPARSE_ATTENTION_NO_JIT is set\n"
+    assert capsys.readouterr().err == said
 
 
 def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
