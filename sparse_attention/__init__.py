@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .keras import registration as _registration
 from .plan import block_mask, layouts, masks, reference
 from .plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
 from .plan.layouts import (
@@ -118,6 +119,8 @@ __all__ = [
     "strided_mask",
 ]
 __all__ += sorted(_TENSORFLOW_NAMES)
+
+_registration.watch()
 
 
 def __getattr__(name: str) -> Any:

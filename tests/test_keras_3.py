@@ -11,6 +11,7 @@ from keras_helpers import functional, layer_by_hand, normal
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
+from sparse_attention.keras import registration
 from sparse_attention.native import loader
 
 TIME, WIDTH = 40, 32
@@ -79,13 +80,15 @@ def test_the_layer_itself_is_not_quantized():
 
 
 LOAD = """
+import importlib
 import sys
+for module in sys.argv[2:]:
+    importlib.import_module(module)
 import keras
 import numpy as np
 import tensorflow as tf
 import sparse_attention as sa
 sa.load_ops()
-sa.SparseSelfAttention  # registers it
 x, folder = np.load(sys.argv[1] + "/x.npy"), sys.argv[1] + "/"
 loaded = keras.models.load_model(folder + "model.keras")
 exported, saved = (tf.saved_model.load(folder + name) for name in ("exported", "saved"))
@@ -94,7 +97,10 @@ np.save(folder + "y.npy", [y.numpy().view(np.uint16) for y in results])
 """
 
 
-def test_files_give_the_same_bits_in_a_new_process(tmp_path):
+@pytest.mark.parametrize(
+    "imports", [("sparse_attention", "keras"), ("keras", "sparse_attention")]
+)
+def test_files_give_the_same_bits_in_a_new_process(imports, tmp_path):
     """Keras' own file, its export, and TensorFlow's SavedModel of the model."""
     plan = sa.BlockMask(
         np.tri(5), lambda head, q_idx, kv_idx: (q_idx + kv_idx) % 3 > 0, 8
@@ -107,10 +113,40 @@ def test_files_give_the_same_bits_in_a_new_process(tmp_path):
     model.export(str(tmp_path / "exported"), verbose=False)
     model.serve = tf.function(lambda x: model(x), [tf.TensorSpec([None, TIME, WIDTH])])
     tf.saved_model.save(model, str(tmp_path / "saved"))
-    run_script(LOAD, tmp_path)
+    run_script(LOAD, tmp_path, *imports)
     expected = model(x).numpy().view(np.uint16)
     for got in np.load(tmp_path / "y.npy"):
         assert_same_bits(got, expected)
+
+
+LOAD_MODEL = """
+import sys
+import sparse_attention
+assert not {"keras", "tensorflow"} & set(sys.modules)
+import keras
+assert "sparse_attention.keras.layers" not in sys.modules
+model = keras.models.load_model(sys.argv[1])
+print(type(model).__name__, type(model.optimizer).__module__)
+"""
+
+
+def test_a_model_and_its_optimizer_load_without_being_named(tmp_path):
+    model = sa.SparseTransformer(20, 32, 1, 16, 2, "all", 8, 8)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(sa.Adam(), loss)
+    tokens = np.zeros([2, 32], np.int32)
+    model.fit(tokens, tokens, verbose=0)
+    model.save(tmp_path / "model.keras")
+    printed = run_script(LOAD_MODEL, tmp_path / "model.keras")
+    assert printed == "SparseTransformer sparse_attention.keras.optimizer\n"
+
+
+def test_all_that_is_registered_has_a_stand_in():
+    classes = {f"sparse_attention>{name}": getattr(sa, name) for name in sa.__all__}
+    registered = keras.utils.get_custom_objects()
+    ours = {k: v for k, v in registered.items() if k.startswith("sparse_attention>")}
+    assert set(ours) == {f"sparse_attention>{name}" for name in registration.CLASSES}
+    assert all(classes[name] is cls for name, cls in ours.items())
 
 
 # ---- symbolic shapes ----

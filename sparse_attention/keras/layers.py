@@ -17,13 +17,18 @@ from ..plan.checks import as_ints, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import pattern_block_mask
 from .backend import NotQuantized, keras
+from .registration import PACKAGE
 from .xla import Dense
 
 
 def serializable(cls):
     """Registers a class, so that Keras finds it when it loads a saved layer."""
     register = getattr(keras.utils, "register_keras_serializable", None)
-    return register(package="sparse_attention")(cls) if register else cls
+    if register is None:
+        return cls
+    # TensorFlow 2.12 refuses to register where the stand-in is.
+    keras.utils.get_custom_objects().pop(f"{PACKAGE}>{cls.__name__}", None)
+    return register(package=PACKAGE)(cls)
 
 
 @serializable

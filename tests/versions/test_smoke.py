@@ -6,6 +6,7 @@ The file is collected only when it is named: pytest needs an environment for eac
 import os
 import subprocess
 import sys
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -95,6 +96,45 @@ def test_keras_layer_fits():
     x = np.random.RandomState(0).normal(size=[4, LENGTH, 32]).astype(np.float32)
     losses = model.fit(x, -x, epochs=5, batch_size=2, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+LOAD_KERAS = """
+import importlib, sys
+for module in sys.argv[2:]:
+    importlib.import_module(module)
+import numpy as np
+from tensorflow import keras
+
+model = keras.models.load_model(sys.argv[1])
+x = np.load(sys.argv[1] + ".npy")
+np.save(sys.argv[1] + ".again.npy", model.predict(x, verbose=0))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize(
+    "first, last", permutations(["sparse_attention", "tensorflow"])
+)
+def test_keras_loads_a_layer_that_is_not_named(first, last, suffix, tmp_path):
+    model, path = keras_model(), str(tmp_path / "model") + suffix
+    x = np.random.RandomState(0).normal(size=[2, LENGTH, 32]).astype(np.float32)
+    here = model.predict(x, verbose=0)
+    model.save(path)
+    np.save(path + ".npy", x)
+    subprocess.run([sys.executable, "-c", LOAD_KERAS, path, first, last], check=True)
+    assert np.load(path + ".again.npy").tobytes() == here.tobytes()
+
+
+def test_keras_layer_takes_masks_and_policies():
+    x = np.random.RandomState(0).normal(size=[2, LENGTH, 32]).astype(np.float32)
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [40]])
+    layer = sa.SparseSelfAttention(2, block_size=8, dtype="mixed_float16")
+    y = layer(x, mask=mask)
+    assert y.dtype == tf.float16
+    assert {str(tf.as_dtype(w.dtype).name) for w in layer.weights} == {"float32"}
+    shorter = layer(x[:, :40])
+    same = np.array(y[:, :40]) == np.array(shorter)
+    assert same.all()
 
 
 LOAD = """
