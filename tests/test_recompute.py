@@ -1,6 +1,7 @@
 """recomputable: the numbers of a plain call, and the memory of one block, not all."""
 
 import inspect
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ from tensorflow.python.eager import context
 from tf_helpers import MODES, assert_same_bits, run, run_script, run_with_gradients
 
 import sparse_attention as sa
+from sparse_attention.ops import recompute as module
 
 IS_TF1 = tf.__version__.startswith("1.")
 
@@ -658,3 +660,27 @@ def test_recompute_saves_the_memory_of_the_activations(peaks, mode):
     # 8 blocks of 6 activations are 384 MiB; 8 results and one block are 112 MiB.
     assert plain > 300
     assert recomputed < 0.6 * plain
+
+
+def test_a_tensorflow_without_the_private_module_is_named_once(monkeypatch, recwarn):
+    for name in ("record", "tape"):  # does not import
+        monkeypatch.setitem(sys.modules, f"tensorflow.python.eager.{name}", None)
+    monkeypatch.setattr(tf, "__version__", "3.0.0")
+    module._recording.cache_clear()
+
+    @sa.recomputable
+    def block(x, w):
+        return tf.tanh(x @ w)
+
+    def function(is_recomputed, x, w):
+        return [block(x, w, recompute=is_recomputed)]
+
+    arrays = [normal(8, 8, seed=seed) for seed in range(3)]
+    for _ in range(2):
+        plain, again = both_ways(function, arrays[:2], arrays[2:], "eager")
+        assert_same_bits(plain, again)
+    module._recording.cache_clear()
+    said = [str(w.message) for w in recwarn if w.category is RuntimeWarning]
+    assert (
+        len(said) == 1 and "saves no memory in eager mode: TensorFlow 3.0.0" in said[0]
+    )
