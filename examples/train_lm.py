@@ -13,7 +13,8 @@ to validate and 5 % to test. Each pattern has a folder in --output, which holds
 
 The same command goes on from there after Ctrl-C or a kill, to the same weights as without:
 the batch of a step depends on nothing but the seed and the step, and TensorFlow is told to
-add in the same order each time. The curves of all patterns are drawn into curves.png.
+add in the same order each time. With more --steps a run goes on after its end, at the
+learning rates of a run of so many steps. The curves of all patterns are drawn into curves.png.
 
 Several devices: --strategy mirrored takes all GPUs of this machine, or else cuts its CPU in
 two; --strategy multiworker the machines that the environment variable TF_CONFIG lists,
@@ -85,6 +86,8 @@ MODEL_SETTINGS = (
     "time layers width heads local_attn_ctx block_size num_verts vertsize dropout "
     "recompute dtype"
 ).split()
+# A run goes on to more steps, and recomputation changes no number.
+MAY_CHANGE = ("steps", "recompute")
 
 
 def main(argv=None):
@@ -217,7 +220,7 @@ def run_config(args, attention, data):
 
 
 def check_folder(folder, config):
-    """Raises if the folder holds a run of another configuration."""
+    """Raises if the folder holds a run that this one cannot go on from."""
     if not (folder / "config.json").exists():
         return
     saved = json.loads((folder / "config.json").read_text())
@@ -225,13 +228,24 @@ def check_folder(folder, config):
         f"{name} = {saved[part].get(name)} there, {value} here"
         for part in config
         for name, value in config[part].items()
-        if saved[part].get(name) != value
+        if name not in MAY_CHANGE and saved[part].get(name) != value
     ]
     if differences:
         raise ValueError(
             f"{folder} holds a run of another configuration: {'; '.join(differences)}; "
             "choose another --output"
         )
+    curve, steps = read_curve(folder), config["training"]["steps"]
+    if curve and steps < curve[-1]["step"]:
+        raise ValueError(
+            f"steps must be at least {curve[-1]['step']}, which the run in {folder} has "
+            f"behind it, got {steps}; choose another --output"
+        )
+
+
+def read_curve(folder):
+    path = folder / "curve.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 # ---- training ----
@@ -313,8 +327,7 @@ class Keeper(keras.callbacks.Callback):
             return 0
         model.load_weights(self.checkpoint)
         step = int(model.optimizer.iterations.numpy())
-        curve = json.loads((self.folder / "curve.json").read_text())
-        self.curve = [row for row in curve if row["step"] <= step]
+        self.curve = [row for row in read_curve(self.folder) if row["step"] <= step]
         return step
 
     def on_train_begin(self, logs=None):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -135,6 +136,22 @@ def test_ctrl_c_and_a_kill_change_nothing(uninterrupted, data, tmp_path):
     assert len(read_curve(tmp_path)) < 6
     assert "step 0 of" not in finish(start(tmp_path, data))
     assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_more_steps_go_on_with_a_run_that_has_ended(
+    uninterrupted, train_lm, data, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted / "fixed", tmp_path / "fixed")
+    arguments = [*SMALL, "--data", str(data), "--output", str(tmp_path)]
+    assert train_lm.main([*arguments, "--steps", "48", "--recompute"]) == 0
+    assert "weights, step 36 of 48" in capsys.readouterr().out
+    curve = read_curve(tmp_path)
+    assert curve[:6] == read_curve(uninterrupted)
+    assert [row["step"] for row in curve[6:]] == [42, 48]
+    with pytest.raises(SystemExit):
+        train_lm.main([*arguments, "--steps", "36"])
+    error = capsys.readouterr().err
+    assert "steps must be at least 48, which the run in" in error and "got 36" in error
 
 
 def test_default_data_are_the_sources_of_python(train_lm):
