@@ -43,7 +43,7 @@ def main(arguments=None):
         for arch in options.arch:
             for kernel, macros in _kernels(attention, blocksparse, arch, options):
                 kernels.compiled(kernel, macros, name_of(arch))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

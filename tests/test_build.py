@@ -7,6 +7,7 @@ attention gives the right numbers), unoptimised through $CXX to save time.
 
 import ctypes
 import os
+import select
 import shutil
 import signal
 import stat
@@ -248,6 +249,19 @@ def test_building_ahead_says_what_is_in_its_way(
     assert capsys.readouterr().err == said
 
 
+def test_building_ahead_names_what_is_wrong_with_the_cache(
+    stand_in, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    path = libraries.build_core()
+    os.remove(path)
+    lock = os.path.join(os.path.dirname(path), "lock")
+    os.remove(lock)
+    os.mkdir(lock)
+    assert build.main([]) == 1
+    assert f"Is a directory: '{lock}'" in capsys.readouterr().err
+
+
 def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_largest_error", lambda: np.nan)
     assert doctor.main() == 1
@@ -473,14 +487,60 @@ def test_damaged_library_is_built_anew(damage, stand_in, compiler):
     assert compiler.runs() == 2 * PARTS
 
 
-def test_builder_killed_without_its_compilers_leaves_no_lock(
-    stand_in, compiler, environment
-):
-    script = (
+def build_script(stand_in):
+    return (
         "from sparse_attention.native import libraries\n"
         f"libraries.CSRC, libraries.LIBRARIES = {str(stand_in)!r}, {STAND_IN!r}\n"
         "print(libraries.build_core())"
     )
+
+
+def test_who_waits_for_a_builder_that_is_stopped_says_so(
+    stand_in, compiler, environment
+):
+    script = build_script(stand_in)
+    compiler.hold()
+    builder = start(environment, "-c", script)
+    compiler.wait_for_run()
+    os.killpg(builder.pid, signal.SIGSTOP)
+    waiter = start(environment, "-c", script)
+    try:
+        assert select.select([waiter.stderr], [], [], 60)[0], (
+            "it waits and says nothing"
+        )
+        line = waiter.stderr.readline()
+        assert "waiting for another process to make " in line
+        lock = line.split("`")[1].split()
+        assert lock[0] == "fuser" and os.path.basename(lock[1]) == "lock"
+        assert os.path.isfile(lock[1])
+    finally:
+        compiler.release()
+        os.killpg(builder.pid, signal.SIGCONT)
+    paths = {finish(process)[0] for process in (builder, waiter)}
+    assert len(paths) == 1 and compiler.runs() == PARTS
+
+
+def test_lock_of_another_user_is_locked_all_the_same(stand_in, compiler, monkeypatch):
+    path = libraries.build_core()
+    os_open, flags_of_lock = os.open, []
+
+    def open_as_another(file, flags, *args, **kwargs):
+        if os.path.basename(str(file)) == "lock":
+            flags_of_lock.append(flags)
+            if flags & os.O_RDWR:
+                raise PermissionError(13, "Permission denied", file)
+        return os_open(file, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_as_another)
+    os.remove(path)
+    assert libraries.build_core() == path and answer(path) == 42
+    assert len(flags_of_lock) == 2
+
+
+def test_builder_killed_without_its_compilers_leaves_no_lock(
+    stand_in, compiler, environment
+):
+    script = build_script(stand_in)
     compiler.hold()
     killed = start(environment, "-c", script)
     compiler.wait_for_run()
@@ -510,7 +570,7 @@ def test_cached_library_needs_no_compiler(stand_in, monkeypatch):
     assert libraries.build_core() == path
 
 
-@pytest.mark.parametrize("command", ["missing-g++", "false", os.devnull])
+@pytest.mark.parametrize("command", ["missing-g++", "false", os.devnull, 'g++ "'])
 def test_no_compiler_is_said(command, stand_in, monkeypatch):
     monkeypatch.setenv("CXX", command)
     assert libraries.build_core() is None

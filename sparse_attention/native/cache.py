@@ -83,13 +83,10 @@ def make_once(path, make):
     Returns:
       `path`.
     """
-    import fcntl  # not everywhere, but where compilers are
-
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # no locks here: several may then compile
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with _lock(os.path.join(folder, "lock"), path) as is_locked:
+        if is_locked:
             for abandoned in glob.glob(os.path.join(glob.escape(folder), "building-*")):
                 shutil.rmtree(abandoned, ignore_errors=True)
         if is_intact(path):
@@ -102,6 +99,33 @@ def make_once(path, make):
             os.replace(built, path)
             os.replace(built + ".json", path + ".json")
     return path
+
+
+@contextlib.contextmanager
+def _lock(lock, path):
+    """Holds a lock on the file `lock`; False where there are none: several may then compile.
+
+    Who waits says for what: the holder may be stopped, and then it takes for ever.
+    """
+    import fcntl  # not everywhere, but where compilers are
+
+    try:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, in a shared cache: to read it is enough
+        file = os.open(lock, os.O_RDONLY)
+    with os.fdopen(file):  # which closes it, and so unlocks
+        is_locked = False
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.stderr.write(
+                    f"sparse_attention: waiting for another process to make {path}; "
+                    f"`fuser {lock}` names it\n"
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)
+            is_locked = True
+        yield is_locked
 
 
 def hash_of(parts):
