@@ -113,7 +113,7 @@ def _lock(lock, path):
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:  # another user's, in a shared cache: to read it is enough
         file = os.open(lock, os.O_RDONLY)
-    with os.fdopen(file):  # which closes it, and so unlocks
+    with os.fdopen(file):
         is_locked = False
         with contextlib.suppress(OSError):
             try:
@@ -125,7 +125,11 @@ def _lock(lock, path):
                 )
                 fcntl.flock(file, fcntl.LOCK_EX)
             is_locked = True
-        yield is_locked
+        try:
+            yield is_locked
+        finally:
+            if is_locked:  # a child that was forked meanwhile has the file open still
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def hash_of(parts):

@@ -5,6 +5,7 @@ remembered, and TensorFlow's own ops do the work for as long as the process live
 """
 
 import ctypes
+import os
 import threading
 from collections import namedtuple
 
@@ -15,6 +16,16 @@ Loaded = namedtuple("Loaded", "ops why_not")  # a module and None, or None and a
 
 _loaded = {}
 _lock = threading.Lock()
+
+
+def _renew_lock():
+    """A thread that held it when its process was forked is not there in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def attention_ops():
