@@ -114,10 +114,10 @@ LARGE = Zeros(2**40, 2**23 - 1, 0, 8, 8)
         ("blocksparse_transformer_nt", {"ctx_blks_b": 2**60}, "ctx_blks_b must be in"),
         ("blocksparse_transformer_nt", {"heads": 2**40}, "heads must be in"),
         ("blocksparse_transformer_nt", {"blocks": 2**62}, "blocks must be in"),
-        ("blocksparse_transformer_nt", {"blk_size": 2**62}, "blk_size must be in"),
+        ("blocksparse_transformer_nt", {"blk_size": 2**62}, "blk_size must be 8"),
         ("blocksparse_transformer_nn", {"ctx_blks_c": 2**60}, "ctx_blks_c must be in"),
         ("blocksparse_transformer_tn", {"ctx_blks_c": 2**60}, "ctx_blks_c must be in"),
-        ("blocksparse_transformer_tn", {"blk_size": 2**62}, "blk_size must be in"),
+        ("blocksparse_transformer_tn", {"blk_size": 2**62}, "blk_size must be 8"),
         ("blocksparse_transformer_tn", {"tn_max": 2**62}, "tn_max must be in"),
         (
             "blocksparse_softmax",
@@ -155,6 +155,35 @@ LARGE = Zeros(2**40, 2**23 - 1, 0, 8, 8)
 def test_sizes_of_the_three_ops_are_refused_before_they_are_used(op, changes, message):
     with pytest.raises(REFUSED, match=message):
         call(op, **changes)
+
+
+@pytest.mark.parametrize(
+    "op, arguments",
+    [
+        ("attention", {"q": Zeros(3, 2**60, 0), "v": Zeros(3, 1, 8)}),
+        ("blocksparse_transformer_nt", {"heads": 2**30, "blocks": 2**30}),
+        (
+            "blocksparse_transformer_nn",
+            {"ctx_blks_c": 2**30, "b": Zeros(2**30, 0, 2**8)},
+        ),
+    ],
+)
+def test_a_graphs_shapes_are_those_of_tensors(op, arguments):
+    """Grappler multiplies the sizes of what a Reshape reads, and ends the process."""
+    with tf.Graph().as_default():
+        arguments = {name: x() if callable(x) else x for name, x in arguments.items()}
+        with pytest.raises(ValueError, match="must multiply to at most"):
+            if op == "attention":
+                attributes = {"heads": 4, "kv_heads": 1, "softmax_scale": 1.0}
+                attributes.update(row_stride=1, block_q=8, block_kv=8, tile_kv=0)
+                plan = dict(plan_of_nothing(), **dict.fromkeys(BY_KV, FEW))
+                loader.attention_ops().block_sparse_attention(
+                    **dict(arguments, k=arguments["v"], kv_lengths=[]),
+                    **dict(plan, **attributes),
+                )
+            else:
+                arguments = dict(example(op), **arguments)
+                getattr(load_blocksparse_ops(), op)(**arguments)
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(0, 5), (5, 0), (0, 0)])

@@ -42,17 +42,22 @@ inline std::string ShapeOf(const int64_t* dims, int64_t rank) {
 
 inline std::string ShapeOf(const Array& array) { return ShapeOf(array.dims, array.rank); }
 
-// Whether a tensor with these sizes can exist, and its bytes be counted, even if one size is 0.
-inline SpattnStatus CheckElements(const char* name, std::initializer_list<int64_t> dims) {
+// Whether a tensor with these sizes can exist, and its bytes be counted, even if one size is 0. Sizes
+// below 0 are unknown.
+inline SpattnStatus CheckElements(const char* name, const int64_t* dims, int64_t rank) {
   constexpr int64_t kMost = int64_t{1} << 60;
   int64_t elements = 1;
-  for (const int64_t dim : dims) {
-    SPATTN_RETURN_IF(dim > 0 && elements > kMost / dim,
+  for (int64_t i = 0; i < rank; ++i) {
+    SPATTN_RETURN_IF(dims[i] > 0 && elements > kMost / dims[i],
                      "the sizes of %s must multiply to at most 2^60, got %s", name,
-                     ShapeOf(dims.begin(), static_cast<int64_t>(dims.size())).c_str());
-    elements *= dim > 0 ? dim : 1;
+                     ShapeOf(dims, rank).c_str());
+    elements *= dims[i] > 0 ? dims[i] : 1;
   }
   return Ok();
+}
+
+inline SpattnStatus CheckElements(const char* name, std::initializer_list<int64_t> dims) {
+  return CheckElements(name, dims.begin(), static_cast<int64_t>(dims.size()));
 }
 
 inline SpattnStatus CheckArray(const char* name, const Array& array,

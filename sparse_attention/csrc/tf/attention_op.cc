@@ -72,9 +72,9 @@ Status AttentionShape(InferenceContext* c) {
   SPATTN_TF_RETURN_IF_ERROR(c->Multiply(head_dim_v, heads, &width));
   SPATTN_TF_RETURN_IF_ERROR(c->Merge(c->Dim(q, 0), c->Dim(k, 0), &batch));
   SPATTN_TF_RETURN_IF_ERROR(c->Merge(batch, c->Dim(v, 0), &batch));
-  c->set_output(0, c->MakeShape({batch, c->Dim(q, 1), width}));
-  c->set_output(1, c->MakeShape({batch, c->MakeDim(heads), c->Dim(q, 1)}));
-  return Status();
+  const auto o = c->MakeShape({batch, c->Dim(q, 1), width});
+  SPATTN_TF_RETURN_IF_ERROR(SetOutput(c, 0, "o", o));
+  return SetOutput(c, 1, "lse", c->MakeShape({batch, c->MakeDim(heads), c->Dim(q, 1)}));
 }
 
 Status AttentionGradShape(InferenceContext* c) {

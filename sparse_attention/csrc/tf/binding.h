@@ -9,6 +9,7 @@
 #include "abi/core.h"
 #include "abi/own_integers.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
 #include "tf/array.h"
 #include "tf/worker_pool.h"
 
@@ -41,6 +42,17 @@ inline tensorflow::Status ToStatus(const SpattnStatus& status) {
   if (status.code == SPATTN_UNSUPPORTED) return tensorflow::errors::Unimplemented(message);
   if (status.code == SPATTN_INTERNAL) return tensorflow::errors::Internal(message);
   return tensorflow::errors::InvalidArgument(message);
+}
+
+// Gives an output the shape, if what is known of it can be that of a tensor: whoever optimizes a graph
+// multiplies the sizes.
+inline tensorflow::Status SetOutput(tensorflow::shape_inference::InferenceContext* c, int i,
+                                    const char* name,
+                                    tensorflow::shape_inference::ShapeHandle shape) {
+  const Array known(nullptr, c->Rank(shape), [&](int dim) { return c->Value(c->Dim(shape, dim)); });
+  SPATTN_TF_RETURN_IF_ERROR(ToStatus(CheckElements(name, known.dims, known.rank)));
+  c->set_output(i, shape);
+  return tensorflow::Status();
 }
 
 // Allocates output i with sizes of any value: what no tensor can have is an error.

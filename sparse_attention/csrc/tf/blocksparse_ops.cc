@@ -45,15 +45,22 @@ Status GetSize(Context* c, const char* name, int64* size) {
   return InvalidArgument(name, " must be in [0, 2^31), got ", *size);
 }
 
+template <class Context>
+Status GetBlockSize(Context* c, int64* size) {
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("blk_size", size));
+  if (*size == 8 || *size == 16 || *size == 32 || *size == 64) return Status();
+  return InvalidArgument("blk_size must be 8, 16, 32 or 64, got ", *size);
+}
+
 Status NtShape(InferenceContext* c) {
   ShapeHandle a;
   SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kA), 3, &a));
   int64 heads, blocks, block_size;
   SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "heads", &heads));
   SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blocks", &blocks));
-  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blk_size", &block_size));
-  c->set_output(0, c->MakeShape({c->Dim(a, 0), heads, blocks, block_size, block_size}));
-  return Status();
+  SPATTN_TF_RETURN_IF_ERROR(GetBlockSize(c, &block_size));
+  const auto scores = c->MakeShape({c->Dim(a, 0), heads, blocks, block_size, block_size});
+  return SetOutput(c, 0, "c", scores);
 }
 
 Status XnShape(InferenceContext* c) {
@@ -61,9 +68,9 @@ Status XnShape(InferenceContext* c) {
   SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(kB), 3, &b));
   int64 row_blocks, block_size;
   SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "ctx_blks_c", &row_blocks));
-  SPATTN_TF_RETURN_IF_ERROR(GetSize(c, "blk_size", &block_size));
-  c->set_output(0, c->MakeShape({c->Dim(b, 0), row_blocks * block_size, c->Dim(b, 2)}));
-  return Status();
+  SPATTN_TF_RETURN_IF_ERROR(GetBlockSize(c, &block_size));
+  const auto rows = c->MakeShape({c->Dim(b, 0), row_blocks * block_size, c->Dim(b, 2)});
+  return SetOutput(c, 0, "c", rows);
 }
 
 Status FirstInputShape(InferenceContext* c) {
@@ -237,10 +244,7 @@ class BlocksOp : public OpKernel {
  public:
   explicit BlocksOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     OP_REQUIRES_OK(ctx, GetSize(ctx, "blocks", &blocks_));
-    OP_REQUIRES_OK(ctx, GetSize(ctx, "blk_size", &block_size_));
-    OP_REQUIRES(ctx,
-                block_size_ == 8 || block_size_ == 16 || block_size_ == 32 || block_size_ == 64,
-                InvalidArgument("blk_size must be 8, 16, 32 or 64, got ", block_size_));
+    OP_REQUIRES_OK(ctx, GetBlockSize(ctx, &block_size_));
   }
 
  protected:
