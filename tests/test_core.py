@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 
+import nan_rule
 import numpy as np
 import pytest
 from core_abi import Core, InvalidArgument, plan_of
@@ -225,32 +226,17 @@ def test_results_are_bitwise_equal_for_any_number_of_workers(core):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_keys_do_not_leak(core, dtype):
-    """A bad key reaches those who attend to it, and changes no bit elsewhere."""
-    for attn_mode, bad in itertools.product(
-        ("all", "local", "strided"), (np.nan, np.inf)
-    ):
-        block_mask = pattern_block_mask(attn_mode, 60, 2, 16, 24)
+@pytest.mark.parametrize("name", nan_rule.INPUTS)
+def test_nan_and_inf_keep_to_the_rule(core, name, dtype):
+    for attn_mode, value in itertools.product(PATTERNS, nan_rule.VALUES):
+        block_mask = pattern_block_mask(attn_mode, 64, 2, 8, 16, num_verts=1)
         case = Case(core, block_mask, dtype)
-        clean = case.run()
-        k, v = case.arrays.k.copy(), case.arrays.v.copy()
-        k[:, -1], v[:, -1] = (
-            to_dtype(np.array(bad), dtype),
-            to_dtype(np.array(bad), dtype),
-        )
-        dirty = case.run(k=k, v=v)
-        attends = case.mask[0, :, -1]
-        assert attends.any() and not attends.all()
-        o, lse, dq, dk, dv = dirty
-        assert np.isnan(as_float(o[:, attends])).any()
-        assert same_bits([o[:, ~attends]], [clean[0][:, ~attends]])
-        assert same_bits([lse[..., ~attends]], [clean[1][..., ~attends]])
-        assert same_bits([dq[:, ~attends]], [clean[2][:, ~attends]])
-        # Keys that are read only by queries which do not meet the bad key.
-        apart = ~case.mask[0][attends].any(axis=0)
-        assert same_bits(
-            [dk[:, apart], dv[:, apart]], [clean[3][:, apart], clean[4][:, apart]]
-        )
+
+        def run(inputs, case=case):
+            return dict(zip(RESULTS, case.run(**inputs._asdict())))
+
+        value = to_dtype(np.array(value), dtype)
+        nan_rule.assert_keeps_to_the_rule(run, case.arrays, case.mask, name, value)
 
 
 def test_keys_past_kv_lengths_do_not_leak(core):
@@ -261,17 +247,6 @@ def test_keys_past_kv_lengths_do_not_leak(core):
     k[0, 40:], v[0, 40:] = np.nan, np.inf
     assert same_bits(case.run(k=k, v=v), clean)
     assert not clean[3][0, 40:].any() and not clean[4][0, 40:].any()
-
-
-def test_bad_queries_do_not_leak_into_gradients_of_keys_they_do_not_read(core):
-    block_mask = pattern_block_mask("all", 60, 2, 16)
-    case = Case(core, block_mask)
-    clean = case.run()
-    q, do = case.arrays.q.copy(), case.arrays.do.copy()
-    q[:, 20], do[:, 20] = np.nan, np.inf
-    dirty = case.run(q=q, do=do)
-    assert np.isnan(dirty[3][:, :21]).all()
-    assert same_bits([g[:, 21:] for g in dirty[3:]], [g[:, 21:] for g in clean[3:]])
 
 
 def test_rows_without_keys_give_zero(core):
