@@ -233,3 +233,59 @@ def test_a_model_trains_compiled(policy):
     eps = 2.0**-7 if policy != "float32" else 2.0**-16
     assert np.abs(np.subtract(*results)).max() <= eps * results[0][0]
     assert results[1][-1] < results[1][0]
+
+
+def masked_model():
+    x = inputs_ = keras.Input([40, 32])
+    x = keras.layers.Masking()(x)
+    x = sa.SparseSelfAttention(4, attn_mode="local", local_attn_ctx=16, block_size=8)(x)
+    return keras.Model(inputs_, x), "mse"
+
+
+def language_model():
+    sizes = {"vocab_size": 50, "time": 64, "layers": 2, "width": 32, "heads": 4}
+    pattern = {"attention": "fixed,strided", "local_attn_ctx": 16, "block_size": 8}
+    model = sa.SparseTransformer(**sizes, **pattern, recompute=True)
+    return model, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize("make", [masked_model, language_model])
+def test_masks_recompute_and_accumulated_gradients_compile(make):
+    if make is masked_model:
+        x, y = normal(8, 40, 32), normal(8, 40, 32)
+        for i, length in enumerate((40, 8, 1, 25) * 2):
+            x[i, length:] = 0
+    else:
+        tokens = np.random.RandomState(0).randint(0, 50, [8, 65], np.int32)
+        x, y = tokens[:, :-1], tokens[:, 1:]
+    losses = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model, loss = make()
+        adam = keras.optimizers.Adam(1e-3, gradient_accumulation_steps=2)
+        model.compile(adam, loss, jit_compile=jit_compile)
+        assert model.jit_compile == jit_compile
+        fitted = model.fit(x, y, batch_size=2, epochs=3, shuffle=False, verbose=0)
+        losses.append(fitted.history["loss"])
+    assert np.abs(np.subtract(*losses)).max() <= 2.0**-16 * losses[0][0]
+    assert losses[1][-1] < losses[1][0]
+
+
+AUTO_JIT = """
+import sys
+sys.path.insert(0, "tests")
+import tensorflow as tf
+import test_xla
+
+call = test_xla.attention_and_gradients(test_xla.pattern("fixed"))
+arguments = test_xla.inputs("float32")
+graph = tf.function(call)
+for x in graph(*arguments):
+    print(x.numpy().tobytes().hex())
+"""
+
+
+def test_clusters_that_tensorflow_forms_by_itself_give_the_same_bits():
+    plain = run_script(AUTO_JIT)
+    flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_min_cluster_size=1"
+    assert run_script(AUTO_JIT, TF_XLA_FLAGS=flags) == plain

@@ -75,7 +75,7 @@ class SparseSelfAttention(NotQuantized, keras.layers.Layer):
         wrong time that is known only when the graph runs.
 
     Numerics: As `block_sparse_attention`, in the policy's compute dtype. XLA compiles a
-      model with this layer on a CPU, from TensorFlow 2.20 on (`supports_jit`).
+      model with this layer from TensorFlow 2.20 on (`supports_jit`).
     """
 
     def __init__(
