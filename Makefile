@@ -12,7 +12,8 @@ CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
-.PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized lint format
+.PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized fuzz-sanitized \
+  lint format
 
 example: .venv/ready
 	.venv/bin/python examples/attention.py
@@ -43,6 +44,10 @@ test-sanitized: .venv-numpy/ready
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	.venv-numpy/bin/python $(PYTEST) -p tests.sanitized --capture=sys tests/test_core.py
+
+# Crafted calls of the ops under the sanitizers:   make fuzz-sanitized ARGS="--seed 7"
+fuzz-sanitized: .venv/ready
+	.venv/bin/python -m tests.fuzz --sanitized $(or $(ARGS),--calls 10000 --rewrite 3 --jobs 2)
 
 lint: .venv-lint/ready
 	.venv-lint/bin/ruff check .

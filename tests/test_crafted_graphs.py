@@ -7,8 +7,8 @@ end, read or wrote outside of an array, or left an output unwritten.
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_blocksparse_ops import NN, NT, TN, call, example, load_blocksparse_ops
-from tf_helpers import pattern, run_script
+from test_blocksparse_ops import call, example, load_blocksparse_ops
+from tf_helpers import run_script
 
 from sparse_attention.native import loader
 
@@ -223,100 +223,5 @@ print("done")
 
 
 def test_no_element_is_no_work():
-    """However many sequences or heads have none; the time limit is `run_script`'s."""
+    """However many sequences or heads have none; else it would run for ever."""
     assert run_script(NOTHING) == "done\n"
-
-
-REWRITE = """
-import sys
-import threading
-import time
-import numpy as np
-import tensorflow as tf
-sys.path.insert(0, "tests")
-import test_crafted_graphs as crafted
-
-seconds, jobs = float(sys.argv[1]), crafted.rewritten_plans()
-tf.compat.v1.disable_eager_execution()
-for label, (function, good, bad) in jobs.items():
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        variable = tf.compat.v1.get_variable(
-            "v", initializer=good, use_resource=False, validate_shape=False
-        )
-        fed = tf.compat.v1.placeholder(good.dtype, good.shape)
-        # It writes in place: the op below holds the same memory.
-        assign = tf.compat.v1.assign(variable, fed, use_locking=False)
-        result = function(variable._ref() if hasattr(variable, "_ref") else variable)
-        session.run(variable.initializer)
-        end, refused, done = time.monotonic() + seconds, 0, 0
-
-        def rewrite():
-            while time.monotonic() < end:
-                session.run(assign, {fed: bad})
-                session.run(assign, {fed: good})
-
-        thread = threading.Thread(target=rewrite)
-        thread.start()
-        while time.monotonic() < end:
-            try:
-                session.run(result)
-                done += 1
-            except tf.errors.InvalidArgumentError:
-                refused += 1
-        thread.join()
-    assert done and refused, (label, done, refused)
-print("alive", len(jobs))
-"""
-
-
-def rewritten_plans():
-    """{label: (what reads an array, the array, what another op writes over it)}."""
-    jobs = {}
-    block_mask = pattern("local")
-    tiles = block_mask.tiles()
-    plan = {
-        n: x if x.dtype == np.uint8 else x.view(np.uint8).reshape(-1, 4)
-        for n, x in zip(tiles._fields[2:], tiles[2:])
-    }
-    sizes = {"heads": 2, "kv_heads": 2, "softmax_scale": 1.0, "row_stride": 1}
-    sizes.update(block_q=tiles.tile_q, block_kv=tiles.block_size, tile_kv=0)
-    x = np.ones([2, block_mask.q_len, 32], np.float32)
-    inputs = dict(plan, kv_lengths=np.full(2, block_mask.kv_len, np.int32))
-    far = np.array([2**28], np.int32)
-    for name in ("kv_indptr", "kv_indices", "mask_ids", "kv_lengths"):
-
-        def attention(variable, name=name):
-            rest = dict(inputs, **dict.fromkeys(BY_KV, FEW))
-            rest[name] = variable
-            ops = loader.attention_ops()
-            o, lse = ops.block_sparse_attention(x, x, x, **rest, **sizes)
-            grads = ops.block_sparse_attention_grad(
-                x, x, x, o=o, lse=lse, do=o, dlse=lse, **rest, **sizes
-            )
-            return [grad.op for grad in grads[:1]]
-
-        good = inputs[name]
-        bad = np.broadcast_to(
-            far if name == "kv_lengths" else as_bytes(far), good.shape
-        )
-        jobs[name] = attention, good, np.ascontiguousarray(bad)
-    for op, lut, good in (
-        ("blocksparse_softmax", "lut", NN),
-        ("blocksparse_masked_softmax", "lut", NN),
-        ("blocksparse_softmax_grad", "lut", NN),
-        ("blocksparse_transformer_nt", "nt_lut", NT),
-        ("blocksparse_transformer_nn", "nn_lut", NN),
-        ("blocksparse_transformer_tn", "tn_lut", TN),
-        ("bst_partial_autoregressive_mask", "lut", NT),
-    ):
-
-        def three_ops(variable, op=op, lut=lut):
-            arguments = dict(example(op), **{lut: variable})
-            return getattr(load_blocksparse_ops(), op)(**arguments).op
-
-        jobs[op] = three_ops, good, np.full_like(good, far[0])
-    return jobs
-
-
-def test_a_plan_that_another_op_rewrites_is_refused_or_used_whole():
-    assert run_script(REWRITE, 0.5) == "alive 11\n"

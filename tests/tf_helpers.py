@@ -147,12 +147,13 @@ def assert_same_bits(a, b):
 
 
 def run_script(source, *arguments, **environment):
-    """Runs Python code in a new process; returns what it prints."""
+    """Runs Python code in a new process, for ten minutes at most; returns what it prints."""
     ran = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return ran.stdout
