@@ -390,16 +390,20 @@ def call_of(seed):
 
 @functools.lru_cache(maxsize=None)
 def rewritten():
-    """{(op, name): (a valid call, what another op writes over its input `name`)}."""
+    """{(op, name): (a valid call, what another op writes over its input `name`)}.
+
+    The plans are the largest of a few, so that the op is still at work when they change.
+    """
     found = {}
     for seed in range(120):
         draw = Draw(seed)
-        make, lengths = draw.one_of([(attention, [200]), (blocksparse, [24])])
+        make, lengths = draw.one_of([(attention, [600]), (blocksparse, [16])])
         call = make(draw, lengths)
         for name in call.plan:
             x = call.inputs[name]
             data, view = numbers(x)
-            if (call.op, name) not in found and elements(x.shape):
-                view[...] = draw.one_of([2**28, -(2**28)])
+            view[...] = draw.one_of([2**28, -(2**28)])
+            largest = found.get((call.op, name), (None, x))[1]
+            if elements(x.shape) >= elements(largest.shape) > 0:
                 found[call.op, name] = call, x._replace(data=data)
     return found
