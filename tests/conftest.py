@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from fake_cuda import fakes, machine  # noqa: F401
-from hypothesis import HealthCheck, settings
 from require import is_required
 
 # They need Keras 3 or other things that Python 3.7 and its TensorFlow 1.15 do not have.
@@ -19,16 +18,6 @@ NEWER_TESTS = [
     ).split()
 ]
 collect_ignore = NEWER_TESTS if sys.version_info < (3, 8) else []
-
-# Before any test is decorated: the same cases in every run, however busy the machine is.
-settings.register_profile(
-    "fixed",
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-)
-settings.load_profile("fixed")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # processes share a GPU

@@ -2,6 +2,7 @@
 
 import doctest
 
+import helpers  # noqa: F401 - the settings of Hypothesis, before a test is decorated
 import numpy as np
 import pytest
 from hypothesis import given
