@@ -116,13 +116,11 @@ def _kernels(attention, blocksparse, arch, options):
         for row_stride in strides:
             block_mask = BlockMask([[True]], None, block_size, row_stride=row_stride)
             shape = abi.shape_of(attention, arch, dtype, [head_dim] * 2, block_mask)
-            has_tf32 = dtype == "float32" and arch >= 80
             sizes = kv_tile_sizes(shape.tile_kv, block_size, [head_dim])
-            for tile_kv, tf32 in itertools.product(sizes, [0, 1] if has_tf32 else [0]):
-                shape.tile_kv, shape.uses_tf32 = tile_kv, tf32
-                found += [
-                    abi.kernel_of(attention, shape, phase) for phase in abi.PHASES
-                ]
+            for shape.tile_kv, shape.uses_tf32, phase in itertools.product(
+                sizes, (0, 1), abi.PHASES
+            ):
+                found.append(abi.kernel_of(attention, shape, phase))
             for shape.list_keys in abi.LIST_KEYS:
                 found.append(abi.kernel_of(attention, shape, "fwd"))
     return sorted({(k.name.decode(), k.macros.decode()) for k in found})

@@ -495,13 +495,19 @@ def build_script(stand_in):
     )
 
 
+def start_held(compiler, environment, script):
+    """A process that builds, stopped where it waits for the compiler."""
+    compiler.hold()
+    builder = start(environment, "-c", script)
+    compiler.wait_for_run()
+    return builder
+
+
 def test_who_waits_for_a_builder_that_is_stopped_says_so(
     stand_in, compiler, environment
 ):
     script = build_script(stand_in)
-    compiler.hold()
-    builder = start(environment, "-c", script)
-    compiler.wait_for_run()
+    builder = start_held(compiler, environment, script)
     os.killpg(builder.pid, signal.SIGSTOP)
     waiter = start(environment, "-c", script)
     try:
@@ -541,9 +547,7 @@ def test_builder_killed_without_its_compilers_leaves_no_lock(
     stand_in, compiler, environment
 ):
     script = build_script(stand_in)
-    compiler.hold()
-    killed = start(environment, "-c", script)
-    compiler.wait_for_run()
+    killed = start_held(compiler, environment, script)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     compiler.release()

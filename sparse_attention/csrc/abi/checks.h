@@ -25,6 +25,11 @@ inline int64_t Positions(int64_t len, int64_t row_stride) {
   return (len + row_stride - 1) / row_stride * row_stride;
 }
 
+// The tiles, or blocks, of so many positions that hold `len` rows.
+inline int64_t CountTiles(int64_t len, int64_t row_stride, int64_t tile) {
+  return (Positions(len, row_stride) + tile - 1) / tile;
+}
+
 inline SpattnStatus CheckHeadDim(const Named& dim) {
   SPATTN_RETURN_IF(dim.value < 8 || dim.value > 256 || dim.value % 8 != 0,
                    "%s must be a multiple of 8 in [8, 256], got %lld", dim.name,
@@ -75,10 +80,8 @@ inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPla
     SPATTN_RETURN_IF(!IsBlock(size.value), "%s must be 8, 16, 32, 64 or 128, got %lld", size.name,
                      (LongLong)size.value);
   }
-  const int64_t q_tiles =
-      (Positions(problem.q_len, problem.row_stride) + plan.tile_q - 1) / plan.tile_q;
-  const int64_t kv_blocks =
-      (Positions(problem.kv_len, problem.row_stride) + plan.block_size - 1) / plan.block_size;
+  const int64_t q_tiles = CountTiles(problem.q_len, problem.row_stride, plan.tile_q);
+  const int64_t kv_blocks = CountTiles(problem.kv_len, problem.row_stride, plan.block_size);
   SPATTN_RETURN_IF(plan.q_tiles != q_tiles, "q_tiles must be %lld for q_len=%lld, got %lld",
                    (LongLong)q_tiles, (LongLong)problem.q_len, (LongLong)plan.q_tiles);
   SPATTN_RETURN_IF(plan.kv_blocks != kv_blocks, "kv_blocks must be %lld for kv_len=%lld, got %lld",

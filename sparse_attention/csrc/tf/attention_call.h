@@ -87,8 +87,8 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
   const Array &kv_indptr = by_q[kKvIndptr], &mask_bits = by_q[kMaskBits];
   plan->tile_q = static_cast<int32_t>(a.tile_q);
   plan->block_size = static_cast<int32_t>(a.block_size);
-  plan->q_tiles = (Positions(problem->q_len, a.row_stride) + a.tile_q - 1) / a.tile_q;
-  plan->kv_blocks = (Positions(kv_len, a.row_stride) + a.block_size - 1) / a.block_size;
+  plan->q_tiles = CountTiles(problem->q_len, a.row_stride, a.tile_q);
+  plan->kv_blocks = CountTiles(kv_len, a.row_stride, a.block_size);
   plan->heads = kv_indptr.dim(0) - 1 == plan->q_tiles ? 1 : problem->heads;
   plan->entries = by_q[kKvIndices].dim(0);
   plan->mask_blocks = mask_bits.dim(0);
@@ -155,7 +155,7 @@ inline SpattnStatus ReadByKv(const CallAttributes& a, const SpattnProblem& probl
                    (LongLong)a.block_size, (LongLong)a.tile_kv);
   plan->block_size = static_cast<int32_t>(a.block_size);
   plan->tile_kv = static_cast<int32_t>(a.tile_kv);
-  plan->q_blocks = (Positions(problem.q_len, a.row_stride) + a.block_size - 1) / a.block_size;
+  plan->q_blocks = CountTiles(problem.q_len, a.row_stride, a.block_size);
   plan->kv_tiles = tile_blocks.dim(1);
   plan->heads = q_indptr.dim(0) - 1 == plan->kv_tiles ? 1 : problem.heads;
   plan->entries = plan_inputs[kQIndices].dim(0);

@@ -166,7 +166,11 @@ void ChooseTiles(SpattnCudaShape* shape) {
   shape->tile_kv = std::max({shape->block_size, 32, LargestTile(*shape, SPATTN_BWD_DKV)});
 }
 
-SpattnCudaKernel Configure(const SpattnCudaShape& s, SpattnPhase phase) {
+bool HasTf32(const SpattnCudaShape& s) { return s.dtype == SPATTN_FLOAT32 && s.arch >= 80; }
+
+SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
+  SpattnCudaShape s = shape;
+  if (!HasTf32(s)) s.uses_tf32 = 0;
   if (phase == SPATTN_BWD_DELTA) return ConfigureDelta(s);
   if (phase == SPATTN_FWD && RunsFwdSm90(s)) return ConfigureFwdSm90(s);
   const bool is_dkv = phase == SPATTN_BWD_DKV;

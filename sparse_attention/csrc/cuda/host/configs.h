@@ -19,6 +19,9 @@ constexpr int kNoMaps = -1;  // list_keys where the driver cannot make tensor ma
 bool RunsFwdSm90(const SpattnCudaShape& shape);
 int FwdSm90PartQueries(const SpattnCudaShape& shape);
 
+// Whether there are kernels that multiply the shape's dtype in TF32; without, uses_tf32 is nothing.
+bool HasTf32(const SpattnCudaShape& shape);
+
 SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase);
 
 }  // namespace spattn

@@ -100,10 +100,8 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
   SPATTN_RETURN_IF(!IsBlock(plan.tile_kv) || plan.tile_kv < 32 || plan.tile_kv < plan.block_size,
                    "tile_kv must be 32, 64 or 128, at least block_size=%d, got %d", plan.block_size,
                    plan.tile_kv);
-  const auto blocks = [&](int64_t len) {
-    return (Positions(len, problem.row_stride) + plan.block_size - 1) / plan.block_size;
-  };
-  const int64_t q_blocks = blocks(problem.q_len), kv_blocks = blocks(problem.kv_len);
+  const int64_t q_blocks = CountTiles(problem.q_len, problem.row_stride, plan.block_size);
+  const int64_t kv_blocks = CountTiles(problem.kv_len, problem.row_stride, plan.block_size);
   SPATTN_RETURN_IF(plan.q_blocks != q_blocks, "q_blocks must be %lld for q_len=%lld, got %lld",
                    (LongLong)q_blocks, (LongLong)problem.q_len, (LongLong)plan.q_blocks);
   const int tile_blocks = plan.tile_kv / plan.block_size;
@@ -164,7 +162,7 @@ class Launcher {
     shape_.head_dim_v = p.head_dim_v;
     shape_.is_row_strided = p.row_stride > 1;
     shape_.is_scale_positive = p.softmax_scale > 0;
-    shape_.uses_tf32 = p.allow_tf32 != 0 && p.dtype == SPATTN_FLOAT32 && shape_.arch >= 80;
+    shape_.uses_tf32 = p.allow_tf32 != 0 && HasTf32(shape_);
     return Ok();
   }
 
