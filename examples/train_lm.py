@@ -95,7 +95,6 @@ def main(argv=None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
-    tf.config.experimental.enable_op_determinism()
     try:
         strategy = make_strategy(args.strategy)
         data = read_data(args.data)
@@ -441,4 +440,6 @@ def draw_curves(folder):
 
 
 if __name__ == "__main__":
+    # For the whole process, which is why it is not in main().
+    tf.config.experimental.enable_op_determinism()
     sys.exit(main())

@@ -144,8 +144,6 @@ def test_the_model_has_it_in_turn_with_others(name):
 def test_the_example_trains_it(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     train_lm, generate = map(importlib.import_module, ("train_lm", "generate"))
-    # Which would hold for the tests that follow, too.
-    monkeypatch.setattr(train_lm.tf.config.experimental, "enable_op_determinism", list)
     small = (
         f"--time {TIME} --layers 1 --width 32 --heads {HEADS} --local-attn-ctx {WINDOW} "
         "--block-size 8 --batch 4 --steps 8 --steps-per-epoch 4 --eval-batches 1"

@@ -215,6 +215,7 @@ def compiled_model(policy, jit_compile):
     )
     model = functional(layer, 40, 32)
     model.compile("adam", "mse", jit_compile=jit_compile)
+    assert model.jit_compile == jit_compile
     return model
 
 
