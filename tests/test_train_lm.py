@@ -36,11 +36,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(train_lm, data, tmp_path_factory):
+def uninterrupted(data, tmp_path_factory):
     """The folder of a run from beginning to end."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    arguments = [*SMALL, "--data", str(data), "--output", str(output)]
-    assert train_lm.main([*arguments, "--attention", "dense,fixed"]) == 0
+    finish(start(output, data, "--attention", "dense,fixed"))
     return output
 
 
