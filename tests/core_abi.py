@@ -18,6 +18,17 @@ class Problem(ctypes.Structure):
     )
 
 
+class ScoreRule(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_float) for name in ("logit_softcap", "dropout_rate")]
+        + [("q_offset", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("alibi_slopes", "relative_bias")]
+        + [(name, ctypes.c_int64) for name in ("bias_heads", "bias_reach")]
+        + [(name, ctypes.c_void_p) for name in ("q_segments", "kv_segments", "mask")]
+        + [("mask_strides", ctypes.c_int64 * 4), ("dropout_seed", ctypes.c_void_p)]
+    )
+
+
 class Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [
         (name, ctypes.c_int64) for name in ("batch_stride", "row_stride", "head_stride")
@@ -61,7 +72,7 @@ class FwdParams(ctypes.Structure):
     _fields_ = (
         [("problem", Problem), ("plan", Plan)]
         + [(name, Tensor) for name in ("q", "k", "v", "o")]
-        + [("lse", ctypes.c_void_p)]
+        + [("lse", ctypes.c_void_p), ("rule", ScoreRule)]
     )
 
 
@@ -71,6 +82,7 @@ class BwdParams(ctypes.Structure):
         + [(name, Tensor) for name in ("q", "k", "v", "o", "dout")]
         + [("lse", ctypes.c_void_p), ("dlse", ctypes.c_void_p)]
         + [(name, Tensor) for name in ("dq", "dk", "dv")]
+        + [("rule", ScoreRule), ("drelative_bias", ctypes.c_void_p)]
     )
 
 
@@ -122,6 +134,44 @@ def kv_plan_of(kv_tiles, block_mask, pointer=pointer_of):
         *(len(kv_tiles.q_indices), len(kv_tiles.mask_bits)),
         *map(pointer, kv_tiles[2:]),
     )
+
+
+def rule_of(
+    logit_softcap=None,
+    alibi_slopes=None,
+    relative_bias=None,
+    segment_ids=None,
+    mask=None,
+    dropout_rate=0.0,
+    dropout_seed=None,
+    q_offset=0,
+):
+    """The ScoreRule of arrays, and the arrays, which must live as long as it is used.
+
+    mask is bool [batch or 1, heads or 1, q_len or 1, kv_len or 1]; the others are as
+    `reference.Rule` has them.
+    """
+    rule = ScoreRule(logit_softcap or 0, dropout_rate, q_offset)
+    kept = {}
+
+    def set_array(name, array, dtype):
+        if array is not None:
+            kept[name] = np.ascontiguousarray(array, dtype)
+            setattr(rule, name, kept[name].ctypes.data)
+
+    set_array("alibi_slopes", alibi_slopes, np.float32)
+    set_array("relative_bias", relative_bias, np.float32)
+    if relative_bias is not None:
+        rule.bias_heads, width = kept["relative_bias"].shape
+        rule.bias_reach = (width + 1) // 2
+    for name, ids in zip(("q_segments", "kv_segments"), segment_ids or ()):
+        set_array(name, ids, np.int32)
+    set_array("mask", mask, np.bool_)
+    if mask is not None:
+        strides = zip(kept["mask"].shape, kept["mask"].strides)
+        rule.mask_strides[:] = [0 if size == 1 else stride for size, stride in strides]
+    set_array("dropout_seed", dropout_seed, np.int64)
+    return rule, kept
 
 
 class Core:
@@ -187,6 +237,7 @@ class Core:
             *[tensor_of(x) for x in (q, k, v, o)],
             lse.ctypes.data,
         )
+        params.rule, kept = rule_of(**kwargs.get("rule", {}))
         self._call("fwd", params, workers)
         return o, lse
 
@@ -194,7 +245,7 @@ class Core:
         self, q, k, v, o, lse, do, block_mask, dlse=None, tiles=None, plan=None,
         workers=1, **kwargs
     ):  # fmt: skip
-        """dq, dk, dv."""
+        """dq, dk, dv, and drelative_bias where there is one."""
         tiles = tiles or block_mask.tiles()
         softmax_scale, kv_lengths = (
             kwargs.get("softmax_scale"),
@@ -209,8 +260,13 @@ class Core:
             None if dlse is None else dlse.ctypes.data,
             *[tensor_of(x) for x in (dq, dk, dv)],
         )
+        params.rule, kept = rule_of(**kwargs.get("rule", {}))
+        extra = ()
+        if "relative_bias" in kept:
+            extra = (np.full_like(kept["relative_bias"], np.nan),)
+            params.drelative_bias = extra[0].ctypes.data
         self._call("bwd", params, workers)
-        return dq, dk, dv
+        return (dq, dk, dv, *extra)
 
 
 def check(status):

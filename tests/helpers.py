@@ -77,7 +77,7 @@ RESULTS = ("o", "lse", "dq", "dk", "dv")
 
 
 def plain_attention_fwd(
-    q, k, v, mask=None, softmax_scale=None, kv_lengths=None, tf32=False
+    q, k, v, mask=None, softmax_scale=None, kv_lengths=None, tf32=False, **rule
 ):
     """`reference.attention_fwd` as a framework computes it in the dtype of q.
 
@@ -87,38 +87,51 @@ def plain_attention_fwd(
     Returns:
       o, in q's dtype, and lse, float32.
     """
-    p, lse, (_, _, v32), _ = _plain_softmax(
-        q, k, v, mask, softmax_scale, kv_lengths, tf32
+    p, lse, (_, _, v32), _, rule, _ = _plain_softmax(
+        q, k, v, mask, softmax_scale, kv_lengths, tf32, rule
     )
-    o = _factor(_round(p, q.dtype), tf32) @ v32
+    o = _factor(_round(p * rule.kept, q.dtype), tf32) @ v32
     return _round(o, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3), lse
 
 
 def plain_attention_bwd(
-    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None, tf32=False
+    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None, tf32=False, **rule
 ):
     """`reference.attention_bwd` as a framework computes it in the dtype of q.
 
     Returns:
-      dq, dk, dv, in q's dtype.
+      dq, dk, dv, in q's dtype; drelative_bias and dsinks in float32, where they are.
     """
-    p, _, (q32, k32, v32), scale = _plain_softmax(
-        q, k, v, mask, softmax_scale, kv_lengths, tf32
+    p, lse, (q32, k32, v32), scale, rule, slope = _plain_softmax(
+        q, k, v, mask, softmax_scale, kv_lengths, tf32, rule
     )
     do32 = _factor(_by_head(do), tf32)
-    dp = do32 @ v32.swapaxes(2, 3)
-    ds = dp - np.sum(p * dp, axis=3, keepdims=True)
+    dp = do32 @ v32.swapaxes(2, 3) * rule.kept
+    delta = np.sum(p * dp, axis=3, keepdims=True)
     if dlse is not None:
-        ds = ds + np.asarray(dlse, np.float32)[..., None]
-    ds = _factor(_round(p * ds, q.dtype), tf32)
-    dv = _factor(_round(p, q.dtype), tf32).swapaxes(2, 3) @ do32
+        delta = delta - np.asarray(dlse, np.float32)[..., None]
+    ds = p * (dp - delta)
+    extra = []
+    if rule.bias is not None:
+        dbias = np.zeros(rule.bias.shape, np.float32)
+        for b, h in np.ndindex(ds.shape[:2]):
+            np.add.at(dbias[h % len(dbias)], rule.bias_index, _round(ds[b, h], q.dtype))
+        extra.append(dbias)
+    if rule.has_sinks:
+        with np.errstate(over="ignore"):
+            sunk = np.exp(rule.sinks[:, None] - lse) * delta[..., 0]
+        extra.append(-np.sum(np.where(np.isneginf(lse), 0, sunk), axis=(0, 2)))
+    ds = _factor(_round(ds * slope, q.dtype), tf32)
+    p = _factor(_round(p * rule.kept, q.dtype), tf32)
+    dv = p.swapaxes(2, 3) @ do32
     dq, dk = ds @ k32 * scale, ds.swapaxes(2, 3) @ q32 * scale
 
     def collect(dx, heads):  # sums the heads that share one
         dx = dx.reshape(dx.shape[0], heads, -1, *dx.shape[2:]).sum(axis=2)
         return _round(dx, q.dtype).astype(q.dtype).transpose(0, 2, 1, 3)
 
-    return collect(dq, q.shape[2]), collect(dk, k.shape[2]), collect(dv, v.shape[2])
+    gradients = zip((dq, dk, dv), (q.shape[2], k.shape[2], v.shape[2]))
+    return (*(collect(*pair) for pair in gradients), *extra)
 
 
 def assert_attention_close(results, inputs, mask, tf32=False, **options):
@@ -129,7 +142,7 @@ def assert_attention_close(results, inputs, mask, tf32=False, **options):
       inputs: `Inputs`; without dlse, if it is None.
       mask: bool [heads or 1, q_len, kv_len].
       tf32: Whether the factors of products may be TF32.
-      options: `softmax_scale`, `kv_lengths`.
+      options: `softmax_scale`, `kv_lengths`, and the arguments of `reference.Rule`.
     """
     *qkv, do, dlse = inputs
     oracle, plain = (
@@ -139,7 +152,8 @@ def assert_attention_close(results, inputs, mask, tf32=False, **options):
             (plain_attention_fwd, plain_attention_bwd, dict(options, tf32=tf32)),
         )
     )
-    for i, name in enumerate(RESULTS):
+    trained = [name for name in ("relative_bias", "sinks") if name in options]
+    for i, name in enumerate((*RESULTS, *("d" + name for name in trained))):
         if name in results:
             factor = 2 if i < 2 else 3
             try:
@@ -156,8 +170,11 @@ def _factor(x, tf32):
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths, tf32):
-    """Weights, lse, the inputs by head, and the scale; all in float32."""
+def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths, tf32, rule):
+    """Weights, lse, the inputs by head, and the scale; all in float32.
+
+    Then the `reference.Rule`, in float32, and the derivative of its scores.
+    """
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     scale = np.float32(softmax_scale)
@@ -168,10 +185,18 @@ def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths, tf32):
     if kv_lengths is not None:
         limit = np.reshape(kv_lengths, [-1, 1, 1, 1])
         allowed = allowed & (np.arange(k.shape[1]) < limit)
-    s = np.where(allowed, q32 @ k32.swapaxes(2, 3) * scale, np.float32(-np.inf))
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    rule = reference.Rule(np.broadcast_to(allowed, shape), **rule)
+    rule.kept, rule.sinks = rule.kept.astype(np.float32), rule.sinks.astype(np.float32)
+    s, slope = q32 @ k32.swapaxes(2, 3) * scale, np.ones(shape, np.float32)
+    for b, h in np.ndindex(shape[:2]):
+        s[b, h], slope[b, h] = rule.scores(s[b, h], h)
+    s = np.where(rule.allowed, s, np.float32(-np.inf))
+    sinks = rule.sinks[:, None, None]
     row_max = np.maximum(s.max(axis=3, keepdims=True), np.finfo(np.float32).min)
+    row_max = np.maximum(row_max, sinks)
     p = np.exp(s - row_max)
-    row_sum = p.sum(axis=3, keepdims=True)
+    row_sum = p.sum(axis=3, keepdims=True) + np.exp(sinks - row_max)
     with np.errstate(divide="ignore"):
         lse = (np.log(row_sum) + row_max)[..., 0]
     return (
@@ -179,6 +204,8 @@ def _plain_softmax(q, k, v, mask, softmax_scale, kv_lengths, tf32):
         lse,
         (q32, k32, v32),
         scale,
+        rule,
+        slope,
     )
 
 

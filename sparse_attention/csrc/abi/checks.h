@@ -4,6 +4,8 @@
 #ifndef SPARSE_ATTENTION_ABI_CHECKS_H_
 #define SPARSE_ATTENTION_ABI_CHECKS_H_
 
+#include <float.h>
+
 #include <initializer_list>
 
 #include "abi/status.h"
@@ -55,6 +57,27 @@ inline SpattnStatus CheckProblem(const SpattnProblem& p) {
   SPATTN_RETURN_IF(p.row_stride < 1 || (p.row_stride > longest && longest > 0),
                    "row_stride must be in [1, %lld], the longer of q_len and kv_len, got %lld",
                    (LongLong)longest, (LongLong)p.row_stride);
+  return Ok();
+}
+
+inline SpattnStatus CheckRule(const SpattnProblem& problem, const SpattnScoreRule& rule) {
+  SPATTN_RETURN_IF(!(rule.logit_softcap >= 0 && rule.logit_softcap <= FLT_MAX),
+                   "logit_softcap must be finite and not negative, got %g", rule.logit_softcap);
+  SPATTN_RETURN_IF(!(rule.dropout_rate >= 0 && rule.dropout_rate < 1),
+                   "dropout_rate must be in [0, 1), got %g", rule.dropout_rate);
+  SPATTN_RETURN_IF(rule.dropout_rate > 0 && rule.dropout_seed == nullptr,
+                   "dropout_seed must be given with dropout_rate=%g", rule.dropout_rate);
+  SPATTN_RETURN_IF(rule.q_offset <= -kMaxLen || rule.q_offset >= kMaxLen,
+                   "q_offset must be in (-2^31, 2^31), got %lld", (LongLong)rule.q_offset);
+  SPATTN_RETURN_IF(!rule.q_segments != !rule.kv_segments,
+                   "q_segments and kv_segments must be given both, got %s alone",
+                   rule.q_segments ? "q_segments" : "kv_segments");
+  if (rule.relative_bias == nullptr) return Ok();
+  SPATTN_RETURN_IF(rule.bias_heads != 1 && rule.bias_heads != problem.heads,
+                   "relative_bias must have 1 head or heads=%d, got %lld", problem.heads,
+                   (LongLong)rule.bias_heads);
+  SPATTN_RETURN_IF(rule.bias_reach < 1 || rule.bias_reach >= kMaxLen,
+                   "bias_reach must be in [1, 2^31), got %lld", (LongLong)rule.bias_reach);
   return Ok();
 }
 

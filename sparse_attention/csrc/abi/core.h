@@ -53,6 +53,29 @@ typedef struct {
   int32_t allow_tf32;         // not 0: on CUDA, factors of float32 products may be rounded to TF32
 } SpattnProblem;
 
+// What stands between q kT and the softmax besides the plan. All zeros: nothing does. In this order:
+//   s_ij = softmax_scale * <q_i, k_j>
+//   s_ij = c tanh(s_ij / c)                                      c = logit_softcap
+//   s_ij = s_ij - alibi_slopes[h] |i - j|
+//   s_ij = s_ij + relative_bias[h][clip(i - j, 1 - R, R - 1) + R - 1]     R = bias_reach
+//   s_ij = -inf unless q_segments[i] = kv_segments[j] >= 0 and mask[i, j]
+//   p_ij = exp(s_ij - lse_i), and in o kept with probability 1 - dropout_rate and divided by it
+// i is the row of the query plus q_offset, j the row of the key.
+typedef struct {
+  float logit_softcap;         // 0: none
+  float dropout_rate;          // in [0, 1)
+  int64_t q_offset;            // in (-2^31, 2^31)
+  const float* alibi_slopes;   // [heads] or null
+  const float* relative_bias;  // [bias_heads, 2 * bias_reach - 1] or null
+  int64_t bias_heads;          // heads of the problem, or 1: shared between them
+  int64_t bias_reach;
+  const int32_t* q_segments;    // [batch, q_len] or null; negative: attends to nothing
+  const int32_t* kv_segments;   // [batch, kv_len] or null, as q_segments
+  const uint8_t* mask;          // or null; 0: does not attend
+  int64_t mask_strides[4];      // of batch, heads, query rows and key rows; 0: shared between them
+  const int64_t* dropout_seed;  // [2]; abi/score_rule.h says what is made of it
+} SpattnScoreRule;
+
 // A tensor [batch, rows, heads, dim]; strides in elements, dim contiguous.
 typedef struct {
   void* data;
@@ -97,6 +120,7 @@ typedef struct {
   SpattnTensor q, k, v;  // read
   SpattnTensor o;        // written, every element
   float* lse;            // [batch, heads, q_len], written, every element
+  SpattnScoreRule rule;
 } SpattnFwdParams;
 
 typedef struct {
@@ -106,6 +130,8 @@ typedef struct {
   const float* lse;               // [batch, heads, q_len]
   const float* dlse;              // [batch, heads, q_len] gradient of lse, or null: zero
   SpattnTensor dq, dk, dv;        // written, every element
+  SpattnScoreRule rule;
+  float* drelative_bias;  // [bias_heads, 2 * bias_reach - 1] written, every element; or null
 } SpattnBwdParams;
 
 // Bytes of 64-byte aligned workspace that the call needs with that many workers. Results do not

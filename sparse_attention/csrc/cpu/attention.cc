@@ -47,6 +47,7 @@ template <class Params>
 SpattnStatus Check(const Params& params) {
   SPATTN_RETURN_IF_ERROR(CheckProblem(params.problem));
   SPATTN_RETURN_IF_ERROR(CheckLengths(params.problem));
+  SPATTN_RETURN_IF_ERROR(CheckRule(params.problem, params.rule));
   return CheckPlan(params.problem, params.plan);
 }
 

@@ -35,6 +35,7 @@ struct KvSums {
   int64_t begin, end;
   int64_t store_begin, store_end;  // splits that are apart: between them they cover all positions
   float *dk, *dv;
+  double* bias;  // [2 * bias_reach - 1] of the query head at work, or null
 };
 
 struct BwdScratch {
@@ -50,8 +51,9 @@ struct BwdScratch {
   float* ds_columns;              // the same as columns
   KeyTile* keys;
   Leaks key_leaks, q_leaks[kMaxTaskHeads], do_leaks[kMaxTaskHeads];
+  RuleScratch rule;
 
-  BwdScratch(Arena* arena, const SpattnProblem& problem, int heads) {
+  BwdScratch(Arena* arena, const SpattnProblem& problem, bool has_rule, int heads) {
     const int64_t widest = Max(problem.head_dim, problem.head_dim_v);
     const int64_t scores = kMaxPanels * kTileKV * kPanel, queries = heads * kTileQ;
     ld = RoundUp(problem.head_dim, kPanel);
@@ -80,6 +82,7 @@ struct BwdScratch {
     const Leaks leaks(arena->Take<float>(widest));
     key_leaks = leaks;
     for (int h = 0; h < kMaxTaskHeads; ++h) q_leaks[h] = do_leaks[h] = leaks;
+    if (has_rule) rule = RuleScratch(arena, heads);
   }
 
   template <class Terms>
@@ -168,11 +171,25 @@ SPATTN_STAGE void RecomputeP(const float* k, const float* q_panel, const float* 
   ForRowTiles(read.end, matmul, read.begin);
 }
 
-// ds[j] = p[j] * (v_j do - delta), 0 where not attended; ds and p as the words that products read.
-template <class Terms, bool kMasked>
+// s[j], the scores under a rule, become p[j] = 2^(s[j] - lse_log2), 0 where not attended.
+inline void ExpOfScores(KeyRange read, const float* lse_log2, const uint32_t* attends, float* s) {
+  for (int j = read.begin; j < read.end; ++j) {
+    for (int n = 0; n < kPanelVecs; ++n) {
+      float* at = s + j * kPanel + n * kLanes;
+      const Vec p = Exp2(Load(at) - Load(lse_log2 + n * kLanes));
+      Store(at, Select(LanesOfBits(attends[j] >> (n * kLanes)), p, Vec{}));
+    }
+  }
+}
+
+// ds[j] = p[j] * (v_j do - delta), 0 where not attended; ds and p as the words that products read. Under
+// a rule v_j do and the p for products are what dropout leaves of them, and ds is that of the scores
+// before the rule.
+template <class Terms, bool kMasked, class Rule>
 SPATTN_STAGE void ComputeDs(const float* v, const float* do_panel, const float* delta, int words,
-                            KeyRange read, const uint32_t* attends, const float* p, float* p_rows,
-                            float* ds_rows, float* ds_columns) {
+                            KeyRange read, const uint32_t* attends, const Rule& rule,
+                            const float* p, float* p_rows, float* ds_rows, float* ds_columns) {
+  constexpr bool kHasRule = !IsSame<Rule, NoRule>;
   constexpr int kTerms = Terms::kTerms;
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
@@ -182,17 +199,19 @@ SPATTN_STAGE void ComputeDs(const float* v, const float* do_panel, const float* 
       const Vec delta_n = Load(delta + n * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        Vec ds_rn = Load(p + (j + r) * kPanel + n * kLanes) * (ds.v[r][n] - delta_n);
+        const Vec dp = rule.Drop(ds.v[r][n], j + r, n);
+        Vec ds_rn = Load(p + (j + r) * kPanel + n * kLanes) * (dp - delta_n);
         if (kMasked) ds_rn = Select(LanesOfBits(attends[j + r] >> (n * kLanes)), ds_rn, Vec{});
-        ds.v[r][n] = ds_rn;
+        ds.v[r][n] = rule.ScoreGradient(ds_rn, j + r, n);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       Terms::StoreRow(ds.v[r][0], ds.v[r][1], ds_rows + (j + r) * kRowWords<Terms>);
-      if (kTerms == 1) continue;  // p_rows is p, ds_columns is ds_rows
+      if (kTerms == 1 && !kHasRule) continue;  // p_rows is p, ds_columns is ds_rows
       const float* p_r = p + (j + r) * kPanel;
-      Terms::StoreRow(Load(p_r), Load(p_r + kLanes), p_rows + (j + r) * kRowWords<Terms>);
+      Terms::StoreRow(rule.Drop(Load(p_r), j + r, 0), rule.Drop(Load(p_r + kLanes), j + r, 1),
+                      p_rows + (j + r) * kRowWords<Terms>);
     }
 #pragma GCC unroll 16
     for (int r = 0; kTerms > 1 && r < kRows; r += kTerms) {
@@ -331,27 +350,41 @@ inline void AddLeaks(const BwdScratch& x, const SpattnBwdParams& params, const H
 }
 
 // Works on one key tile for head h.
-template <class Terms, bool kMasked>
+template <class Terms, bool kMasked, bool kHasRule>
 inline void BwdTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
                     const Heads& kv_heads, int h, const QTile& tile, const KvSums& sums) {
   const SpattnProblem& problem = params.problem;
   const int head_dim = problem.head_dim;
   const int words = head_dim / Terms::kTerms, words_v = problem.head_dim_v / Terms::kTerms;
+  const float scale_log2 = problem.softmax_scale * kLog2E;
   const KeyTile& keys = *x.keys;
   const HeadTiles<Terms> head(x, problem, h);
   float *k = x.k + h * kTileKV * words, *v = x.v + h * kTileKV * words_v;
   float* ds_columns = x.DsColumns<Terms>();
+  if (kHasRule) x.rule.SetKeys(params.rule, heads.b, heads[h], keys);
   for (int panel = 0; panel < tile.panels; ++panel) {
     const KeyRange read = keys.read[panel];
+    const uint32_t* attends = keys.attends[panel];
     const int64_t scores = panel * kScoreWords<Terms>;
     float* p = Terms::kTerms == 1 ? x.p_rows + scores : x.p;
+    const float* q_panel = head.q_panels + panel * kPanel * words;
+    const float* lse_log2 = head.lse_log2 + panel * kPanel;
+    const auto compute_ds = [&](const auto& rule) {
+      ComputeDs<Terms, kMasked>(v, head.do_panels + panel * kPanel * words_v,
+                                head.delta + panel * kPanel, words_v, read, attends, rule, p,
+                                x.p_rows + scores, x.ds_rows + scores, ds_columns + scores);
+    };
     if (kMasked) ZeroUnread<Terms>(x, panel);
-    RecomputeP<Terms, kMasked>(k, head.q_panels + panel * kPanel * words,
-                               head.lse_log2 + panel * kPanel, words, read,
-                               problem.softmax_scale * kLog2E, keys.attends[panel], p);
-    ComputeDs<Terms, kMasked>(v, head.do_panels + panel * kPanel * words_v,
-                              head.delta + panel * kPanel, words_v, read, keys.attends[panel], p,
-                              x.p_rows + scores, x.ds_rows + scores, ds_columns + scores);
+    if constexpr (kHasRule) {
+      const PanelRule rule(params.rule, x.rule, heads[h], h, tile, panel, keys, sums.bias);
+      MatmulQK<Terms, false>(k, q_panel, head_dim, read, scale_log2, attends, p);
+      rule.Apply<true>(read, attends, p);
+      ExpOfScores(read, lse_log2, attends, p);
+      compute_ds(rule);
+    } else {
+      RecomputeP<Terms, kMasked>(k, q_panel, lse_log2, words, read, scale_log2, attends, p);
+      compute_ds(NoRule());
+    }
   }
   if (kMasked) x.key_leaks.TakeOut<Terms>(k, keys.count, head_dim, words);
   const float* k_columns = Terms::Columns(k, keys.count, words, x.k_columns);
@@ -364,9 +397,10 @@ inline void BwdTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& h
   if (kMasked) AddLeaks<Terms>(x, params, heads, kv_heads, h, tile, sums);
 }
 
-template <class Terms, bool kMasked>
+template <class Terms, bool kMasked, bool kHasRule>
 inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, const Heads& heads,
-                    const Heads& kv_heads, int64_t q_tile, const QTile& tile, const KvSums* sums) {
+                    const Heads& kv_heads, int64_t q_tile, const QTile& tile, const Admits* admits,
+                    const KvSums* sums) {
   const SpattnProblem& problem = params.problem;
   for (int h = 0; kMasked && h < heads.count; ++h) {
     const HeadTiles<Terms> head(x, problem, h);
@@ -380,12 +414,12 @@ inline void BwdKeys(BwdScratch& x, const SpattnBwdParams& params, const Heads& h
              head.do_columns);
   }
   KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : heads.first, q_tile,
-                        heads.b);
+                        heads.b, admits);
   while (walk.Next(x.keys)) {
     LoadKeys<Terms>(params.k, problem, kv_heads, *x.keys, problem.head_dim, x.k);
     LoadKeys<Terms>(params.v, problem, kv_heads, *x.keys, problem.head_dim_v, x.v);
     for (int h = 0; h < heads.count; ++h) {
-      BwdTile<Terms, kMasked>(x, params, heads, kv_heads, h, tile, sums[h]);
+      BwdTile<Terms, kMasked, kHasRule>(x, params, heads, kv_heads, h, tile, sums[h]);
     }
   }
 }
@@ -399,8 +433,16 @@ inline void BwdQTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& 
   for (int h = 0; h < heads.count; ++h) {
     Zero(x.dq_panels + h * kTileQ * problem.head_dim, tile.panels * kPanel * problem.head_dim);
   }
-  BwdKeys<Terms, false>(x, params, heads, kv_heads, q_tile, tile, sums);
-  BwdKeys<Terms, true>(x, params, heads, kv_heads, q_tile, tile, sums);
+  if (HasRule(params.rule)) {
+    for (int h = 0; h < heads.count; ++h) {
+      x.rule.SetQueries(params.rule, heads.b, heads[h], tile, h);
+    }
+    const Admits admits(problem, params.rule, tile, heads.b, heads.first);
+    BwdKeys<Terms, true, true>(x, params, heads, kv_heads, q_tile, tile, &admits, sums);
+  } else {
+    BwdKeys<Terms, false, false>(x, params, heads, kv_heads, q_tile, tile, nullptr, sums);
+    BwdKeys<Terms, true, false>(x, params, heads, kv_heads, q_tile, tile, nullptr, sums);
+  }
   const auto scale = [&](int, int) { return problem.softmax_scale; };
   StoreQPanels(x.dq_panels, scale, problem, heads, tile, problem.head_dim, params.dq);
 }
@@ -452,6 +494,8 @@ struct BwdWorkspaceLayout {
   char* scratch;                       // [workers]
   float* worker_sums;                  // [workers, task_heads], where splits are apart
   KvSums* sums;                        // [groups, splits] there, else [batch * kv_heads, splits]
+  int64_t biases;                      // 2 * bias_reach - 1 where the bias's gradient is asked for
+  double* bias_sums;                   // [batch, heads, splits, biases]
   int64_t bytes;
 
   BwdWorkspaceLayout(const SpattnBwdParams& params, int32_t threads, void* base) : splits(params) {
@@ -459,10 +503,10 @@ struct BwdWorkspaceLayout {
     const int64_t workers = Max(threads, 1);
     const int64_t heads = problem.batch * problem.kv_heads, groups = splits.groups();
     constexpr int64_t kRows = 256;  // of q, do, dq, whose tiles are 160 KB then at head_dim 64
-    task_heads = HeadsATask(params.plan, problem.kv_heads, params.plan.tile_q, kRows,
+    task_heads = HeadsATask(params.plan, params.rule, problem.kv_heads, params.plan.tile_q, kRows,
                             heads * splits.count(), workers);
     Arena sizes(nullptr), arena(base);
-    const BwdScratch scratch_sizes(&sizes, problem, task_heads);
+    const BwdScratch scratch_sizes(&sizes, problem, HasRule(params.rule), task_heads);
     scratch_bytes = sizes.used();
     sums_floats = 0;
     const int64_t ld = scratch_sizes.ld, ld_v = scratch_sizes.ld_v;
@@ -490,11 +534,37 @@ struct BwdWorkspaceLayout {
         }
       }
     }
+    biases = params.drelative_bias ? 2 * params.rule.bias_reach - 1 : 0;
+    bias_sums = arena.Take<double>(problem.batch * problem.heads * splits.count() * biases);
     worker_sums =
         splits.are_apart() ? arena.Take<float>(workers * task_heads * sums_floats) : nullptr;
     bytes = arena.used();
   }
+
+  double* BiasSums(const SpattnBwdParams& params, const Heads& heads, int h, int64_t split) const {
+    if (biases == 0) return nullptr;
+    const int64_t head = heads.b * params.problem.heads + heads[h];
+    return bias_sums + (head * splits.count() + split) * biases;
+  }
 };
+
+// The bias's gradient: the sums of batch elements, heads and splits, added in their order.
+inline void StoreBiasGradient(const BwdWorkspaceLayout& layout, const SpattnBwdParams& params,
+                              int64_t begin, int64_t end) {
+  const SpattnProblem& problem = params.problem;
+  const int64_t splits = layout.splits.count(), width = layout.biases;
+  const int64_t heads_a_row = problem.heads / params.rule.bias_heads;
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t first = at / width * heads_a_row;
+    double sum = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      for (int64_t i = 0; i < heads_a_row * splits; ++i) {
+        sum += layout.bias_sums[((b * problem.heads + first) * splits + i) * width + at % width];
+      }
+    }
+    params.drelative_bias[at] = static_cast<float>(sum);
+  }
+}
 
 inline int64_t BwdWorkspace(const SpattnBwdParams& params, int32_t workers) {
   return BwdWorkspaceLayout(params, workers, nullptr).bytes;
@@ -507,7 +577,7 @@ inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& par
   const SpattnProblem& problem = params.problem;
   const Splits& splits = layout.splits;
   Arena arena(layout.scratch + worker * layout.scratch_bytes);
-  BwdScratch scratch(&arena, problem, kv_heads.count);
+  BwdScratch scratch(&arena, problem, HasRule(params.rule), kv_heads.count);
   KvSums sums[kMaxTaskHeads];
   for (int h = 0; h < kv_heads.count; ++h) {
     const int64_t kv_head = splits.are_apart() ? (splits.groups() == 1 ? 0 : kv_heads[h])
@@ -524,6 +594,7 @@ inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& par
   const int64_t group = problem.heads / problem.kv_heads;
   for (int64_t i = 0; i < group; ++i) {
     const Heads heads = {kv_heads.b, kv_heads.first * group + i, group, kv_heads.count};
+    for (int h = 0; h < heads.count; ++h) sums[h].bias = layout.BiasSums(params, heads, h, s);
     const int64_t plan_head = splits.PlanHead(heads.first);
     const int64_t end = splits.FirstQTile(plan_head, s + 1);
     for (int64_t q_tile = splits.FirstQTile(plan_head, s); q_tile < end; ++q_tile) {
@@ -537,8 +608,15 @@ inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& par
 
 inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, void* workspace) {
   const SpattnProblem& problem = params.problem;
-  if (problem.q_len == 0 && problem.kv_len == 0) return;  // however many sequences
+  if (problem.q_len == 0 && problem.kv_len == 0) {  // however many sequences
+    if (params.drelative_bias) {
+      Zero(params.drelative_bias, params.rule.bias_heads * (2 * params.rule.bias_reach - 1));
+    }
+    return;
+  }
   const BwdWorkspaceLayout layout(params, threads.workers, workspace);
+  const int64_t bias_sums = problem.batch * problem.heads * layout.splits.count() * layout.biases;
+  for (int64_t i = 0; i < bias_sums; ++i) layout.bias_sums[i] = 0;
   const int64_t count = layout.splits.count(), groups = problem.kv_heads / layout.task_heads;
 
   ParallelFor(threads, problem.batch * groups * count, [&](int64_t task, int32_t worker) {
@@ -547,6 +625,11 @@ inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, voi
     WithTermsOf(problem.dtype, [&](auto terms) {
       BwdTask<decltype(terms)>(layout, params, kv_heads, task / groups % count, worker);
     });
+  });
+  const int64_t biases = params.rule.bias_heads * layout.biases;
+  constexpr int64_t kBiases = 256;  // of a task
+  ParallelFor(threads, CeilDiv(biases, kBiases), [&](int64_t task, int32_t) {
+    StoreBiasGradient(layout, params, task * kBiases, Min((task + 1) * kBiases, biases));
   });
   if (layout.splits.are_apart()) return;
 

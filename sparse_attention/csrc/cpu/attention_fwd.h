@@ -25,6 +25,7 @@
 
 #include "cpu/leaks.h"
 #include "cpu/parallel.h"
+#include "cpu/score_rule.h"
 #include "cpu/tiles.h"
 
 namespace spattn {
@@ -41,8 +42,9 @@ struct FwdScratch {
   float *v_columns, *s;        // of one head; s: of one panel
   KeyTile* keys;
   Leaks leaks;
+  RuleScratch rule;
 
-  FwdScratch(Arena* arena, const SpattnProblem& p, int heads) {
+  FwdScratch(Arena* arena, const SpattnProblem& p, bool has_rule, int heads) {
     q_panels = arena->Take<float>(heads * kTileQ * p.head_dim);
     o_panels = arena->Take<float>(heads * kTileQ * p.head_dim_v);
     row_max = arena->Take<float>(heads * kTileQ);
@@ -53,6 +55,7 @@ struct FwdScratch {
     s = arena->Take<float>(kTileKV * kPanel);
     keys = arena->Take<KeyTile>(1);
     leaks = Leaks(arena->Take<float>(p.head_dim_v));
+    if (has_rule) rule = RuleScratch(arena, heads);
   }
 };
 
@@ -88,9 +91,10 @@ SPATTN_STAGE RegisterTile<1> MatmulQK(const float* k, const float* q_panel, int 
 
 // s becomes p = 2^(s - row_max) under the new maximum, as columns; returns what older sums must be
 // scaled by.
-template <class Terms>
+template <class Terms, class Rule>
 SPATTN_STAGE RegisterTile<1> OnlineSoftmax(KeyRange read, const RegisterTile<1>& largest,
-                                           float* row_max, float* row_sum, float* s) {
+                                           const Rule& rule, float* row_max, float* row_sum,
+                                           float* s) {
   constexpr int kTerms = Terms::kTerms;
   RegisterTile<1> rescale;
 #pragma GCC unroll 2
@@ -108,6 +112,7 @@ SPATTN_STAGE RegisterTile<1> OnlineSoftmax(KeyRange read, const RegisterTile<1>&
           p[term] = Exp2(Load(s + (j + term) * kPanel + n * kLanes) - subtract);
         }
         sum += p[term];
+        if (j + term < read.end) p[term] = rule.Drop(p[term], j + term, n);
       }
       Store(s + j / kTerms * kPanel + n * kLanes, Terms::Column(p));
     }
@@ -159,44 +164,57 @@ inline void Finish(const FwdScratch& x, const SpattnFwdParams& params, const Hea
 // ---- kernel ----
 
 // One key tile for one head: v_columns are the tile's, leaks what was taken out of them.
-template <class Terms, bool kMasked>
-inline void FwdTile(const FwdScratch& x, const SpattnFwdParams& params, const Heads& kv_heads,
-                    int kv, int h, int panels, const float* v_columns, const Leaks& leaks) {
+template <class Terms, bool kMasked, bool kHasRule>
+inline void FwdTile(const FwdScratch& x, const SpattnFwdParams& params, const Heads& heads,
+                    const Heads& kv_heads, int kv, int h, const QTile& tile, const float* v_columns,
+                    const Leaks& leaks) {
   const SpattnProblem& problem = params.problem;
   const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
+  const float scale_log2 = problem.softmax_scale * kLog2E;
   const KeyTile& keys = *x.keys;
   const float* k = x.k + kv * kTileKV * head_dim / Terms::kTerms;
-  for (int panel = 0; panel < panels; ++panel) {
+  if (kHasRule) x.rule.SetKeys(params.rule, heads.b, heads[h], keys);
+  for (int panel = 0; panel < tile.panels; ++panel) {
     const KeyRange read = keys.read[panel];
     if (read.count() == 0) continue;
     const int64_t first = h * kTileQ + panel * kPanel;
     const float* q_panel = x.q_panels + first * head_dim / Terms::kTerms;
     float* o_panel = x.o_panels + first * head_dim_v;
-    const RegisterTile<1> largest = MatmulQK<Terms, kMasked>(
-        k, q_panel, head_dim, read, problem.softmax_scale * kLog2E, keys.attends[panel], x.s);
-    const RegisterTile<1> rescale =
-        OnlineSoftmax<Terms>(read, largest, x.row_max + first, x.row_sum + first, x.s);
+    const uint32_t* attends = keys.attends[panel];
+    RegisterTile<1> rescale;
+    if constexpr (kHasRule) {
+      const PanelRule rule(params.rule, x.rule, heads[h], h, tile, panel, keys, nullptr);
+      MatmulQK<Terms, false>(k, q_panel, head_dim, read, scale_log2, attends, x.s);
+      const RegisterTile<1> largest = rule.Apply<false>(read, attends, x.s);
+      rescale =
+          OnlineSoftmax<Terms>(read, largest, rule, x.row_max + first, x.row_sum + first, x.s);
+    } else {
+      const RegisterTile<1> largest =
+          MatmulQK<Terms, kMasked>(k, q_panel, head_dim, read, scale_log2, attends, x.s);
+      rescale =
+          OnlineSoftmax<Terms>(read, largest, NoRule(), x.row_max + first, x.row_sum + first, x.s);
+    }
     MatmulPV<Terms>(v_columns, x.s, head_dim_v, read, rescale, o_panel);
     for (int n = 0; kMasked && n < leaks.count; ++n) {
       const int j = leaks.index[n];
       const float* row =
           leaks.Row(params.v, problem, kv_heads.b, kv_heads[kv], keys.rows[j], head_dim_v);
       const auto p = [&](int i) { return Terms::TermOfColumns(x.s, kPanel, j, i); };
-      AddToPanel(row, head_dim_v, p, keys.attends[panel][j], o_panel);
+      AddToPanel(row, head_dim_v, p, attends[j], o_panel);
     }
   }
 }
 
-template <class Terms, bool kMasked>
+template <class Terms, bool kMasked, bool kHasRule>
 inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, const Heads& heads,
-                    int64_t q_tile, int panels) {
+                    int64_t q_tile, const QTile& tile, const Admits* admits) {
   const SpattnProblem& problem = params.problem;
   const int head_dim = problem.head_dim, head_dim_v = problem.head_dim_v;
   const int64_t group = problem.heads / problem.kv_heads, first = heads.first / group;
   const int64_t last = heads[heads.count - 1] / group;
   const Heads kv_heads = {heads.b, first, 1, static_cast<int>(last - first + 1)};
   KeyWalk<kMasked> walk(problem, params.plan, params.plan.heads == 1 ? 0 : heads.first, q_tile,
-                        heads.b);
+                        heads.b, admits);
   Leaks leaks = x.leaks;
   while (walk.Next(x.keys)) {
     LoadKeys<Terms>(params.k, problem, kv_heads, *x.keys, head_dim, x.k);
@@ -208,7 +226,8 @@ inline void FwdKeys(const FwdScratch& x, const SpattnFwdParams& params, const He
       if (kMasked) leaks.TakeOut<Terms>(v, count, head_dim_v, words_v);
       const float* v_columns = Terms::Columns(v, count, words_v, x.v_columns);
       for (; h < heads.count && heads[h] / group == kv_heads[kv]; ++h) {
-        FwdTile<Terms, kMasked>(x, params, kv_heads, kv, h, panels, v_columns, leaks);
+        FwdTile<Terms, kMasked, kHasRule>(x, params, heads, kv_heads, kv, h, tile, v_columns,
+                                          leaks);
       }
     }
   }
@@ -226,8 +245,16 @@ inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, const He
     Zero(x.row_sum + h * kTileQ, queries);
     for (int i = 0; i < queries; ++i) x.row_max[h * kTileQ + i] = -kInf;
   }
-  FwdKeys<Terms, false>(x, params, heads, q_tile, tile.panels);
-  FwdKeys<Terms, true>(x, params, heads, q_tile, tile.panels);
+  if (HasRule(params.rule)) {
+    for (int h = 0; h < heads.count; ++h) {
+      x.rule.SetQueries(params.rule, heads.b, heads[h], tile, h);
+    }
+    const Admits admits(problem, params.rule, tile, heads.b, heads.first);
+    FwdKeys<Terms, true, true>(x, params, heads, q_tile, tile, &admits);
+  } else {
+    FwdKeys<Terms, false, false>(x, params, heads, q_tile, tile, nullptr);
+    FwdKeys<Terms, true, false>(x, params, heads, q_tile, tile, nullptr);
+  }
   Finish(x, params, heads, tile);
 }
 
@@ -236,18 +263,18 @@ inline void FwdTask(const FwdScratch& x, const SpattnFwdParams& params, const He
 inline int FwdHeadsATask(const SpattnFwdParams& params, int32_t workers) {
   const SpattnProblem& problem = params.problem;
   constexpr int64_t kRows = 256;  // of q and o, whose tiles are 128 KB then at head_dim 64
-  return HeadsATask(params.plan, problem.heads, params.plan.tile_q, kRows,
+  return HeadsATask(params.plan, params.rule, problem.heads, params.plan.tile_q, kRows,
                     problem.batch * problem.heads * params.plan.q_tiles, workers);
 }
 
-inline int64_t FwdScratchBytes(const SpattnProblem& problem, int heads) {
+inline int64_t FwdScratchBytes(const SpattnFwdParams& params, int heads) {
   Arena arena(nullptr);
-  FwdScratch scratch(&arena, problem, heads);
+  FwdScratch scratch(&arena, params.problem, HasRule(params.rule), heads);
   return arena.used();
 }
 
 inline int64_t FwdWorkspace(const SpattnFwdParams& params, int32_t workers) {
-  return FwdScratchBytes(params.problem, FwdHeadsATask(params, workers)) * Max(workers, 1);
+  return FwdScratchBytes(params, FwdHeadsATask(params, workers)) * Max(workers, 1);
 }
 
 inline void Fwd(const SpattnFwdParams& params, const SpattnThreads& threads, void* workspace) {
@@ -255,12 +282,12 @@ inline void Fwd(const SpattnFwdParams& params, const SpattnThreads& threads, voi
   const int64_t q_tiles = params.plan.q_tiles;
   const int count = FwdHeadsATask(params, threads.workers);
   const int64_t groups = problem.heads / count;
-  const int64_t scratch_bytes = FwdScratchBytes(problem, count);
+  const int64_t scratch_bytes = FwdScratchBytes(params, count);
   ParallelFor(threads, problem.batch * groups * q_tiles, [&](int64_t task, int32_t worker) {
     const int64_t b = task / groups / q_tiles, q_tile = q_tiles - 1 - task / groups % q_tiles;
     const Heads heads = {b, task % groups * count, 1, count};
     Arena arena(static_cast<char*>(workspace) + worker * scratch_bytes);
-    const FwdScratch scratch(&arena, problem, count);
+    const FwdScratch scratch(&arena, problem, HasRule(params.rule), count);
     WithTermsOf(problem.dtype,
                 [&](auto terms) { FwdTask<decltype(terms)>(scratch, params, heads, q_tile); });
   });

@@ -16,7 +16,8 @@ class Splits {
       : problem_(params.problem), plan_(params.plan), group_(problem_.heads / problem_.kv_heads) {
     const int64_t heads = problem_.batch * problem_.kv_heads;
     count_ = Max(plan_.q_tiles, 1);  // keys without queries have gradients too, which are 0
-    if (AreApart()) return;
+    // Every split has sums of its own for the bias's gradient, so they are few where it is asked for.
+    if (!params.drelative_bias && AreApart()) return;
     count_ = heads > 0 ? Max(Min(CeilDiv(kMinTasks, heads), plan_.q_tiles), 1) : 1;
     are_apart_ = count_ == 1;
   }

@@ -60,9 +60,10 @@ struct Heads {
 
 // How many heads a task takes: a power of 2 that divides `heads`, as many as keep the task's tiles in
 // the level-2 cache (rows_a_head of each) and leave `workers` something to share (tasks at one head each).
-inline int HeadsATask(const SpattnPlan& plan, int64_t heads, int64_t rows_a_head, int64_t max_rows,
-                      int64_t tasks, int64_t workers) {
-  int64_t count = plan.heads == 1 ? kMaxTaskHeads : 1;
+inline int HeadsATask(const SpattnPlan& plan, const SpattnScoreRule& rule, int64_t heads,
+                      int64_t rows_a_head, int64_t max_rows, int64_t tasks, int64_t workers) {
+  const bool share_keys = plan.heads == 1 && rule.mask_strides[1] == 0;
+  int64_t count = share_keys ? kMaxTaskHeads : 1;
   while (count > 1 && (heads % count != 0 || count * rows_a_head > max_rows ||
                        tasks / count < kMinTasksAWorker * workers)) {
     count /= 2;
@@ -222,13 +223,72 @@ struct KeyTile {
   KeyRange read[kMaxPanels];  // what any query of the panel attends to lies in it: skip the rest
 };
 
-// Walks the keys of one q tile's FULL blocks (kMasked = false) or PARTIAL ones, tile by tile.
+// Who may attend to whom in one q tile by the segments and the mask of a rule.
+class Admits {
+ public:
+  Admits(const SpattnProblem& problem, const SpattnScoreRule& rule, const QTile& tile, int64_t b,
+         int64_t head)
+      : tile_(tile) {
+    if (rule.mask) {
+      mask_ = rule.mask + b * rule.mask_strides[0] + head * rule.mask_strides[1];
+      q_stride_ = rule.mask_strides[2];
+      kv_stride_ = rule.mask_strides[3];
+    }
+    if (rule.q_segments == nullptr) return;
+    kv_segments_ = rule.kv_segments + b * problem.kv_len;
+    for (int i = 0; i < tile.panels * kPanel; ++i) {
+      const int64_t row = tile.rows[i];
+      q_segments_[i] = row < 0 ? -1 : rule.q_segments[b * problem.q_len + row];
+      if (q_segments_[i] < 0) continue;
+      if (q_segments_[i] < first_) first_ = q_segments_[i];
+      if (q_segments_[i] > last_) last_ = q_segments_[i];
+    }
+  }
+
+  // False where no query of the tile attends to the key, as far as one look tells.
+  bool MayAttend(int64_t kv_row) const {
+    if (mask_ && q_stride_ == 0 && !mask_[kv_row * kv_stride_]) return false;
+    return !kv_segments_ || (kv_segments_[kv_row] >= first_ && kv_segments_[kv_row] <= last_);
+  }
+
+  // Bit i: query i of the panel may attend to the key.
+  uint32_t Bits(int panel, int64_t kv_row) const {
+    uint32_t bits = ~uint32_t{0};
+    if (kv_segments_) {
+      bits = 0;
+      const int32_t segment = kv_segments_[kv_row];
+      const int32_t* of_queries = q_segments_ + panel * kPanel;
+      for (int i = 0; segment >= 0 && i < kPanel; ++i) {
+        bits |= static_cast<uint32_t>(of_queries[i] == segment) << i;
+      }
+    }
+    if (mask_ && q_stride_ != 0) {
+      const int64_t* rows = tile_.rows + panel * kPanel;
+      for (int i = 0; i < kPanel; ++i) {
+        const bool may = rows[i] >= 0 && mask_[rows[i] * q_stride_ + kv_row * kv_stride_];
+        bits &= ~(static_cast<uint32_t>(!may) << i);
+      }
+    }
+    return bits;
+  }
+
+ private:
+  const QTile& tile_;
+  const uint8_t* mask_ = nullptr;  // of this batch element and head
+  int64_t q_stride_ = 0, kv_stride_ = 0;
+  const int32_t* kv_segments_ = nullptr;        // of this batch element
+  int32_t q_segments_[kTileQ];                  // negative where there is no query
+  int32_t first_ = INT32_MAX, last_ = INT32_MIN;  // least and largest that is not negative
+};
+
+// Walks the keys of one q tile's FULL blocks (kMasked = false) or PARTIAL ones, tile by tile; under a
+// rule (kMasked = true, admits not null) those of both, and FULL blocks have bits too.
 template <bool kMasked>
 class KeyWalk {
  public:
   KeyWalk(const SpattnProblem& problem, const SpattnPlan& plan, int64_t plan_head, int64_t q_tile,
-          int64_t b)
-      : problem_(problem), plan_(plan), walk_(0, 1, 0) {
+          int64_t b, const Admits* admits)
+      : problem_(problem), plan_(plan), admits_(admits), walk_(0, 1, 0) {
     const int32_t* indptr = plan.kv_indptr + plan_head * plan.q_tiles + q_tile;
     entry_ = indptr[0];
     end_ = indptr[1];
@@ -238,7 +298,7 @@ class KeyWalk {
   bool Next(KeyTile* tile) {
     tile->count = 0;
     while (tile->count < kTileKV && entry_ < end_) {
-      if ((plan_.mask_ids[entry_] >= 0) == kMasked) TakeFromBlock(tile);
+      if (admits_ || (plan_.mask_ids[entry_] >= 0) == kMasked) TakeFromBlock(tile);
       if (column_ == 0) ++entry_;
     }
     for (int panel = 0; panel * kPanel < plan_.tile_q; ++panel) {
@@ -247,6 +307,9 @@ class KeyWalk {
       if (!kMasked) continue;
       uint32_t* attends = tile->attends[panel];
       SetAttends(panel, tile->count, attends);
+      for (int i = 0; admits_ && i < tile->count; ++i) {
+        attends[i] &= admits_->Bits(panel, tile->rows[i]);
+      }
       while (read.end > 0 && attends[read.end - 1] == 0) --read.end;
       while (read.begin < read.end && attends[read.begin] == 0) ++read.begin;
       read.begin -= read.begin % 4;  // a few keys more are cheaper than a low register tile
@@ -260,14 +323,16 @@ class KeyWalk {
   void TakeFromBlock(KeyTile* tile) {
     const int64_t start = static_cast<int64_t>(plan_.kv_indices[entry_]) * plan_.block_size;
     const uint8_t* block = nullptr;
-    if (kMasked) block = plan_.mask_bits + plan_.mask_ids[entry_] * RowBytes() * plan_.block_size;
+    if (kMasked && plan_.mask_ids[entry_] >= 0) {
+      block = plan_.mask_bits + plan_.mask_ids[entry_] * RowBytes() * plan_.block_size;
+    }
     if (column_ == 0) walk_ = RowWalk(problem_.kv_len, problem_.row_stride, start);
     while (tile->count < kTileKV) {
       const int64_t row = walk_.row();
-      if (row >= 0 && row < kv_end_) {
+      if (row >= 0 && row < kv_end_ && (!admits_ || admits_->MayAttend(row))) {
         tile->rows[tile->count] = row;
         tile->positions[tile->count] = start + column_;
-        if (kMasked) mask_rows_[tile->count] = block + column_ * RowBytes();
+        if (kMasked) mask_rows_[tile->count] = block ? block + column_ * RowBytes() : kAllAttend;
         ++tile->count;
       }
       walk_.Next();
@@ -277,6 +342,9 @@ class KeyWalk {
       }
     }
   }
+
+  static constexpr uint8_t kAllAttend[kTileQ / 8] = {255, 255, 255, 255, 255, 255, 255, 255,
+                                                     255, 255, 255, 255, 255, 255, 255, 255};
 
   int64_t RowBytes() const { return plan_.tile_q / 8; }
 
@@ -297,6 +365,7 @@ class KeyWalk {
 
   const SpattnProblem& problem_;
   const SpattnPlan& plan_;
+  const Admits* const admits_;
   RowWalk walk_;
   int64_t entry_, end_, kv_end_;
   int column_ = 0;
