@@ -1,47 +1,7 @@
-"""The core on each instruction set, and one problem for it; shared by tests of the core."""
-
-import os
-import platform
-import shutil
+"""One problem for the core, and what it makes of it; shared by tests of the core."""
 
 import numpy as np
-import pytest
-from core_abi import Core
 from helpers import RESULTS, assert_attention_close, random_inputs
-
-from sparse_attention.native import libraries
-
-
-def instruction_sets():
-    """Those that this machine can run, by the flags Linux shows."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return ["baseline"]
-    with open("/proc/cpuinfo") as cpuinfo:
-        flags = cpuinfo.read().split()
-    needs = {
-        "baseline": "sse2",
-        "avx2": "avx2",
-        "avx512": "avx512vl",
-        "avx512_bf16": "avx512_bf16",
-    }
-    return [isa for isa, flag in needs.items() if flag in flags]
-
-
-@pytest.fixture(scope="module", params=instruction_sets())
-def core(request, tmp_path_factory):
-    """The library, made to use one instruction set; it reads the variable once."""
-    copy = tmp_path_factory.mktemp(request.param) / "core.so"
-    shutil.copy(libraries.build_core(), str(copy))
-    previous = os.environ.get("SPARSE_ATTENTION_ISA")
-    os.environ["SPARSE_ATTENTION_ISA"] = request.param
-    try:
-        core = Core(copy)
-        assert core.isa() == request.param
-    finally:
-        os.environ.pop("SPARSE_ATTENTION_ISA")
-        if previous is not None:
-            os.environ["SPARSE_ATTENTION_ISA"] = previous
-    return core
 
 
 class Case:

@@ -95,7 +95,16 @@ def plain_attention_fwd(
 
 
 def plain_attention_bwd(
-    q, k, v, mask, do, dlse=None, softmax_scale=None, kv_lengths=None, tf32=False, **rule
+    q,
+    k,
+    v,
+    mask,
+    do,
+    dlse=None,
+    softmax_scale=None,
+    kv_lengths=None,
+    tf32=False,
+    **rule,
 ):
     """`reference.attention_bwd` as a framework computes it in the dtype of q.
 
@@ -117,10 +126,16 @@ def plain_attention_bwd(
         for b, h in np.ndindex(ds.shape[:2]):
             np.add.at(dbias[h % len(dbias)], rule.bias_index, _round(ds[b, h], q.dtype))
         extra.append(dbias)
-    if rule.has_sinks:
+    if rule.has_sinks:  # from o as it was stored, added one after another
+        o = _round(_factor(_round(p * rule.kept, q.dtype), tf32) @ v32, q.dtype)
+        stored = np.sum(o * do32, axis=3)
+        if dlse is not None:
+            stored = stored - np.asarray(dlse, np.float32)
         with np.errstate(over="ignore"):
-            sunk = np.exp(rule.sinks[:, None] - lse) * delta[..., 0]
-        extra.append(-np.sum(np.where(np.isneginf(lse), 0, sunk), axis=(0, 2)))
+            sunk = np.exp(rule.sinks[:, None] - lse) * stored
+        sunk = np.where(np.isneginf(lse), np.float32(0), sunk).swapaxes(0, 1)
+        sunk = sunk.reshape(len(rule.sinks), -1).astype(np.float32)
+        extra.append(-np.cumsum(sunk, axis=1, dtype=np.float32)[:, -1])
     ds = _factor(_round(ds * slope, q.dtype), tf32)
     p = _factor(_round(p * rule.kept, q.dtype), tf32)
     dv = p.swapaxes(2, 3) @ do32

@@ -14,6 +14,7 @@ from sparse_attention.native import abi, libraries
 STRUCTS = {
     "SpattnStatus": abi.Status,
     "SpattnProblem": core_abi.Problem,
+    "SpattnScoreRule": core_abi.ScoreRule,
     "SpattnTensor": core_abi.Tensor,
     "SpattnPlan": core_abi.Plan,
     "SpattnKvPlan": core_abi.KvPlan,

@@ -129,7 +129,7 @@ TWO_HEADS = sa.BlockMask(np.ones([2, 2, 3]), None, 8)
          {"block_mask": TWO_HEADS}),
         (TypeError, "block_mask must be a BlockMask, got ndarray",
          {"block_mask": np.ones([1, 2, 3])}),
-        (TypeError, "softmax_scale must be a number, got 'big'",
+        (TypeError, "softmax_scale must be floating point, got string",
          {"softmax_scale": "big"}),
         (TypeError, "kv_lengths must be int32, got float32",
          {"kv_lengths": [1.0, 2.0]}),
@@ -182,6 +182,7 @@ def test_op_refuses_bad_plans(name, change, message):
     plan.update((n, np.zeros(0, np.uint8)) for n in none)
     attributes = {"heads": 2, "kv_heads": 2, "softmax_scale": 1.0, "row_stride": 1}
     attributes.update(block_q=tiles.tile_q, block_kv=tiles.block_size, tile_kv=0)
+    attributes["rule_inputs"] = []
     op = loader.attention_ops().block_sparse_attention
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         run(

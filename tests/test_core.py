@@ -7,15 +7,14 @@ import nan_rule
 import numpy as np
 import pytest
 from core_abi import InvalidArgument, plan_of
-from core_case import Case, as_float, core, same_bits  # noqa: F401 - core is a fixture
-from helpers import DTYPES, PATTERNS, RESULTS, cases, random_inputs, to_dtype
+from core_case import Case, as_float, same_bits
+from helpers import DTYPES, PATTERNS, RESULTS, cases, to_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attention.plan import layouts
 from sparse_attention.plan.block_mask import BlockMask
 from sparse_attention.plan.patterns import pattern_block_mask
-
 
 # ---- against the oracle ----
 

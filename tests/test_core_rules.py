@@ -6,34 +6,11 @@ import nan_rule
 import numpy as np
 import pytest
 from core_abi import InvalidArgument
-from core_case import Case, core, same_bits  # noqa: F401 - core is a fixture
+from core_case import Case, same_bits
 from helpers import DTYPES, RESULTS
+from rules import BATCH, HEADS, KV_LEN, Q_LEN, RULES, random_mask
 
 from sparse_attention.plan.patterns import pattern_block_mask
-
-BATCH, HEADS, Q_LEN, KV_LEN = 4, 4, 77, 77
-random = np.random.RandomState(0)
-
-
-def documents(batch, length):
-    """int32 [batch, length]: runs of equal ids, and padding at the ends of some."""
-    ids = np.sort(np.random.RandomState(1).randint(0, 4, [batch, length]), axis=1)
-    ids[1::2, -length // 5 :] = -1
-    return ids.astype(np.int32)
-
-
-def random_mask(*shape):
-    return np.random.RandomState(2).rand(*shape) < 0.7
-
-
-RULES = {
-    "logit_softcap": {"logit_softcap": 1.5},
-    "alibi_slopes": {"alibi_slopes": 0.5 ** np.arange(1.0, HEADS + 1)},
-    "relative_bias": {"relative_bias": 0.5 * random.randn(HEADS, 2 * 20 - 1)},
-    "segment_ids": {"segment_ids": (documents(BATCH, Q_LEN), documents(BATCH, KV_LEN))},
-    "mask": {"mask": random_mask(BATCH, HEADS, Q_LEN, KV_LEN)},
-    "dropout": {"dropout_rate": 0.3, "dropout_seed": [11, -5]},
-}
 
 
 def check(core, attn_mode="fixed", dtype="float32", rule=(), **options):
@@ -67,11 +44,16 @@ def test_all_rules_together_match_oracle(core):
         check(core, attn_mode, rule=rule, kv_heads=1, kv_lengths=[77, 40, 60, 0])
 
 
-@pytest.mark.parametrize("broadcast", list(itertools.product([0, 1], repeat=4)), ids=str)
+@pytest.mark.parametrize(
+    "broadcast", list(itertools.product([0, 1], repeat=4)), ids=str
+)
 def test_masks_broadcast(core, broadcast):
     sizes = (BATCH, HEADS, Q_LEN, KV_LEN)
     shape = [size if kept else 1 for size, kept in zip(sizes, broadcast)]
-    check(core, rule={"mask": random_mask(*shape) if any(broadcast) else np.full(shape, True)})
+    check(
+        core,
+        rule={"mask": random_mask(*shape) if any(broadcast) else np.full(shape, True)},
+    )
 
 
 @pytest.mark.parametrize("reach", [1, 2, 20, 77, 300])
@@ -157,11 +139,17 @@ def test_padding_does_not_leak(core):
 @pytest.mark.parametrize(
     "rule,message",
     [
-        ({"logit_softcap": -1.0}, "logit_softcap must be finite and not negative, got -1"),
+        (
+            {"logit_softcap": -1.0},
+            "logit_softcap must be finite and not negative, got -1",
+        ),
         ({"logit_softcap": np.nan}, "logit_softcap must be finite"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1"),
         ({"dropout_rate": 0.5}, "dropout_seed must be given with dropout_rate=0.5"),
-        ({"relative_bias": np.zeros([3, 5])}, "relative_bias must have 1 head or heads=4"),
+        (
+            {"relative_bias": np.zeros([3, 5])},
+            "relative_bias must have 1 head or heads=4",
+        ),
         ({"q_offset": 2**31}, "q_offset must be in"),
     ],
 )

@@ -69,7 +69,7 @@ def attend(q, k, v, plan, lengths=(), gradient=False, fetch=True, **attributes):
             heads = attributes["heads"]
             inputs["o"] = inputs["do"] = zeros([batch, q_len, heads * 8])
             inputs["lse"] = inputs["dlse"] = zeros([batch, heads, q_len])
-        results = op(**inputs, **attributes)
+        results = op(**inputs, rule_inputs=[], **attributes)
         return session.run(results if fetch else results[0].op)
 
 
@@ -179,7 +179,7 @@ def test_a_graphs_shapes_are_those_of_tensors(op, arguments):
                 plan = dict(plan_of_nothing(), **dict.fromkeys(BY_KV, FEW))
                 loader.attention_ops().block_sparse_attention(
                     **dict(arguments, k=arguments["v"], kv_lengths=[]),
-                    **dict(plan, **attributes),
+                    **dict(plan, rule_inputs=[], **attributes),
                 )
             else:
                 arguments = dict(example(op), **arguments)

@@ -140,6 +140,7 @@ def test_a_wrong_plan_is_an_error(which, change, message, is_constant):
     op = loader.attention_ops().block_sparse_attention
     attributes = {"heads": HEADS, "kv_heads": HEADS, "softmax_scale": 1.0}
     attributes.update(row_stride=1, block_q=tiles.tile_q, block_kv=8, tile_kv=0)
+    attributes["rule_inputs"] = []
 
     @tf.function(jit_compile=True)
     def call(q, k, v, *given):

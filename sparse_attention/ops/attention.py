@@ -17,6 +17,7 @@ from . import (
     xla,
 )
 from .plan_tensors import plan_tensors
+from .score_rule import NO_RULE, as_floats, score_rule
 from .signature import ATTRIBUTES, TensorLike
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
@@ -56,15 +57,29 @@ def block_sparse_attention(
     block_mask: BlockMask,
     heads: int,
     kv_heads: int | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | TensorLike | None = None,
     kv_lengths: TensorLike | None = None,
     return_lse: bool = False,
     name: str | None = None,
+    *,
+    segment_ids: TensorLike | tuple[TensorLike, TensorLike] | None = None,
+    mask: TensorLike | None = None,
+    logit_softcap: float | None = None,
+    alibi_slopes: TensorLike | None = None,
+    relative_bias: TensorLike | None = None,
+    sinks: TensorLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: TensorLike | None = None,
+    q_offset: int = 0,
 ) -> Any:
     """Attention over the blocks that a plan lists: scores are never a tensor.
 
         s_ij = softmax_scale * <q_i, k_j>     lse_i = log sum_j exp(s_ij)
         o_i  = sum_j exp(s_ij - lse_i) * v_j  (sums over the allowed j only)
+
+    What models put between q kT and the softmax is the rest of the arguments, which
+    are applied in the order in which the list below has them. i is the row of a query
+    plus `q_offset`, j the row of a key.
 
     >>> import sparse_attention as sa
     >>> plan = sa.BlockMask(sa.all_layout(64, 16), sa.causal_mask(), block_size=16)
@@ -82,18 +97,38 @@ def block_sparse_attention(
       heads: Number of query heads.
       kv_heads: Number of key heads, which divides `heads`: head h reads kv head
         floor(h / (heads / kv_heads)). None: `heads`.
-      softmax_scale: Multiplies the scores; None: 1 / sqrt(head_dim).
+      softmax_scale: Multiplies the scores: a number, or a floating-point tensor [] or
+        [heads] that may be trained; None: 1 / sqrt(head_dim).
       kv_lengths: int32 [batch], from 0 to kv_len; keys at or past it do not exist.
         None: all do. The CPU refuses others; a GPU takes the nearest of these.
       return_lse: Whether to return lse as well.
       name: Name of the op.
+      logit_softcap: Scores s become logit_softcap * tanh(s / logit_softcap).
+      alibi_slopes: float [heads]; slope_h * |i - j| is taken from the scores.
+      relative_bias: float [heads or 1, 2 R - 1]; the element at
+        clip(i - j, 1 - R, R - 1) + R - 1 is added to the scores. It may be trained.
+      segment_ids: int [batch, len], or a pair of them for q and for kv: a query attends
+        to keys with its own id alone, and to none if that is negative.
+      mask: bool, of a shape that NumPy would broadcast to
+        [batch, heads, q_len, kv_len]; True = attend.
+      sinks: float [heads], finite; a further score of each query, whose weight nothing
+        is multiplied by. It may be trained.
+      dropout_rate: In [0, 1): with this probability a weight becomes 0, otherwise it is
+        divided by 1 - dropout_rate.
+      dropout_seed: int [2], tensor or array. The weights that are dropped are a
+        function of it, of the batch element, the head, i and j alone: the same on every
+        device and in a recomputation. Needed where dropout_rate > 0.
+      q_offset: int; kv_len - q_len has the last query at the last key.
 
     Returns:
       o: Like q, [batch, q_len, heads * head_dim_v]. With `return_lse` also
       lse: float32 [batch, heads, q_len], nats.
-      A row that attends to nothing gives o = 0, lse = -inf and zero gradients.
+      A row that attends to nothing gives o = 0, lse = -inf, or its sink, and zero
+      gradients.
 
     Raises:
+      tf.errors.UnimplementedError: On a GPU, for logit_softcap, alibi_slopes,
+        relative_bias, segment_ids, mask and dropout_rate: the CPU alone has them yet.
       TypeError: If a dtype is not supported or not equal to q's, or `block_mask` is no
         `BlockMask`.
       ValueError: If a shape or a number of heads does not fit.
@@ -110,16 +145,22 @@ def block_sparse_attention(
     if softmax_scale is None:
         softmax_scale = head_dims[0] ** -0.5
     elif not isinstance(softmax_scale, numbers.Real):
-        raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
+        q, softmax_scale = _scaled(q, softmax_scale, heads), 1.0
     if kv_lengths is not None:
         kv_lengths = _as_lengths(kv_lengths, q)
+    rule = NO_RULE
+    given = (segment_ids, mask, logit_softcap, alibi_slopes, relative_bias)
+    if dropout_rate or q_offset or any(x is not None for x in given):
+        seed = dropout_rate, dropout_seed, q_offset
+        rule = score_rule(q, k, heads, *given, *seed)
     ops = loader.attention_ops()
     if ops is None:
         o, lse = fallback.attention(
             *(q, k, v, block_mask, heads, kv_heads),
             softmax_scale=softmax_scale,
             kv_lengths=kv_lengths,
-            return_lse=return_lse,
+            rule=rule,
+            return_lse=return_lse or sinks is not None,
             name=name,
             why_not=loader.why_not("attention_ops"),
         )
@@ -130,11 +171,49 @@ def block_sparse_attention(
             ops, block_mask, q, kv_lengths, head_dims, heads // kv_heads
         )
         sizes = block_mask.row_stride, plan.tile_q, block_mask.block_size, plan.tile_kv
-        attributes = zip(ATTRIBUTES, (heads, kv_heads, softmax_scale, *sizes))
+        attributes = dict(zip(ATTRIBUTES, (heads, kv_heads, softmax_scale, *sizes)))
+        if rule is not NO_RULE:
+            attributes.update(rule.attributes())
         o, lse = ops.block_sparse_attention(
-            q, k, v, kv_lengths, *plan.inputs, **dict(attributes), name=name
+            *(q, k, v, kv_lengths, *plan.inputs, list(rule.inputs.values())),
+            **attributes,
+            name=name,
         )
+    if sinks is not None:
+        o, lse = _with_sinks(o, lse, sinks, heads)
     return (o, lse) if return_lse else o
+
+
+def _scaled(q, scale, heads):
+    """q times a trained scale, which is the same as if the scores were."""
+    scale = as_floats("softmax_scale", scale, None, "[] or [heads]")
+    if scale.shape.rank not in (0, 1) or not scale.shape.is_compatible_with(
+        [heads][: scale.shape.rank]
+    ):
+        raise ValueError(
+            f"softmax_scale must have shape [] or [heads={heads}], got {scale.shape}"
+        )
+    _, time, width = q.shape.as_list()
+    by_head = tf.reshape(tf.cast(q, tf.float32), [-1, time, heads, width // heads])
+    by_head *= scale[:, None] if scale.shape.rank else scale
+    return tf.cast(tf.reshape(by_head, [-1, time, width]), q.dtype)
+
+
+def _with_sinks(o, lse, sinks, heads):
+    """o and lse with a score more in each query's softmax, whose weight is lost.
+
+    The others' weights shrink by exp(lse - new lse), whatever computed them.
+    """
+    sinks = as_floats("sinks", sinks, [heads], "[heads]")[:, None]
+    has_keys = tf.not_equal(lse, -np.inf)
+    finite = tf.compat.v1.where_v2(has_keys, lse, 0.0)
+    above = finite - sinks
+    _, time, width = o.shape.as_list()
+    by_head = tf.reshape(tf.cast(o, tf.float32), [-1, time, heads, width // heads])
+    by_head *= tf.transpose(tf.sigmoid(above), [0, 2, 1])[..., None]
+    o = tf.cast(tf.reshape(by_head, [-1, time, width]), o.dtype)
+    lse = tf.compat.v1.where_v2(has_keys, finite + tf.nn.softplus(-above), sinks)
+    return o, lse
 
 
 def _as_tensor(x, name):

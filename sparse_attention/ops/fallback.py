@@ -17,6 +17,7 @@ from collections import namedtuple
 import numpy as np
 import tensorflow as tf
 
+from . import fallback_rule
 from .plan_tensors import kept
 
 # A plan as these ops read it, for all heads; n pairs.
@@ -44,6 +45,7 @@ def attention(
     kv_heads,
     softmax_scale,
     kv_lengths,
+    rule,
     return_lse,
     name,
     why_not,
@@ -63,10 +65,12 @@ def attention(
         end = _end(kv_lengths, block_mask.kv_len)
         rows = np.arange(block_mask.kv_len)[:, None, None]
         exists = pairs.is_attended & (rows < end[:, None, None, None])
+        exists = fallback_rule.exist_for_any(exists, rule)
         q_tiles = _blocks(_split(q, heads) * softmax_scale, pairs.q_rows)
         k_blocks = _blocks(_select(exists, _split(k, kv_heads), 0.0), pairs.kv_rows)
         v_blocks = _blocks(_select(exists, _split(v, kv_heads), 0.0), pairs.kv_rows)
-        o, row_max, row_sum = _attend(q_tiles, k_blocks, v_blocks, pairs, end)
+        placed = fallback_rule.PlacedRule(rule, pairs, heads, tf.shape(q)[0])
+        o, row_max, row_sum = _attend(q_tiles, k_blocks, v_blocks, pairs, end, placed)
         o = _rows(o, heads, pairs)
         o = tf.reshape(o, [tf.shape(q)[0], block_mask.q_len, heads * o.shape[3]])
         o = tf.cast(o, q.dtype)
@@ -78,7 +82,7 @@ def attention(
         return o, tf.transpose(lse, [0, 2, 1])
 
 
-def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
+def _attend(q_tiles, k_blocks, v_blocks, pairs, end, rule):
     """o of the q tiles, [heads * q_tiles, batch, tile_q, dim], row maxima and row sums."""
 
     def gather_tile(x):
@@ -93,7 +97,8 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     kv_rows = tf.gather(pairs.kv_rows, pairs.kv_block % len(pairs.kv_rows))
     allowed = tf.gather(pairs.masks, pairs.mask_ids)[:, None]
     allowed &= kv_rows[:, None, None, :] < end[:, None, None]
-    s = _select(allowed, s, s.dtype.min)
+    allowed = rule.allowed(allowed)
+    s = _select(allowed, rule.scores(s), s.dtype.min)
     row_max = tf.stop_gradient(
         tf.math.unsorted_segment_max(
             tf.reduce_max(s, axis=3), pairs.q_tile, q_tiles.shape[0]
@@ -103,7 +108,7 @@ def _attend(q_tiles, k_blocks, v_blocks, pairs, end):
     p = _select(allowed, tf.exp(s - gather_tile(row_max)[..., None]), 0.0)
     row_sum = sum_tile(tf.reduce_sum(p, axis=3))
     p /= gather_tile(_select(row_sum > 0, row_sum, 1.0))[..., None]
-    o = sum_tile(tf.matmul(p, tf.gather(v_blocks, pairs.kv_block)))
+    o = sum_tile(tf.matmul(rule.drop(p), tf.gather(v_blocks, pairs.kv_block)))
     return o, row_max, row_sum
 
 

@@ -3,21 +3,26 @@
 import tensorflow as tf
 
 from ..native import loader
-from .signature import ATTRIBUTES, SHARED_INPUTS
+from .signature import ATTRIBUTES, RULE_ATTRIBUTES, SHARED_INPUTS
 
 
 @tf.RegisterGradient("BlockSparseAttention")
 def _attention_gradient(op, do, dlse):
-    """dq, dk and dv; the lengths and the plan have no gradient."""
-    q, k, v, *shared = op.inputs
+    """dq, dk, dv and that of a relative bias; nothing else has a gradient."""
+    q, k, v, *rest = op.inputs
+    shared, rule_inputs = rest[: len(SHARED_INPUTS)], rest[len(SHARED_INPUTS) :]
     o, lse = op.outputs
     do = tf.zeros_like(o) if do is None else do
     dlse = tf.zeros_like(lse) if dlse is None else dlse
-    attributes = {name: op.get_attr(name) for name in ATTRIBUTES}
-    grads = loader.attention_ops().block_sparse_attention_grad(
-        q, k, v, o, lse, do, dlse, *shared, **attributes
+    names = (*ATTRIBUTES, *RULE_ATTRIBUTES)
+    attributes = {name: op.get_attr(name) for name in names}
+    *grads, drelative_bias = loader.attention_ops().block_sparse_attention_grad(
+        *(q, k, v, o, lse, do, dlse), *shared, rule_inputs=rule_inputs, **attributes
     )
-    return [*grads, *[None] * len(SHARED_INPUTS)]
+    grads += [None] * len(SHARED_INPUTS)
+    for name in map(tf.compat.as_str, attributes["rule"]):
+        grads.append(drelative_bias if name == "relative_bias" else None)
+    return grads
 
 
 @tf.RegisterGradient("BlockSparseAttentionGrad")

@@ -23,6 +23,16 @@ SHARED_INPUTS = (
     "kv_mask_bits",
 )
 
+# The inputs after those, of which an op has those that its attribute `rule` names.
+RULE_INPUTS = (
+    "alibi_slopes",
+    "relative_bias",
+    "q_segments",
+    "kv_segments",
+    "mask",
+    "dropout_seed",
+)
+
 # Saved graphs hold these names, so they stay.
 ATTRIBUTES = (
     "heads",
@@ -33,3 +43,4 @@ ATTRIBUTES = (
     "block_kv",
     "tile_kv",
 )
+RULE_ATTRIBUTES = ("logit_softcap", "dropout_rate", "q_offset", "rule")

@@ -61,16 +61,16 @@ def attention_fwd(
       ValueError: If shapes do not fit.
     """
     q, k, v, allowed, scale, group = _prepare(q, k, v, mask, softmax_scale, kv_lengths)
-    rule = Rule(allowed, **rule)
+    given = Rule(allowed, **rule)
     batch, q_len, heads, _ = q.shape
     o = np.zeros((batch, q_len, heads, v.shape[3]))
     lse = np.zeros((batch, heads, q_len))
     for b, h in np.ndindex(batch, heads):
         keys, values = k[b, :, h // group], v[b, :, h // group]
-        s, _ = rule.scores(q[b, :, h] @ keys.T * scale, h)
-        may = rule.allowed[b, h]
-        p, lse[b, h] = _softmax(s, may, rule.sinks[h])
-        o[b, :, h] = _matmul_allowed(p * rule.kept[b, h], values, may)
+        s, _ = given.scores(q[b, :, h] @ keys.T * scale, h)
+        may = given.allowed[b, h]
+        p, lse[b, h] = _softmax(s, may, given.sinks[h])
+        o[b, :, h] = _matmul_allowed(p * given.kept[b, h], values, may)
     return o, lse
 
 
@@ -109,30 +109,32 @@ def attention_bwd(
       TypeError, ValueError: As `attention_fwd`.
     """
     q, k, v, allowed, scale, group = _prepare(q, k, v, mask, softmax_scale, kv_lengths)
-    rule = Rule(allowed, **rule)
+    given = Rule(allowed, **rule)
     do = np.asarray(do, np.float64)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    dbias = None if rule.bias is None else np.zeros_like(rule.bias)
+    dbias = None if given.bias is None else np.zeros_like(given.bias)
     dsinks = np.zeros(q.shape[2])
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
         queries, keys, values = q[b, :, h], k[b, :, h // group], v[b, :, h // group]
-        may, kept = rule.allowed[b, h], rule.kept[b, h]
-        s, slope = rule.scores(queries @ keys.T * scale, h)
-        p, lse = _softmax(s, may, rule.sinks[h])
+        may, kept = given.allowed[b, h], given.kept[b, h]
+        s, slope = given.scores(queries @ keys.T * scale, h)
+        p, lse = _softmax(s, may, given.sinks[h])
         dp = do[b, :, h] @ values.T * kept
         delta = np.sum(np.where(may, p * dp, 0), axis=1)  # = <do, o>
         if dlse is not None:
             delta = delta - np.asarray(dlse, np.float64)[b, h]
         ds = np.where(may, p * (dp - delta[:, None]), 0)
         if dbias is not None:
-            np.add.at(dbias[h % len(dbias)], rule.bias_index, ds)
-        dsinks[h] -= np.sum(np.where(np.isneginf(lse), 0, np.exp(rule.sinks[h] - lse) * delta))
+            np.add.at(dbias[h % len(dbias)], given.bias_index, ds)
+        dsinks[h] -= np.sum(
+            np.where(np.isneginf(lse), 0, np.exp(given.sinks[h] - lse) * delta)
+        )
         ds = ds * slope
         dq[b, :, h] = _matmul_allowed(ds, keys, may) * scale
         dk[b, :, h // group] += _matmul_allowed(ds.T, queries, may.T) * scale
         dv[b, :, h // group] += _matmul_allowed((p * kept).T, do[b, :, h], may.T)
     extra = [] if dbias is None else [dbias]
-    return (dq, dk, dv, *extra, *([dsinks] if rule.has_sinks else []))
+    return (dq, dk, dv, *extra, *([dsinks] if given.has_sinks else []))
 
 
 class Rule:
@@ -175,7 +177,9 @@ class Rule:
         batch, heads, q_len, kv_len = allowed.shape
         self.cap = logit_softcap
         distance = np.arange(q_len)[:, None] + q_offset - np.arange(kv_len)
-        self.alibi = np.zeros(heads) if alibi_slopes is None else np.asarray(alibi_slopes)
+        self.alibi = (
+            np.zeros(heads) if alibi_slopes is None else np.asarray(alibi_slopes)
+        )
         self.distance = np.abs(distance)
         self.bias = None
         if relative_bias is not None:
@@ -191,7 +195,8 @@ class Rule:
         self.sinks = np.asarray(sinks if self.has_sinks else [-np.inf] * heads, float)
         self.kept = np.ones(allowed.shape)
         if dropout_rate:
-            kept = kept_weights(dropout_rate, dropout_seed, *allowed.shape, q_offset)
+            shape = batch, heads, q_len, kv_len
+            kept = kept_weights(dropout_rate, dropout_seed, *shape, q_offset)
             self.kept = kept / (1 - dropout_rate)
 
     def scores(self, s, head):

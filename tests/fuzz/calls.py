@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from sparse_attention.compat.tables import BlocksparseTables
-from sparse_attention.ops.signature import SHARED_INPUTS
+from sparse_attention.ops.signature import RULE_INPUTS, SHARED_INPUTS
 
 FLOATS = ("float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "float64", "bool", "int32", "int64")
@@ -31,7 +31,7 @@ class Call:
       op: The op's name.
       outputs: How many it has.
       inputs: {name: `Array`}, in the op's order.
-      attributes: {name: int, float or `tf.DType`}.
+      attributes: {name: int, float, `tf.DType`, or a list of str or of `tf.DType`}.
       plan: Names of the inputs that say where the op reads and writes.
       mode: One of `MODES`. "eager"; or else in an imported graph that knows all inputs, or
         none, or some; or in one that is imported and does not run.
@@ -131,6 +131,14 @@ def attention(draw, lengths=(0, 1, 5, 19, 40)):
     attributes.update(softmax_scale=0.3, row_stride=row_stride)
     attributes.update(block_q=block_q, block_kv=block_kv, tile_kv=0)
     plan = ("kv_lengths", "kv_indptr", "kv_indices", "mask_ids")
+    rule = score_rule(draw, batch, heads, q_len, kv_len)
+    types = [tf.as_dtype(x.dtype) for x in rule.values()]
+    attributes.update(rule=list(rule), rule_types=types)
+    attributes.update(
+        logit_softcap=draw.one_of([0.0, 2.0]), q_offset=draw.one_of([0, 7])
+    )
+    attributes["dropout_rate"] = 0.3 if "dropout_seed" in rule else 0.0
+    shared.update(rule)
     if draw.chance() < 0.5:
         inputs.update(shared)
         return Call("BlockSparseAttention", inputs, attributes, plan, outputs=2)
@@ -141,7 +149,28 @@ def attention(draw, lengths=(0, 1, 5, 19, 40)):
             else draw.floats(dtype, batch, q_len, heads * head_dim_v)
         )
     inputs.update(shared)
-    return Call("BlockSparseAttentionGrad", inputs, attributes, plan, outputs=3)
+    return Call("BlockSparseAttentionGrad", inputs, attributes, plan, outputs=4)
+
+
+def score_rule(draw, batch, heads, q_len, kv_len):
+    """{name: array} of none, some or all inputs of a rule."""
+    sizes = [draw.one_of([1, size]) for size in (batch, heads, q_len, kv_len)]
+    width = 2 * draw.one_of([1, 5, 50]) - 1
+    seed = draw.numpy.randint(-(2**62), 2**62, 2)
+    segments = [draw.numpy.randint(-1, 3, (batch, n)) for n in (q_len, kv_len)]
+    rule = {
+        "alibi_slopes": draw.floats("float32", heads),
+        "relative_bias": draw.floats("float32", draw.one_of([1, heads]), width),
+        "q_segments": segments[0].astype(np.int32),
+        "kv_segments": segments[1].astype(np.int32),
+        "mask": draw.layout(*sizes),
+        "dropout_seed": seed.astype(np.int64),
+    }
+    share = draw.one_of([0, 0, 0.3, 1])
+    kept = [name for name in RULE_INPUTS if draw.chance() < share]
+    if ("q_segments" in kept) != ("kv_segments" in kept):
+        kept = [name for name in kept if "segments" not in name]
+    return {name: rule[name] for name in kept}
 
 
 def blocksparse(draw, lengths=(1, 2, 3, 5)):
@@ -265,6 +294,11 @@ def set_attribute(draw, call):
         value = draw.one_of([1, 1.5, tf.float32])
     elif isinstance(value, tf.DType):
         value = tf.as_dtype(draw.one_of(DTYPES))
+    elif isinstance(value, list):
+        kinds = RULE_INPUTS if name == "rule" else map(tf.as_dtype, DTYPES)
+        value = value + [draw.one_of(list(kinds))]
+        del value[draw.random.randrange(len(value))]
+        draw.random.shuffle(value)
     elif isinstance(value, float):
         value = draw.one_of(REALS)
     elif draw.chance() < 0.3:

@@ -73,6 +73,10 @@ def enum_of(dtype):
     return tf.as_dtype(dtype).as_datatype_enum
 
 
+def plain(value):
+    return enum_of(value) if isinstance(value, tf.DType) else value
+
+
 def prepare_eager(call):
     """A function that runs the op in eager mode, past Python's wrapper of it."""
     inputs = [
@@ -80,7 +84,7 @@ def prepare_eager(call):
         for x in call.inputs.values()
     ]
     attributes = [
-        (name, enum_of(value) if isinstance(value, tf.DType) else value)
+        (name, tf.nest.map_structure(plain, value))
         for name, value in call.attributes.items()
     ]
     attributes = tuple(itertools.chain.from_iterable(attributes))
@@ -108,6 +112,10 @@ def graph_of(call):
             op.attr[name].type = enum_of(value)
         elif isinstance(value, float):
             op.attr[name].f = value
+        elif name == "rule_types" and isinstance(value, list):
+            op.attr[name].list.type.extend(map(enum_of, value))
+        elif isinstance(value, list):
+            op.attr[name].list.s.extend(map(tf.compat.as_bytes, value))
         else:
             op.attr[name].i = value
     for name, x in call.inputs.items():

@@ -276,8 +276,8 @@ class Admits {
   const QTile& tile_;
   const uint8_t* mask_ = nullptr;  // of this batch element and head
   int64_t q_stride_ = 0, kv_stride_ = 0;
-  const int32_t* kv_segments_ = nullptr;        // of this batch element
-  int32_t q_segments_[kTileQ];                  // negative where there is no query
+  const int32_t* kv_segments_ = nullptr;          // of this batch element
+  int32_t q_segments_[kTileQ];                    // negative where there is no query
   int32_t first_ = INT32_MAX, last_ = INT32_MIN;  // least and largest that is not negative
 };
 

@@ -5,6 +5,9 @@
 #ifndef SPARSE_ATTENTION_TF_ATTENTION_CALL_H_
 #define SPARSE_ATTENTION_TF_ATTENTION_CALL_H_
 
+#include <string>
+#include <vector>
+
 #include "abi/checks.h"
 #include "abi/core.h"
 #include "tf/array.h"
@@ -18,7 +21,43 @@ struct CallAttributes {
   float softmax_scale;
   int32_t dtype;  // SpattnDtype
   bool allow_tf32;
+  float logit_softcap, dropout_rate;
+  int64_t q_offset;
+  int64_t rule_inputs;  // bit i: the input RuleInput i is there
+
+  bool Has(RuleInput input) const { return rule_inputs >> input & 1; }
+  // How many inputs of the rule come before one.
+  int Before(int input) const {
+    int count = 0;
+    for (int i = 0; i < input; ++i) count += rule_inputs >> i & 1;
+    return count;
+  }
+  int CountRuleInputs() const { return Before(kRuleInputs); }
 };
+
+// What the attribute `rule` calls the inputs, in the order of RuleInput.
+inline const char* RuleInputName(int input) {
+  static const char* const kNames[kRuleInputs] = {"alibi_slopes", "relative_bias", "q_segments",
+                                                  "kv_segments",  "mask",          "dropout_seed"};
+  return kNames[input];
+}
+
+// Reads the attribute `rule`: names of RuleInput in their order.
+inline SpattnStatus ReadRuleNames(const std::vector<std::string>& names, int64_t* rule_inputs) {
+  *rule_inputs = 0;
+  int next = 0;
+  for (const std::string& name : names) {
+    while (next < kRuleInputs && name != RuleInputName(next)) ++next;
+    SPATTN_RETURN_IF(
+        next == kRuleInputs,
+        "rule must name some of alibi_slopes, relative_bias, q_segments, kv_segments, "
+        "mask and dropout_seed, each once and in this order, got %.40s where it must not "
+        "be",
+        name.c_str());
+    *rule_inputs |= int64_t{1} << next++;
+  }
+  return Ok();
+}
 
 inline SpattnStatus CheckAttributes(const CallAttributes& a) {
   for (const Named& size : {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads},
@@ -110,10 +149,59 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
   return Ok();
 }
 
+// Reads the rule; `inputs` are those of the rule that are there.
+inline SpattnStatus ReadRule(const CallAttributes& a, const SpattnProblem& p, const Array* inputs,
+                             SpattnScoreRule* rule) {
+  static const int64_t kNothing[2] = {};  // of arrays without elements, and while XLA compiles
+  const auto get = [&](RuleInput input) -> const Array& { return inputs[a.Before(input)]; };
+  const auto data = [&](RuleInput input) -> const void* {
+    return get(input).data ? get(input).data : kNothing;
+  };
+  const auto check = [&](RuleInput input, std::initializer_list<int64_t> dims) {
+    return a.Has(input) ? CheckArray(RuleInputName(input), get(input), dims) : Ok();
+  };
+  rule->logit_softcap = a.logit_softcap;
+  rule->dropout_rate = a.dropout_rate;
+  rule->q_offset = a.q_offset;
+  SPATTN_RETURN_IF_ERROR(check(kAlibiSlopes, {a.heads}));
+  SPATTN_RETURN_IF_ERROR(check(kQSegments, {p.batch, p.q_len}));
+  SPATTN_RETURN_IF_ERROR(check(kKvSegments, {p.batch, p.kv_len}));
+  SPATTN_RETURN_IF_ERROR(check(kDropoutSeed, {2}));
+  if (a.Has(kAlibiSlopes)) rule->alibi_slopes = static_cast<const float*>(data(kAlibiSlopes));
+  if (a.Has(kQSegments)) rule->q_segments = static_cast<const int32_t*>(data(kQSegments));
+  if (a.Has(kKvSegments)) rule->kv_segments = static_cast<const int32_t*>(data(kKvSegments));
+  if (a.Has(kDropoutSeed)) rule->dropout_seed = static_cast<const int64_t*>(data(kDropoutSeed));
+  if (a.Has(kRelativeBias)) {
+    const Array& bias = get(kRelativeBias);
+    SPATTN_RETURN_IF(bias.rank != 2 || bias.dim(1) % 2 != 1,
+                     "relative_bias must have shape [heads or 1, 2 R - 1], got %s",
+                     ShapeOf(bias).c_str());
+    rule->relative_bias = static_cast<const float*>(data(kRelativeBias));
+    rule->bias_heads = bias.dim(0);
+    rule->bias_reach = (bias.dim(1) + 1) / 2;
+  }
+  if (a.Has(kMask)) {
+    const Array& mask = get(kMask);
+    const int64_t sizes[4] = {p.batch, p.heads, p.q_len, p.kv_len};
+    bool fits = mask.rank == 4;
+    for (int i = 0; i < 4; ++i) fits = fits && (mask.dim(i) == 1 || mask.dim(i) == sizes[i]);
+    SPATTN_RETURN_IF(!fits, "mask must have shape %s, where each size may be 1, got %s",
+                     ShapeOf(sizes, 4).c_str(), ShapeOf(mask).c_str());
+    rule->mask = static_cast<const uint8_t*>(data(kMask));
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; stride *= mask.dim(i--)) {
+      rule->mask_strides[i] = mask.dim(i) == 1 ? 0 : stride;
+    }
+  }
+  return CheckRule(p, *rule);
+}
+
 // Reads what the forward call reads: `inputs` are those of the op. Outputs are the caller's.
 inline SpattnStatus ReadFwd(const CallAttributes& a, const Array* inputs, SpattnFwdParams* params) {
   SPATTN_RETURN_IF_ERROR(
       ReadProblem(a, inputs, inputs + kPlanOfFwd, &params->problem, &params->plan));
+  SPATTN_RETURN_IF_ERROR(
+      ReadRule(a, params->problem, inputs + kPlanOfFwd + kPlanInputs, &params->rule));
   params->q = View(inputs[kQ], a.heads);
   params->k = View(inputs[kK], a.kv_heads);
   params->v = View(inputs[kV], a.kv_heads);
@@ -124,6 +212,7 @@ inline SpattnStatus ReadBwd(const CallAttributes& a, const Array* inputs, Spattn
   const SpattnProblem& problem = params->problem;
   SPATTN_RETURN_IF_ERROR(
       ReadProblem(a, inputs, inputs + kPlanOfGrad, &params->problem, &params->plan));
+  SPATTN_RETURN_IF_ERROR(ReadRule(a, problem, inputs + kPlanOfGrad + kPlanInputs, &params->rule));
   const int64_t width = a.heads * problem.head_dim_v;
   for (const int input : {kO, kDo}) {
     SPATTN_RETURN_IF_ERROR(

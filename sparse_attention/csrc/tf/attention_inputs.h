@@ -21,6 +21,16 @@ enum PlanInput {
   kKvMaskBits,
   kPlanInputs,
 };
+// After the plan, those that an op's attribute `rule` names, in this order.
+enum RuleInput {
+  kAlibiSlopes,
+  kRelativeBias,
+  kQSegments,
+  kKvSegments,
+  kMask,
+  kDropoutSeed,
+  kRuleInputs,
+};
 constexpr int kPlanOfFwd = kQkvInputs, kPlanOfGrad = kGradInputsEnd;
 
 }  // namespace spattn

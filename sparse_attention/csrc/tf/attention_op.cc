@@ -30,15 +30,20 @@ using tensorflow::shape_inference::ShapeHandle;
 // ---- registration ----
 
 // What both ops have: attributes, queries with keys and values, and the plan.
-#define SPATTN_ATTRIBUTES            \
-  Attr("T: {float, half, bfloat16}") \
-      .Attr("heads: int")            \
-      .Attr("kv_heads: int")         \
-      .Attr("softmax_scale: float")  \
-      .Attr("row_stride: int")       \
-      .Attr("block_q: int")          \
-      .Attr("block_kv: int")         \
-      .Attr("tile_kv: int")
+#define SPATTN_ATTRIBUTES               \
+  Attr("T: {float, half, bfloat16}")    \
+      .Attr("heads: int")               \
+      .Attr("kv_heads: int")            \
+      .Attr("softmax_scale: float")     \
+      .Attr("row_stride: int")          \
+      .Attr("block_q: int")             \
+      .Attr("block_kv: int")            \
+      .Attr("tile_kv: int")             \
+      .Attr("logit_softcap: float = 0") \
+      .Attr("dropout_rate: float = 0")  \
+      .Attr("q_offset: int = 0")        \
+      .Attr("rule: list(string) = []")  \
+      .Attr("rule_types: list({float, int32, int64, bool}) >= 0 = []")
 #define SPATTN_QKV_INPUTS Input("q: T").Input("k: T").Input("v: T")
 #define SPATTN_PLAN_INPUTS         \
   Input("kv_lengths: int32")       \
@@ -51,6 +56,38 @@ using tensorflow::shape_inference::ShapeHandle;
       .Input("q_indices: uint8")   \
       .Input("kv_mask_ids: uint8") \
       .Input("kv_mask_bits: uint8")
+#define SPATTN_RULE_INPUTS Input("rule_inputs: rule_types")
+
+// The type of each input of the rule.
+tensorflow::DataType TypeOf(int rule_input) {
+  switch (rule_input) {
+    case kQSegments:
+    case kKvSegments:
+      return tensorflow::DT_INT32;
+    case kMask:
+      return tensorflow::DT_BOOL;
+    case kDropoutSeed:
+      return tensorflow::DT_INT64;
+    default:
+      return tensorflow::DT_FLOAT;
+  }
+}
+
+// Reads the attributes `rule` and `rule_types` of a kernel or a shape function.
+template <class Context>
+Status ReadRuleInputs(Context* c, int64_t* rule_inputs) {
+  std::vector<std::string> names;
+  tensorflow::DataTypeVector types, expected;
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("rule", &names));
+  SPATTN_TF_RETURN_IF_ERROR(c->GetAttr("rule_types", &types));
+  SPATTN_TF_RETURN_IF_ERROR(ToStatus(ReadRuleNames(names, rule_inputs)));
+  for (int i = 0; i < kRuleInputs; ++i) {
+    if (*rule_inputs >> i & 1) expected.push_back(TypeOf(i));
+  }
+  if (types == expected) return Status();
+  return InvalidArgument("rule_types must be ", tensorflow::DataTypeVectorString(expected),
+                         " for what rule names, got ", tensorflow::DataTypeVectorString(types));
+}
 
 // The dim of a width = heads * dim; it is unknown where the width is.
 Status DimOfWidth(InferenceContext* c, ShapeHandle tensor, int64 heads, DimensionHandle* dim) {
@@ -83,11 +120,15 @@ Status AttentionGradShape(InferenceContext* c) {
     SPATTN_TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 3, &shape));
     c->set_output(i, shape);
   }
+  CallAttributes a = {};
+  SPATTN_TF_RETURN_IF_ERROR(ReadRuleInputs(c, &a.rule_inputs));
+  const int bias = kPlanOfGrad + kPlanInputs + a.Before(kRelativeBias);
+  c->set_output(kQkvInputs, a.Has(kRelativeBias) ? c->input(bias) : c->Matrix(0, 0));
   return Status();
 }
 
 REGISTER_OP("BlockSparseAttention")
-    .SPATTN_ATTRIBUTES.SPATTN_QKV_INPUTS.SPATTN_PLAN_INPUTS.Output("o: T")
+    .SPATTN_ATTRIBUTES.SPATTN_QKV_INPUTS.SPATTN_PLAN_INPUTS.SPATTN_RULE_INPUTS.Output("o: T")
     .Output("lse: float")
     .SetShapeFn(AttentionShape)
     .Doc(R"doc(
@@ -109,6 +150,10 @@ q_indptr: [plan_heads * kv_tiles + 1, 4].
 q_indices: [kv_entries, 4] query blocks, of block_kv queries, of each kv tile.
 kv_mask_ids: [kv_entries, 4] which block of kv_mask_bits, or -1 for none.
 kv_mask_bits: [kv_mask_blocks, block_kv, tile_kv / 8].
+rule_inputs: what `rule` names, some of these in their order: alibi_slopes float [heads],
+  relative_bias float [heads or 1, 2 R - 1], q_segments int32 [batch, q_len], kv_segments int32
+  [batch, kv_len], mask bool [batch, heads, q_len, kv_len] where each size may be 1, dropout_seed
+  int64 [2].
 o: [batch, q_len, heads * head_dim_v].
 lse: [batch, heads, q_len] natural log of the sum of exponentials of the scaled scores.
 )doc");
@@ -118,11 +163,12 @@ REGISTER_OP("BlockSparseAttentionGrad")
     .Input("lse: float")
     .Input("do: T")
     .Input("dlse: float")
-    .SPATTN_PLAN_INPUTS.Output("dq: T")
+    .SPATTN_PLAN_INPUTS.SPATTN_RULE_INPUTS.Output("dq: T")
     .Output("dk: T")
     .Output("dv: T")
+    .Output("drelative_bias: float")
     .SetShapeFn(AttentionGradShape)
-    .Doc("The gradient of BlockSparseAttention.");
+    .Doc("The gradient of BlockSparseAttention; drelative_bias is [0, 0] where there is none.");
 
 // ---- attributes and inputs ----
 
@@ -134,13 +180,17 @@ class AttentionOp : public OpKernel {
       int64_t* value;
     } const sizes[] = {{"heads", &attributes_.heads},           {"kv_heads", &attributes_.kv_heads},
                        {"row_stride", &attributes_.row_stride}, {"block_q", &attributes_.tile_q},
-                       {"block_kv", &attributes_.block_size},   {"tile_kv", &attributes_.tile_kv}};
+                       {"block_kv", &attributes_.block_size},   {"tile_kv", &attributes_.tile_kv},
+                       {"q_offset", &attributes_.q_offset}};
     for (const auto& size : sizes) {
       int64 value;
       OP_REQUIRES_OK(ctx, ctx->GetAttr(size.name, &value));
       *size.value = value;
     }
     OP_REQUIRES_OK(ctx, ctx->GetAttr("softmax_scale", &attributes_.softmax_scale));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("logit_softcap", &attributes_.logit_softcap));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("dropout_rate", &attributes_.dropout_rate));
+    OP_REQUIRES_OK(ctx, ReadRuleInputs(ctx, &attributes_.rule_inputs));
     OP_REQUIRES_OK(ctx, ToStatus(CheckAttributes(attributes_)));
   }
 
@@ -194,7 +244,7 @@ class BlockSparseAttentionOp : public AttentionOp {
   using AttentionOp::AttentionOp;
 
   void Compute(OpKernelContext* ctx) override {
-    Array inputs[kPlanOfFwd + kPlanInputs];
+    Array inputs[kPlanOfFwd + kPlanInputs + kRuleInputs];
     const CallAttributes attributes = Read(ctx, inputs);
     SpattnFwdParams params = {};
     OP_REQUIRES_OK(ctx, ToStatus(ReadFwd(attributes, inputs, &params)));
@@ -215,7 +265,7 @@ class BlockSparseAttentionGradOp : public AttentionOp {
   using AttentionOp::AttentionOp;
 
   void Compute(OpKernelContext* ctx) override {
-    Array inputs[kPlanOfGrad + kPlanInputs];
+    Array inputs[kPlanOfGrad + kPlanInputs + kRuleInputs];
     const CallAttributes attributes = Read(ctx, inputs);
     SpattnBwdParams params = {};
     OP_REQUIRES_OK(ctx, ToStatus(ReadBwd(attributes, inputs, &params)));
@@ -226,6 +276,12 @@ class BlockSparseAttentionGradOp : public AttentionOp {
     params.dq = View(ArrayOf(*gradients[kQ]), attributes.heads);
     params.dk = View(ArrayOf(*gradients[kK]), attributes.kv_heads);
     params.dv = View(ArrayOf(*gradients[kV]), attributes.kv_heads);
+    const SpattnScoreRule& rule = params.rule;
+    const int64_t biases = rule.relative_bias ? 2 * rule.bias_reach - 1 : 0;
+    Tensor* drelative_bias;
+    OP_REQUIRES_OK(ctx,
+                   AllocateOutput(ctx, kQkvInputs, {rule.bias_heads, biases}, &drelative_bias));
+    if (biases > 0) params.drelative_bias = DataOf<float>(*drelative_bias);
     Device::Run(ctx, params, attributes, inputs + kPlanOfGrad);
   }
 };

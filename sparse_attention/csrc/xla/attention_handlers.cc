@@ -37,8 +37,8 @@ ffi::Error ToError(const SpattnStatus& status) {
 
 // What XLA hands over: the inputs of the op, then the results.
 struct Buffers {
-  static constexpr int kMost = kPlanOfGrad + kPlanInputs;
-  Array inputs[kMost], results[4];
+  static constexpr int kMost = kPlanOfGrad + kPlanInputs + kRuleInputs;
+  Array inputs[kMost], results[kQkvInputs + 2];
 
   SpattnStatus Read(const ffi::RemainingArgs& args, int inputs_expected,
                     const ffi::RemainingRets& rets, int results_expected) {
@@ -170,7 +170,8 @@ template <class Platform>
 SpattnStatus RunFwd(const Platform& platform, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets, const CallAttributes& attributes) {
   Buffers buffers;
-  SPATTN_RETURN_IF_ERROR(buffers.Read(args, kPlanOfFwd + kPlanInputs, rets, 2));
+  SPATTN_RETURN_IF_ERROR(
+      buffers.Read(args, kPlanOfFwd + kPlanInputs + attributes.CountRuleInputs(), rets, 2));
   SpattnFwdParams params = {};
   SPATTN_RETURN_IF_ERROR(ReadFwd(attributes, buffers.inputs, &params));
   const SpattnProblem& p = params.problem;
@@ -186,7 +187,8 @@ template <class Platform>
 SpattnStatus RunBwd(const Platform& platform, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets, const CallAttributes& attributes) {
   Buffers buffers;
-  SPATTN_RETURN_IF_ERROR(buffers.Read(args, kPlanOfGrad + kPlanInputs, rets, 4));
+  SPATTN_RETURN_IF_ERROR(buffers.Read(
+      args, kPlanOfGrad + kPlanInputs + attributes.CountRuleInputs(), rets, kQkvInputs + 2));
   SpattnBwdParams params = {};
   SPATTN_RETURN_IF_ERROR(ReadBwd(attributes, buffers.inputs, &params));
   const Array* gradients = buffers.results;
@@ -197,8 +199,14 @@ SpattnStatus RunBwd(const Platform& platform, const ffi::RemainingArgs& args,
   params.dq = View(gradients[kQ], attributes.heads);
   params.dk = View(gradients[kK], attributes.kv_heads);
   params.dv = View(gradients[kV], attributes.kv_heads);
+  const SpattnScoreRule& rule = params.rule;
+  if (rule.relative_bias) {
+    SPATTN_RETURN_IF_ERROR(CheckArray("drelative_bias", gradients[kQkvInputs],
+                                      {rule.bias_heads, 2 * rule.bias_reach - 1}));
+    params.drelative_bias = static_cast<float*>(gradients[kQkvInputs].data);
+  }
   return platform.Run(params, attributes, buffers.inputs + kPlanOfGrad,
-                      buffers.results[kQkvInputs]);
+                      buffers.results[kQkvInputs + 1]);
 }
 
 // ---- handlers ----
@@ -206,29 +214,49 @@ SpattnStatus RunBwd(const Platform& platform, const ffi::RemainingArgs& args,
 // A float travels as its bits: as text it might not come back the same.
 CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, int64_t tile_q,
                           int64_t block_size, int64_t tile_kv, int64_t scale_bits, int64_t dtype,
-                          int64_t allow_tf32) {
-  CallAttributes a = {heads, kv_heads, row_stride, tile_q, block_size, tile_kv, 0, 0, false};
-  const auto bits = static_cast<uint32_t>(scale_bits);
-  memcpy(&a.softmax_scale, &bits, sizeof(bits));
+                          int64_t allow_tf32, int64_t softcap_bits, int64_t dropout_bits,
+                          int64_t q_offset, int64_t rule_inputs) {
+  const auto as_float = [](int64_t value) {
+    const auto bits = static_cast<uint32_t>(value);
+    float number;
+    memcpy(&number, &bits, sizeof(bits));
+    return number;
+  };
+  CallAttributes a = {};
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.row_stride = row_stride;
+  a.tile_q = tile_q;
+  a.block_size = block_size;
+  a.tile_kv = tile_kv;
+  a.softmax_scale = as_float(scale_bits);
+  a.logit_softcap = as_float(softcap_bits);
+  a.dropout_rate = as_float(dropout_bits);
+  a.q_offset = q_offset;
+  a.rule_inputs = rule_inputs & ((1 << kRuleInputs) - 1);
   a.dtype = static_cast<int32_t>(dtype);
   a.allow_tf32 = allow_tf32 != 0;
   return a;
 }
 
-#define SPATTN_BIND(CONTEXT)       \
-  ffi::Ffi::Bind()                 \
-      .Ctx<CONTEXT>()              \
-      .RemainingArgs()             \
-      .RemainingRets()             \
-      .Attr<int64_t>("heads")      \
-      .Attr<int64_t>("kv_heads")   \
-      .Attr<int64_t>("row_stride") \
-      .Attr<int64_t>("tile_q")     \
-      .Attr<int64_t>("block_size") \
-      .Attr<int64_t>("tile_kv")    \
-      .Attr<int64_t>("scale_bits") \
-      .Attr<int64_t>("dtype")      \
-      .Attr<int64_t>("allow_tf32")
+#define SPATTN_BIND(CONTEXT)         \
+  ffi::Ffi::Bind()                   \
+      .Ctx<CONTEXT>()                \
+      .RemainingArgs()               \
+      .RemainingRets()               \
+      .Attr<int64_t>("heads")        \
+      .Attr<int64_t>("kv_heads")     \
+      .Attr<int64_t>("row_stride")   \
+      .Attr<int64_t>("tile_q")       \
+      .Attr<int64_t>("block_size")   \
+      .Attr<int64_t>("tile_kv")      \
+      .Attr<int64_t>("scale_bits")   \
+      .Attr<int64_t>("dtype")        \
+      .Attr<int64_t>("allow_tf32")   \
+      .Attr<int64_t>("softcap_bits") \
+      .Attr<int64_t>("dropout_bits") \
+      .Attr<int64_t>("q_offset")     \
+      .Attr<int64_t>("rule_inputs")
 
 template <class... Values>
 ffi::Error FwdOnHost(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -254,13 +282,14 @@ ffi::Error BwdOnCuda(void* stream, ffi::RemainingArgs args, ffi::RemainingRets r
   return ToError(RunBwd(Cuda{stream}, args, rets, Attributes(values...)));
 }
 
-#define SPATTN_HANDLER(Name, CONTEXT)                                                      \
-  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                                 \
-    static const auto* handler = SPATTN_BIND(CONTEXT)                                      \
-                                     .To(Name<int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                              int64_t, int64_t, int64_t, int64_t>)         \
-                                     .release();                                           \
-    return handler->Call(frame);                                                           \
+#define SPATTN_FOUR_INT64 int64_t, int64_t, int64_t, int64_t
+#define SPATTN_HANDLER(Name, CONTEXT)                                                   \
+  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                              \
+    static const auto* handler =                                                        \
+        SPATTN_BIND(CONTEXT)                                                            \
+            .To(Name<SPATTN_FOUR_INT64, SPATTN_FOUR_INT64, SPATTN_FOUR_INT64, int64_t>) \
+            .release();                                                                 \
+    return handler->Call(frame);                                                        \
   }
 SPATTN_HANDLER(FwdOnHost, ffi::ThreadPool)
 SPATTN_HANDLER(BwdOnHost, ffi::ThreadPool)

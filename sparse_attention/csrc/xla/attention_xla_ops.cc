@@ -42,6 +42,12 @@ class AttentionXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("block_kv", &attributes_.block_size));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("tile_kv", &attributes_.tile_kv));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("softmax_scale", &attributes_.softmax_scale));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("logit_softcap", &attributes_.logit_softcap));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("dropout_rate", &attributes_.dropout_rate));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("q_offset", &attributes_.q_offset));
+    std::vector<std::string> rule;  // its types have been checked by the op's kernel or shapes
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("rule", &rule));
+    OP_REQUIRES_OK(ctx, ToStatus(ReadRuleNames(rule, &attributes_.rule_inputs)));
     tensorflow::DataType dtype;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype));
     attributes_.dtype = dtype == tensorflow::DT_FLOAT  ? SPATTN_FLOAT32
@@ -53,7 +59,9 @@ class AttentionXlaOp : public XlaOpKernel {
     CallAttributes attributes = attributes_;
     attributes.allow_tf32 = AllowsTf32();
     const int plan_input = is_gradient_ ? kPlanOfGrad : kPlanOfFwd;
-    const int inputs = plan_input + kPlanInputs;
+    const int inputs = plan_input + kPlanInputs + attributes.CountRuleInputs();
+    OP_REQUIRES(ctx, ctx->num_inputs() == inputs,
+                absl::InvalidArgumentError("rule must name every input of rule_inputs"));
     std::vector<xla::Shape> shapes;
     std::vector<xla::XlaOp> operands;
     for (int i = 0; i < inputs; ++i) {
@@ -91,6 +99,9 @@ class AttentionXlaOp : public XlaOpKernel {
     std::vector<xla::Shape> results;
     if (is_gradient_) {
       results = {shapes[kQ], shapes[kK], shapes[kV],
+                 attributes.Has(kRelativeBias)
+                     ? shapes[plan_input + kPlanInputs + attributes.Before(kRelativeBias)]
+                     : xla::ShapeUtil::MakeShape(xla::F32, {0, 0}),
                  xla::ShapeUtil::MakeShape(xla::U8, {workspace_bytes})};
     } else {
       const int64_t width = attributes.heads * problem.head_dim_v;
@@ -104,7 +115,7 @@ class AttentionXlaOp : public XlaOpKernel {
         xla::ShapeUtil::MakeTupleShape(results), shapes, Opaque(attributes),
         /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
         xla::CustomCallSchedule::SCHEDULE_NONE, xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-    for (int i = 0; i < (is_gradient_ ? kQkvInputs : 2); ++i) {
+    for (int i = 0; i < (is_gradient_ ? kQkvInputs + 1 : 2); ++i) {
       ctx->SetOutput(i, xla::GetTupleElement(call, i));
     }
   }
@@ -130,14 +141,19 @@ class AttentionXlaOp : public XlaOpKernel {
 
   // The attributes as MLIR writes a dictionary.
   static std::string Opaque(const CallAttributes& a) {
-    uint32_t scale_bits;
-    memcpy(&scale_bits, &a.softmax_scale, sizeof(scale_bits));
+    const auto bits = [](float value) {
+      uint32_t bits;
+      memcpy(&bits, &value, sizeof(bits));
+      return int64_t{bits};
+    };
     std::string text;
     for (const auto& [name, value] :
          {Named{"heads", a.heads}, Named{"kv_heads", a.kv_heads}, Named{"row_stride", a.row_stride},
           Named{"tile_q", a.tile_q}, Named{"block_size", a.block_size}, Named{"tile_kv", a.tile_kv},
-          Named{"scale_bits", scale_bits}, Named{"dtype", a.dtype},
-          Named{"allow_tf32", a.allow_tf32}}) {
+          Named{"scale_bits", bits(a.softmax_scale)}, Named{"dtype", a.dtype},
+          Named{"allow_tf32", a.allow_tf32}, Named{"softcap_bits", bits(a.logit_softcap)},
+          Named{"dropout_bits", bits(a.dropout_rate)}, Named{"q_offset", a.q_offset},
+          Named{"rule_inputs", a.rule_inputs}}) {
       text += (text.empty() ? "{" : ", ") + std::string(name) + " = " + std::to_string(value) +
               " : i64";
     }

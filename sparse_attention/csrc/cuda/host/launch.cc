@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "abi/checks.h"
+#include "abi/score_rule.h"
 #include "cuda/device/params.h"
 #include "cuda/host/configs.h"
 #include "cuda/host/modules.h"
@@ -14,6 +15,14 @@ namespace {
 // Limits of what the kernels count in 32 bits.
 constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 256;
 constexpr int64_t kMaxEntries = int64_t{1} << 28;  // times the 4 tiles of a block of 128
+
+SpattnStatus RefuseRule(const SpattnScoreRule& rule) {
+  if (!HasRule(rule)) return Ok();
+  return Failed(SPATTN_UNSUPPORTED,
+                "a GPU has no logit_softcap, alibi_slopes, relative_bias, segment_ids, mask and "
+                "dropout yet; call block_sparse_attention under tf.device(\"CPU\") or in "
+                "sa.portable_graph()");
+}
 
 SpattnStatus CheckCudaProblem(const SpattnProblem& p) {
   SPATTN_RETURN_IF_ERROR(CheckProblem(p));
@@ -307,10 +316,12 @@ void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase, SpattnCudaK
 }
 
 SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream) {
+  SPATTN_RETURN_IF_ERROR(spattn::RefuseRule(params->rule));
   return spattn::Forward(*params, stream);
 }
 
 SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes) {
+  SPATTN_RETURN_IF_ERROR(spattn::RefuseRule(params->rule));
   SPATTN_RETURN_IF_ERROR(spattn::CheckCudaProblem(params->problem));
   *bytes = 2 * spattn::LseElements(params->problem) * static_cast<int64_t>(sizeof(float));
   return spattn::Ok();
