@@ -286,6 +286,7 @@ def element_masks():
         st.builds(lambda b: masks.fixed_mask(4 * b, b, num_verts=2), block_size),
         st.builds(lambda n: lambda head, q, kv: (q * 3 + kv + head) % n > 0, size),
     ).map(masks.as_mask)
+    one = st.one_of(one, one.map(lambda mask: ~mask))
     both = st.builds(lambda a, b: a & b, one, one)
     return st.one_of(one, both, st.builds(lambda a, b: a | b, one, one))
 

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attention.plan import masks
+from sparse_attention.plan.block_mask import BlockMask
+from sparse_attention.plan.layouts import mask_layout
 from sparse_attention.plan.masks import Span
 
 Q, KV = np.arange(50)[:, None], np.arange(60)
@@ -233,8 +235,139 @@ def test_window_and_stride_must_be_positive():
 
 
 def test_masks_must_be_callable():
-    with pytest.raises(TypeError, match="mask must be a Mask or a function, got 3"):
+    with pytest.raises(TypeError, match="mask must be a Mask, a function or a NumPy"):
         masks.causal_mask() & 3
+
+
+# ---- not, arrays, offsets ----
+
+
+@given(element_masks(), st.integers(0, 90), st.integers(0, 90))
+def test_not_a_mask_is_the_opposite(mask, q_lo, kv_lo):
+    q, kv = q_lo + np.arange(8), kv_lo + np.arange(16)
+    np.testing.assert_array_equal(
+        (~mask)(1, q[:, None], kv), ~np.asarray(mask(1, q[:, None], kv), bool)
+    )
+    spans = Span(q[0], q[-1]), Span(kv[0], kv[-1])
+    assert tuple((~mask).bounds(1, *spans)) == tuple(mask.bounds(1, *spans))[::-1]
+    assert (~mask).per_head is mask.per_head
+
+
+def test_not_a_mask_shows_how_it_is_made():
+    assert repr(~masks.causal_mask()) == "~causal_mask()"
+    future = ~(masks.causal_mask() | masks.sink_mask(2))
+    assert repr(future) == "~(causal_mask() | sink_mask(2))"
+    np.testing.assert_array_equal(
+        future(0, Q, KV), table(lambda i, j: j > i and j >= 2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+def test_an_array_is_a_mask(dtype):
+    array = np.random.RandomState(0).randint(0, 2, [50, 60])
+    mask = masks.as_mask(array.astype(dtype))
+    np.testing.assert_array_equal(mask(3, Q, KV), array == 1)
+    assert mask.tells_heads_apart() is False and repr(mask) == "array[50, 60]"
+    causal = np.arange(60) <= np.arange(50)[:, None]
+    given = array.astype(bool)
+    for both in masks.causal_mask() & given, given & masks.causal_mask():
+        np.testing.assert_array_equal(both(0, Q, KV), (array == 1) & causal)
+    for either in masks.causal_mask() | given, given | masks.causal_mask():
+        np.testing.assert_array_equal(either(0, Q, KV), (array == 1) | causal)
+
+
+def test_an_array_by_head_is_a_mask_by_head():
+    array = np.random.RandomState(1).randint(0, 2, [3, 20, 30]) == 1
+    head, q, kv = np.arange(3)[:, None, None], np.arange(20)[:, None], np.arange(30)
+    mask = masks.as_mask(array)
+    np.testing.assert_array_equal(mask(head, q, kv), array)
+    layout = mask_layout(mask, 20, 8, 30, heads=3)
+    plan = BlockMask(layout, array, 8, 20, 30)
+    np.testing.assert_array_equal(plan.to_dense(), array)
+    one = masks.as_mask(array[:1])  # one head stands for all
+    np.testing.assert_array_equal(one(2, q, kv), array[0])
+    plan = BlockMask(mask_layout(array[0], 20, 8, 30), array[0], 8, 20, 30)
+    np.testing.assert_array_equal(plan.to_dense(), array[:1])
+
+
+def test_an_array_that_changes_later_changes_no_mask():
+    array = np.ones([4, 4], bool)
+    mask = masks.as_mask(array)
+    array[:] = False
+    assert mask(0, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.ones([8, 9], bool), "every query .* from 0 to 9, got shape .8, 9."),
+        (np.ones([10, 7], bool), "every key .* from 0 to 8, got shape .10, 7."),
+        (np.ones([2, 10, 9], bool), "every head .* from 0 to 2, got shape .2, 10, 9."),
+    ],
+)
+def test_an_array_that_is_too_small_is_refused(array, message):
+    layout = np.ones([3, 2, 2], bool)
+    with pytest.raises(ValueError, match=message):
+        BlockMask(layout, array, 8, q_len=10, kv_len=9)
+
+
+def test_an_array_must_be_a_truth_with_two_or_three_axes():
+    for shape in [4], [1, 1, 4, 4], [0, 4]:
+        with pytest.raises(ValueError, match=r"must be \[q_len, kv_len\] or .*, got"):
+            masks.as_mask(np.ones(shape, bool))
+    with pytest.raises(TypeError, match="mask must be True or False.*-inf"):
+        masks.causal_mask() & np.array([[0.0, -np.inf]])
+    with pytest.raises(ValueError, match="every query .* from -1 to -1"):
+        masks.as_mask(np.ones([4, 4], bool))(0, -1, 0)
+
+
+OFFSET_MASKS = [
+    (masks.causal_mask, ()),
+    (masks.local_mask, (7,)),
+    (masks.strided_mask, (5,)),
+    (masks.fixed_mask, (16, 4, 2)),
+]
+
+
+@pytest.mark.parametrize("make, args", OFFSET_MASKS)
+@pytest.mark.parametrize("offset", [-9, 0, 1, 22])
+def test_a_query_with_an_offset_has_the_row_of_its_position(make, args, offset):
+    """Of a longer table, the rows from `offset` on; rows before the first have no keys."""
+    got = make(*args, offset=offset)
+    positions = np.arange(50) + offset
+    want = make(*args)(1, np.maximum(positions, 0)[:, None], KV)
+    want = want & (positions >= 0)[:, None]
+    np.testing.assert_array_equal(got(1, Q, KV), want)
+    for q_lo, kv_lo in np.ndindex(6, 7):
+        q, kv = 8 * q_lo, 8 * kv_lo
+        block = want[q : q + 8, kv : kv + 8]
+        bounds = got.bounds(1, Span(q, q + 7), Span(kv, kv + 7))
+        assert not bounds[0] or block.all()
+        assert not bounds[1] or not block.any()
+    assert got.per_head is make(*args).per_head
+
+
+def test_an_offset_lines_up_the_ends():
+    dense = masks.causal_mask(offset=2)(0, np.arange(3)[:, None], np.arange(5))
+    np.testing.assert_array_equal(
+        dense.astype(int), [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    )
+    dense = masks.local_mask(2, offset=2)(0, np.arange(3)[:, None], np.arange(5))
+    np.testing.assert_array_equal(
+        dense.astype(int), [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    )
+    assert repr(masks.causal_mask(offset=2)) == "causal_mask(offset=2)"
+    assert repr(masks.local_mask(2, offset=-2)) == "local_mask(2, offset=-2)"
+    assert (
+        repr(masks.fixed_mask(32, 8, offset=4)) == "fixed_mask(32, 8, 4, 1, offset=4)"
+    )
+
+
+@pytest.mark.parametrize("make, args", OFFSET_MASKS)
+@pytest.mark.parametrize("offset", [0.5, None, "1", True])
+def test_an_offset_must_be_an_integer(make, args, offset):
+    with pytest.raises(ValueError, match=f"offset must be an integer, got {offset!r}"):
+        make(*args, offset=offset)
 
 
 def test_callback_mask_checks_what_comes_back():

@@ -63,7 +63,8 @@ class BlockMask:
       layout: bool [heads or 1, q_blocks, kv_blocks] or [q_blocks, kv_blocks], True =
         computed. A layout of one head is shared between all heads.
       mask: A `Mask`, or a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts;
-        both indices are rows. None: every element of a computed block.
+        both indices are rows. Or a NumPy array, bool [q_len, kv_len] or [heads or 1,
+        q_len, kv_len]. None: every element of a computed block.
       block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
       q_len: Queries in rows; None: as many as the blocks hold.
       kv_len: Keys in rows; None: as many as the blocks hold.
@@ -77,10 +78,11 @@ class BlockMask:
       block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL.
 
     Raises:
-      TypeError: If `mask` is no function, or the layout or what the mask returns is
+      TypeError: If `mask` is none of these, or the layout or what the mask returns is
         neither boolean nor integer, nor floats that are 0 or 1.
       ValueError: If the block size is not supported, the layout does not fit the
-        lengths, or the mask differs between heads and the layout has only one.
+        lengths, the mask differs between heads and the layout has only one, or an
+        array does not have all heads, queries and keys.
     """
 
     def __init__(

@@ -36,6 +36,56 @@ def check_positive(**sizes: Any) -> None:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
+def check_not_negative(**sizes: Any) -> None:
+    """Raises ValueError unless every named size is 0 or a positive integer.
+
+    >>> check_not_negative(left=-1)
+    Traceback (most recent call last):
+    ValueError: left must be 0 or a positive integer, got -1
+    """
+    for name, size in sizes.items():
+        if not _is_integer(size) or size < 0:
+            raise ValueError(f"{name} must be 0 or a positive integer, got {size!r}")
+
+
+def check_integer(**values: Any) -> None:
+    """Raises ValueError unless every named value is an integer.
+
+    >>> check_integer(offset=0.5)
+    Traceback (most recent call last):
+    ValueError: offset must be an integer, got 0.5
+    """
+    for name, value in values.items():
+        if not _is_integer(value):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def as_positions(name: str, values: Any) -> np.ndarray:
+    """Different positions, in any order, as an increasing array.
+
+    >>> as_positions("positions", [7, 2])
+    array([2, 7])
+
+    Raises:
+      ValueError: If they are no different integers from 0 on. A mask of zeros and ones,
+        which other libraries take for this, has repetitions.
+    """
+    array = np.asarray(values)
+    array = array.astype(int) if array.shape == (0,) else array
+    if array.dtype.kind not in "iu" or array.ndim != 1 or (array < 0).any():
+        raise ValueError(
+            f"{name} must be a list of integers from 0 on, got {values!r}"
+            + ("; np.flatnonzero gives them" if array.dtype.kind == "b" else "")
+        )
+    different = np.unique(array)
+    if len(different) < len(array):
+        raise ValueError(
+            f"{name} must name a position once, got {values!r}; of a mask of zeros and "
+            "ones np.flatnonzero gives the positions"
+        )
+    return different.astype(np.int64)
+
+
 def _is_integer(size: Any) -> bool:
     return isinstance(size, numbers.Integral) and not isinstance(size, bool)
 

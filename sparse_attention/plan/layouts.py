@@ -46,9 +46,10 @@ def mask_layout(
            [1, 1, 1, 0]])
 
     Args:
-      mask: A `Mask`, or a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts.
-        It is evaluated in the blocks that its bounds cannot decide; a plain function
-        has no bounds, so in all.
+      mask: A `Mask`, a function `mask(head, q_idx, kv_idx)` -> bool that broadcasts, or
+        a NumPy array, bool [q_len, kv_len] or [heads or 1, q_len, kv_len]. It is
+        evaluated in the blocks that its bounds cannot decide; a plain function and an
+        array have no bounds, so in all.
       q_len: Queries in positions.
       block_size: Side of a block in positions.
       kv_len: Keys in positions; None: as many as queries.
@@ -61,8 +62,8 @@ def mask_layout(
     Raises:
       TypeError: If what the mask returns is neither boolean nor integer, nor floats that
         are 0 or 1.
-      ValueError: If a size is not a positive integer, or the mask differs between heads
-        and `heads` is 1.
+      ValueError: If a size is not a positive integer, the mask differs between heads and
+        `heads` is 1, or an array does not have all heads, queries and keys.
 
     Cost: q_len * kv_len elements of a plain function, for each head that it tells apart;
       memory for a million of them at a time.

@@ -1,8 +1,8 @@
 """Masks: which keys each query attends to, one element at a time.
 
 A mask is called with a head, query rows and key rows, any arrays that broadcast, and
-answers True where the query attends to the key. Masks combine with `&` and `|`, also
-with plain functions:
+answers True where the query attends to the key. Masks combine with `&`, `|` and `~`, also
+with plain functions and boolean arrays:
 
 >>> mask = local_mask(3) | (sink_mask(1) & causal_mask())
 >>> mask
@@ -22,11 +22,11 @@ the mask cannot decide.
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
-from .checks import as_truth, check_positive
+from .checks import as_truth, check_integer, check_positive
 
 # The defaults of `fixed` in OpenAI's code: the number of different summary columns among the
 # heads, and the number of blocks in each.
@@ -61,6 +61,8 @@ class Mask:
     Calling it raises TypeError if `fn` returns neither booleans nor integers, nor floats
     that are 0 or 1.
     """
+
+    __array_ufunc__ = None  # `array & mask` is ours, not NumPy's
 
     def __init__(
         self,
@@ -124,23 +126,79 @@ class Mask:
     def __ror__(self, other: Any) -> Mask:
         return _combine(as_mask(other), self, "|")
 
+    def __invert__(self) -> Mask:
+        """The mask that attends where this one does not.
+
+        >>> (~causal_mask())(0, 2, np.arange(5)).astype(int)
+        array([0, 0, 0, 1, 1])
+        """
+
+        def fn(head, q_idx, kv_idx):
+            return np.logical_not(self(head, q_idx, kv_idx))
+
+        def bounds(head, q, kv):
+            all_true, none_true = self.bounds(head, q, kv)
+            return none_true, all_true
+
+        return Mask(fn, bounds, self.per_head, f"~{self}")
+
     def __repr__(self) -> str:
         return self.name
 
 
 def as_mask(mask: Any) -> Mask:
-    """Returns a `Mask` as it is, a plain function wrapped, None as `dense_mask()`.
+    """What users may pass for a mask, as a `Mask`.
 
     >>> as_mask(None)
     dense_mask()
+    >>> as_mask(np.eye(3, dtype=bool))(0, 1, np.arange(3)).astype(int)
+    array([0, 1, 0])
+
+    Args:
+      mask: A `Mask`, which is returned as it is; a function `mask(head, q_idx, kv_idx)`;
+        None, which is `dense_mask()`; or an array, bool [q_len, kv_len] or [heads or 1,
+        q_len, kv_len], which is copied.
+
+    Raises:
+      TypeError: If it is none of these.
+      ValueError: If an array has another rank. A call raises it for a head, query or key
+        that the array does not have.
     """
     if mask is None:
         return dense_mask()
     if isinstance(mask, Mask):
         return mask
+    if isinstance(mask, np.ndarray):
+        return _array_mask(mask)
     if not callable(mask):
-        raise TypeError(f"mask must be a Mask or a function, got {mask!r}")
+        raise TypeError(
+            f"mask must be a Mask, a function or a NumPy array, got {mask!r}"
+        )
     return Mask(mask)
+
+
+def _array_mask(array):
+    array = np.array(as_truth("mask", array))  # nobody else can change it
+    if array.ndim not in (2, 3) or not array.size:
+        raise ValueError(
+            "a mask that is an array must be [q_len, kv_len] or [heads or 1, q_len, "
+            f"kv_len], none of them zero, got shape {array.shape}"
+        )
+    by_head = array if array.ndim == 3 else array[None]
+
+    def fn(head, q_idx, kv_idx):
+        head = head if len(by_head) > 1 else 0
+        indices = dict(head=head, query=q_idx, key=kv_idx)
+        for (name, index), size in zip(indices.items(), by_head.shape):
+            if np.min(index) < 0 or np.max(index) >= size:
+                raise ValueError(
+                    f"a mask that is an array must have every {name} that is asked for, "
+                    f"here from {np.min(index)} to {np.max(index)}, got shape "
+                    f"{array.shape}"
+                )
+        return by_head[head, q_idx, kv_idx]
+
+    return Mask(fn, per_head=len(by_head) > 1, name=f"array{list(array.shape)}")
 
 
 def check_heads(mask: Mask, heads: int) -> bool:
@@ -171,6 +229,39 @@ def _combine(a, b, operator):
     return Mask(fn, bounds, per_head, f"({a} {operator} {b})")
 
 
+def shifted(mask: Mask, offset: int) -> Mask:
+    """The mask for queries that do not begin where the keys do.
+
+    >>> mask = shifted(causal_mask(), 2)
+    >>> mask
+    causal_mask(offset=2)
+    >>> mask(0, 1, np.arange(6)).astype(int)
+    array([1, 1, 1, 1, 0, 0])
+
+    Args:
+      mask: A `Mask` of positions.
+      offset: The position of query 0 among the keys, which may be negative; kv_len -
+        q_len lines up the ends. Query i has position i + offset.
+
+    Raises:
+      ValueError: If `offset` is no integer.
+    """
+    check_integer(offset=offset)
+    if offset == 0:
+        return mask
+
+    def bounds(head, q, kv):
+        return mask.bounds(head, Span(q.lo + offset, q.hi + offset, q.step), kv)
+
+    comma = "" if mask.name.endswith("()") else ", "
+    return Mask(
+        lambda head, q_idx, kv_idx: mask(head, q_idx + offset, kv_idx),
+        bounds,
+        mask.per_head,
+        f"{mask.name[:-1]}{comma}offset={offset})",
+    )
+
+
 # ---- single rules ----
 
 
@@ -188,18 +279,32 @@ def dense_mask() -> Mask:
     )
 
 
-def causal_mask() -> Mask:
+def causal_mask(offset: int = 0) -> Mask:
     """Each query attends to itself and everything before it: key j where j <= i.
 
     >>> causal_mask()(0, 2, np.arange(4)).astype(int)
     array([1, 1, 1, 0])
+    >>> causal_mask(offset=3)(0, np.arange(2)[:, None], np.arange(5)).astype(int)
+    array([[1, 1, 1, 1, 0],
+           [1, 1, 1, 1, 1]])
+
+    Args:
+      offset: The position of query 0 among the keys: query i has position i + offset.
+        kv_len - q_len lines up the ends, as decoding needs it.
+
+    Returns:
+      `Mask`.
+
+    Raises:
+      ValueError: If `offset` is no integer.
     """
-    return Mask(
+    mask = Mask(
         lambda head, q_idx, kv_idx: q_idx >= kv_idx,
         lambda head, q, kv: (q.lo >= kv.hi, q.hi < kv.lo),
         per_head=False,
         name="causal_mask()",
     )
+    return shifted(mask, offset)
 
 
 def chunk_mask(chunk: int) -> Mask:
@@ -218,19 +323,9 @@ def chunk_mask(chunk: int) -> Mask:
       ValueError: If `chunk` is not positive.
     """
     check_positive(chunk=chunk)
-
-    def bounds(head, q, kv):
-        q_first, q_last = q.lo // chunk, q.hi // chunk
-        kv_first, kv_last = kv.lo // chunk, kv.hi // chunk
-        all_true = (q_first == kv_last) & (q_last == kv_first)
-        return all_true, (q_last < kv_first) | (kv_last < q_first)
-
-    return Mask(
-        lambda head, q_idx, kv_idx: q_idx // chunk == kv_idx // chunk,
-        bounds,
-        per_head=False,
-        name=f"chunk_mask({chunk})",
-    )
+    mask = same_part(lambda idx: idx // chunk)
+    mask.name = f"chunk_mask({chunk})"
+    return mask
 
 
 def sink_mask(sinks: int) -> Mask:
@@ -260,59 +355,54 @@ def sink_mask(sinks: int) -> Mask:
     )
 
 
-# ---- the patterns of the Sparse Transformer ----
+# ---- what several patterns are made of ----
 
 
-def local_mask(window: int) -> Mask:
-    """Each query attends to itself and the `window - 1` positions before it: causal.
+def of_head(values: Sequence[int], head: Any) -> Any:
+    """What head h has of n values that the heads take in turn: value h mod n.
 
-    >>> local_mask(2)(0, 3, np.arange(5)).astype(int)
-    array([0, 0, 1, 1, 0])
+    >>> of_head([1, 2], np.arange(5))
+    array([1, 2, 1, 2, 1])
+    """
+    if len(values) == 1:
+        return values[0]
+    return np.asarray(values)[np.asarray(head) % len(values)]
+
+
+def near(left: int | None, right: int | None, scale: Sequence[int] = (1,)) -> Mask:
+    """A query attends to keys up to `left` before it and `right` after it; None: to all.
 
     Args:
-      window: Positions a query sees, itself included.
-
-    Returns:
-      `Mask`.
-
-    Raises:
-      ValueError: If `window` is not positive.
-
-    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2. The paper has one position more; this is what its
-      authors' code computes.
+      left, right: Positions, which head h multiplies by `scale[h mod len(scale)]`.
     """
-    check_positive(window=window)
-    recent = Mask(
-        lambda head, q_idx, kv_idx: q_idx - kv_idx < window,
-        lambda head, q, kv: (q.hi < kv.lo + window, q.lo >= kv.hi + window),
-        per_head=False,
-    )
-    mask = causal_mask() & recent
-    mask.name = f"local_mask({window})"
-    return mask
 
-
-def strided_mask(stride: int) -> Mask:
-    """Each query attends to itself and every `stride`-th position before it: causal.
-
-    >>> strided_mask(2)(0, 4, np.arange(6)).astype(int)
-    array([1, 0, 1, 0, 1, 0])
-
-    Args:
-      stride: Positions between two keys of a query.
-
-    Returns:
-      `Mask`.
-
-    Raises:
-      ValueError: If `stride` is not positive.
-
-    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
-    """
-    check_positive(stride=stride)
+    def fn(head, q_idx, kv_idx):
+        distance, n = q_idx - kv_idx, of_head(scale, head)
+        allowed = True if left is None else distance <= left * n
+        return allowed if right is None else (distance >= -right * n) & allowed
 
     def bounds(head, q, kv):
+        least, most, n = q.lo - kv.hi, q.hi - kv.lo, of_head(scale, head)
+        all_true, none_true = True, False
+        if left is not None:
+            all_true, none_true = most <= left * n, least > left * n
+        if right is not None:
+            all_true = (least >= -right * n) & all_true
+            none_true = (most < -right * n) | none_true
+        return all_true, none_true
+
+    return Mask(fn, bounds, per_head=len(set(scale)) > 1)
+
+
+def same_residue(*strides: int) -> Mask:
+    """A query attends to every n-th key, both ways: head h has n = strides[h mod ...]."""
+
+    def fn(head, q_idx, kv_idx):
+        stride = of_head(strides, head)
+        return q_idx % stride == kv_idx % stride
+
+    def bounds(head, q, kv):
+        stride = of_head(strides, head)
         # Where rows step by multiples of the stride, all pairs have the same residue.
         is_alike = (q.step % stride == 0) & (kv.step % stride == 0)
         is_hit = (q.lo - kv.lo) % stride == 0
@@ -320,18 +410,90 @@ def strided_mask(stride: int) -> Mask:
         is_missed = (q.hi - kv.lo) // stride < -((kv.hi - q.lo) // stride)
         return is_alike & is_hit, (is_alike & np.logical_not(is_hit)) | is_missed
 
-    aligned = Mask(
-        lambda head, q_idx, kv_idx: q_idx % stride == kv_idx % stride,
+    return Mask(fn, bounds, per_head=len(set(strides)) > 1)
+
+
+def same_part(part_of: Callable) -> Mask:
+    """Positions of the same part attend to each other, in both directions.
+
+    Args:
+      part_of: `part_of(positions)` -> the part of each, which never decreases.
+    """
+
+    def bounds(head, q, kv):
+        q_first, q_last = part_of(q.lo), part_of(q.hi)
+        kv_first, kv_last = part_of(kv.lo), part_of(kv.hi)
+        all_true = (q_first == kv_last) & (q_last == kv_first)
+        return all_true, (q_last < kv_first) | (kv_last < q_first)
+
+    return Mask(
+        lambda head, q_idx, kv_idx: part_of(q_idx) == part_of(kv_idx),
         bounds,
         per_head=False,
     )
-    mask = causal_mask() & aligned
+
+
+# ---- the patterns of the Sparse Transformer ----
+
+
+def local_mask(window: int, offset: int = 0) -> Mask:
+    """Each query attends to itself and the `window - 1` positions before it: causal.
+
+    >>> local_mask(2)(0, 3, np.arange(5)).astype(int)
+    array([0, 0, 1, 1, 0])
+
+    Args:
+      window: Positions a query sees, itself included.
+      offset: The position of query 0 among the keys: query i has position i + offset.
+        kv_len - q_len lines up the ends, as decoding needs it.
+
+    Returns:
+      `Mask`.
+
+    Raises:
+      ValueError: If `window` is not positive, or `offset` is no integer.
+
+    Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
+      arXiv:1904.10509, section 4.2. The paper has one position more; this is what its
+      authors' code computes.
+    """
+    check_positive(window=window)
+    mask = near(window - 1, 0)
+    mask.name = f"local_mask({window})"
+    return shifted(mask, offset)
+
+
+def strided_mask(stride: int, offset: int = 0) -> Mask:
+    """Each query attends to itself and every `stride`-th position before it: causal.
+
+    >>> strided_mask(2)(0, 4, np.arange(6)).astype(int)
+    array([1, 0, 1, 0, 1, 0])
+
+    Args:
+      stride: Positions between two keys of a query.
+      offset: The position of query 0 among the keys: query i has position i + offset.
+        kv_len - q_len lines up the ends, as decoding needs it.
+
+    Returns:
+      `Mask`.
+
+    Raises:
+      ValueError: If `stride` is not positive, or `offset` is no integer.
+
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    """
+    check_positive(stride=stride)
+    mask = causal_mask() & same_residue(stride)
     mask.name = f"strided_mask({stride})"
-    return mask
+    return shifted(mask, offset)
 
 
 def fixed_mask(
-    stride: int, block_size: int, num_verts: int = NUM_VERTS, vertsize: int = VERTSIZE
+    stride: int,
+    block_size: int,
+    num_verts: int = NUM_VERTS,
+    vertsize: int = VERTSIZE,
+    offset: int = 0,
 ) -> Mask:
     """Each query attends to its window so far, and a summary of each one before: causal.
 
@@ -348,13 +510,16 @@ def fixed_mask(
       block_size: Side of a layout block in positions.
       num_verts: Different summary columns among the heads.
       vertsize: Blocks in a summary column. The paper's c is `vertsize * block_size`.
+      offset: The position of query 0 among the keys: query i has position i + offset.
+        kv_len - q_len lines up the ends, as decoding needs it.
 
     Returns:
       `Mask`, one rule per head where `num_verts` > 1.
 
     Raises:
       ValueError: If `stride` is no multiple of `block_size`, `vertsize` does not divide
-        the blocks of a window, or these are fewer than `num_verts * vertsize`.
+        the blocks of a window, these are fewer than `num_verts * vertsize`, or `offset`
+        is no integer.
 
     Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
     """
@@ -377,7 +542,7 @@ def fixed_mask(
     )
     mask = causal_mask() & (chunk_mask(stride) | summary)
     mask.name = f"fixed_mask({stride}, {block_size}, {num_verts}, {vertsize})"
-    return mask
+    return shifted(mask, offset)
 
 
 def check_fixed(stride, block_size, num_verts, vertsize):
