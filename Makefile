@@ -7,7 +7,8 @@
 
 export PYTHONPATH := $(CURDIR)
 PYTEST = -m pytest $(ARGS)
-NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks patterns block_mask tile_plans reference))
+NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks windows tokens images \
+  longformer bigbird deepspeed patterns block_mask tile_plans reference))
 CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras

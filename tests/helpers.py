@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sparse_attention.plan import masks, reference
+from sparse_attention.plan import images, masks, reference, tokens, windows
+from sparse_attention.plan.block_mask import BlockMask
 
 # The same cases in every run, however busy the machine is.
 settings.register_profile(
@@ -284,6 +285,15 @@ def element_masks():
         st.builds(masks.sink_mask, size),
         st.builds(lambda b: masks.fixed_mask(4 * b, b, num_verts=1), block_size),
         st.builds(lambda b: masks.fixed_mask(4 * b, b, num_verts=2), block_size),
+        st.builds(windows.window_mask, size, size, st.integers(1, 5)),
+        st.builds(windows.window_mask, size, st.none(), st.just([1, 3, 2])),
+        st.builds(masks.local_mask, size, st.integers(-20, 20)),
+        st.builds(tokens.documents_mask, st.lists(size, min_size=1, max_size=5)),
+        st.builds(tokens.global_mask, st.lists(size, unique=True, max_size=30)),
+        st.builds(
+            images.neighborhood_mask, st.tuples(size, size, size), st.integers(0, 3)
+        ),
+        st.builds(images.row_column_mask, size),
         st.builds(lambda n: lambda head, q, kv: (q * 3 + kv + head) % n > 0, size),
     ).map(masks.as_mask)
     one = st.one_of(one, one.map(lambda mask: ~mask))
@@ -304,6 +314,42 @@ def cases(draw, block_sizes=(8, 16, 32), max_len=100, max_heads=3):
     blocks = [-(-(-(-n // row_stride) * row_stride) // block_size) for n in lengths]
     layout = random.random_sample([heads] + blocks) < density
     return Case(layout, mask, block_size, q_len, kv_len, row_stride)
+
+
+# ---- rules, written out ----
+
+
+def drawn(allowed):
+    """A matrix of truths as text: "1.. .1. ..1" is the unit matrix of three."""
+    return " ".join("".join(".1"[int(x)] for x in row) for row in np.asarray(allowed))
+
+
+def elements(mask, q_len, kv_len=None, head=0):
+    """The mask of all queries and keys of a head."""
+    kv_len = q_len if kv_len is None else kv_len
+    allowed = mask(head, np.arange(q_len)[:, None], np.arange(kv_len))
+    return np.broadcast_to(allowed, [q_len, kv_len])
+
+
+def assert_plan_follows(rule, layout, mask, block_size, q_len):
+    """The plan of a layout and its mask has the rule's elements, and no block too many.
+
+    Args:
+      rule: `rule(head, i, j)` -> whether query i attends to key j, of plain ints.
+      layout, mask, block_size, q_len: What makes the plan.
+    """
+    plan = BlockMask(layout, mask, block_size, q_len, q_len)
+    want = np.array(
+        [
+            [[bool(rule(h, i, j)) for j in range(q_len)] for i in range(q_len)]
+            for h in range(plan.heads)
+        ]
+    )
+    np.testing.assert_array_equal(plan.to_dense(), want)
+    touched = np.zeros(layout.shape, bool)
+    head, i, j = np.nonzero(want)
+    touched[head, i // block_size, j // block_size] = True
+    np.testing.assert_array_equal(layout, touched)
 
 
 # ---- what a case's plan is to hold ----

@@ -96,6 +96,34 @@ def mask_layout(
     return layout
 
 
+def layout_in_turns(
+    mask: Any,
+    q_len: int,
+    block_size: int,
+    heads: int | None,
+    turns: int,
+    name: str,
+    remedy: str = "",
+) -> np.ndarray:
+    """`mask_layout` of a mask that is the same for head h as for head h mod `turns`.
+
+    Args:
+      mask, q_len, block_size: As of `mask_layout`.
+      heads: A multiple of `turns`; None: `turns`.
+      turns: Different rules among the heads.
+      name: What gives that number, for the error.
+      remedy: What the error ends with.
+    """
+    heads = turns if heads is None else heads
+    check_positive(heads=heads)
+    if heads % turns:
+        raise ValueError(
+            f"heads must be a multiple of {name}={turns}, got {heads}{remedy}"
+        )
+    layout = mask_layout(mask, q_len, block_size, heads=turns)
+    return layout[np.arange(heads) % turns]
+
+
 def _groups(chosen: np.ndarray, size: int) -> Iterator[tuple]:
     """Collects blocks by rows, so that a mask answers for many of them at once.
 
@@ -287,15 +315,10 @@ def fixed_layout(
     Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
     """
     mask = fixed_mask(stride, block_size, num_verts, vertsize)
-    heads = num_verts if heads is None else heads
-    check_positive(heads=heads)
-    if heads % num_verts:
-        raise ValueError(
-            f"heads must be a multiple of num_verts={num_verts}, got {heads}; "
-            "num_verts=1 gives all of them the same column"
-        )
-    layout = mask_layout(mask, q_len, block_size, heads=num_verts)
-    return layout[np.arange(heads) % num_verts]
+    remedy = "; num_verts=1 gives all of them the same column"
+    return layout_in_turns(
+        mask, q_len, block_size, heads, num_verts, "num_verts", remedy
+    )
 
 
 def chunk_layout(q_len: int, block_size: int, chunk: int, heads: int = 1) -> np.ndarray:
