@@ -16,7 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from .keras import registration as _registration
 from .plan import block_mask, layouts, masks, reference
+from .plan.bigbird import bigbird_layout
 from .plan.block_mask import EMPTY, FULL, PARTIAL, BlockMask
+from .plan.deepspeed import (
+    deepspeed_bigbird_layout,
+    deepspeed_bslongformer_layout,
+    deepspeed_fixed_layout,
+    deepspeed_variable_layout,
+)
+from .plan.images import (
+    merged_layout,
+    merged_mask,
+    neighborhood_layout,
+    neighborhood_mask,
+    row_column_layout,
+    row_column_mask,
+)
 from .plan.layouts import (
     all_layout,
     chunk_layout,
@@ -27,6 +42,7 @@ from .plan.layouts import (
     sink_layout,
     strided_layout,
 )
+from .plan.longformer import longformer_layout, longformer_mask
 from .plan.masks import (
     Mask,
     callback_mask,
@@ -39,6 +55,15 @@ from .plan.masks import (
     strided_mask,
 )
 from .plan.patterns import pattern_block_mask
+from .plan.tokens import (
+    documents_layout,
+    documents_mask,
+    global_layout,
+    global_mask,
+    prefix_layout,
+    prefix_mask,
+)
+from .plan.windows import window_layout, window_mask
 
 if TYPE_CHECKING:
     from .compat.attention import (
@@ -91,32 +116,53 @@ _TENSORFLOW_NAMES = {
 }
 
 __all__ = [
+    "BlockMask",
     "EMPTY",
     "FULL",
-    "PARTIAL",
-    "BlockMask",
     "Mask",
+    "PARTIAL",
     "all_layout",
+    "bigbird_layout",
     "block_mask",
     "callback_mask",
     "causal_mask",
     "chunk_layout",
     "chunk_mask",
+    "deepspeed_bigbird_layout",
+    "deepspeed_bslongformer_layout",
+    "deepspeed_fixed_layout",
+    "deepspeed_variable_layout",
     "dense_layout",
     "dense_mask",
+    "documents_layout",
+    "documents_mask",
     "fixed_layout",
     "fixed_mask",
+    "global_layout",
+    "global_mask",
     "layouts",
     "local_layout",
     "local_mask",
+    "longformer_layout",
+    "longformer_mask",
     "mask_layout",
     "masks",
+    "merged_layout",
+    "merged_mask",
+    "neighborhood_layout",
+    "neighborhood_mask",
     "pattern_block_mask",
+    "prefix_layout",
+    "prefix_mask",
     "reference",
+    "row_column_layout",
+    "row_column_mask",
     "sink_layout",
     "sink_mask",
     "strided_layout",
     "strided_mask",
+    "window_layout",
+    "window_mask",
 ]
 __all__ += sorted(_TENSORFLOW_NAMES)
 
