@@ -73,6 +73,38 @@ def test_random_blocks_lie_where_hugging_faces_do(q_len):
     assert random.any(axis=1).sum(axis=1).min() > 6  # and nearly everywhere there
 
 
+# What `BigBirdBlockSparseAttention` of transformers 5.24.0 drew for the rows but the ends:
+# q_len, block_size, random_blocks, heads, seed, max_len.
+HUGGING_FACES = {
+    (192, 16, 3, 2, 1, 4096): [
+        "346 956 715 618 831 813 435 435 236 231",
+        "738 584 798 682 231 231 453 321 273 163",
+    ],
+    (1024, 64, 2, 1, 0, 1024): ["9e 96 95 6c 2d 34 91 ac c2 35 47 7a 62 9d"],
+    (1024, 128, 1, 1, 2, 4096): ["5 4 7 1 2 3"],
+}
+
+
+@pytest.mark.parametrize("args", HUGGING_FACES)
+def test_random_blocks_are_hugging_faces(args):
+    layout = bigbird_layout(*args)
+    want = np.stack([own_blocks(layout.shape[1])] * len(layout))
+    for head, rows in enumerate(HUGGING_FACES[args]):
+        for row, blocks in enumerate(rows.split()):
+            want[head, row + 1, [int(block, 16) for block in blocks]] = True
+    np.testing.assert_array_equal(layout, want)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_second_blocks_from_the_ends_of_the_pool_leave_each_other_out(count):
+    pool = 2 * count + 5
+    layout = bigbird_layout(8 * (pool + 1), 8, count, heads=300)
+    assert not layout[:, 1, pool - 2].any() and not layout[:, pool - 2, 1].any()
+    free = np.ones(pool - 2, bool)
+    free[[0, 1, -1]] = False  # blocks 1 and 2, its window, and pool - 2
+    np.testing.assert_array_equal(layout[:, 1, 1 : pool - 1].any(axis=0)[2:], free[2:])
+
+
 def test_seeds_and_heads_have_blocks_of_their_own():
     layouts = [bigbird_layout(1280, 64, heads=4, seed=seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(layouts[0], layouts[1])
