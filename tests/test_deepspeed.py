@@ -197,6 +197,21 @@ def test_draws_are_nobody_elses():
         ),
         (
             deepspeed_variable_layout,
+            {"local_window_blocks": 4},
+            "local_window_blocks must be a list of integers, got 4",
+        ),
+        (
+            deepspeed_variable_layout,
+            {"global_block_end_indices": 4},
+            "global_block_end_indices must be a list of integers, got 4",
+        ),
+        (
+            deepspeed_bslongformer_layout,
+            {"global_block_indices": 0},
+            "global_block_indices must be a list of integers, got 0",
+        ),
+        (
+            deepspeed_variable_layout,
             {"local_window_blocks": []},
             "local_window_blocks must have a size, got none",
         ),

@@ -2,6 +2,7 @@
 
 import doctest
 
+import numpy as np
 import pytest
 from helpers import assert_plan_follows, drawn, elements
 from hypothesis import given
@@ -52,6 +53,8 @@ def test_names_show_how_masks_are_made():
     assert repr(longformer_mask(4, [9, 2], [1, 2])) == (
         "longformer_mask(4, [2, 9], dilation=[1, 2])"
     )
+    by_array = longformer_mask(4, np.array([2]), np.array([1, 2]))
+    assert repr(by_array) == "longformer_mask(4, [2], dilation=[1 2])"
 
 
 @pytest.mark.parametrize(

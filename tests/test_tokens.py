@@ -146,6 +146,8 @@ def test_padding_attends_to_nothing():
         (lambda: prefix_mask(0), "prefix must be a positive integer, got 0"),
         (lambda: prefix_mask(1, offset=0.5), "offset must be an integer, got 0.5"),
         (lambda: prefix_layout(64, 8, -1), "prefix must be .*, got -1"),
+        (lambda: documents_mask(5), "lengths must be a list of integers, got 5"),
+        (lambda: documents_layout(9, 8, None), "lengths must be a list .*, got None"),
         (lambda: documents_mask([]), "lengths must have a number for each document"),
         (lambda: documents_mask([3, 0]), "lengths must be a positive integer, got 0"),
         (lambda: documents_mask([3, 2.5]), "lengths must be .*, got 2.5"),

@@ -145,6 +145,7 @@ def test_a_window_at_65536_positions_looks_at_its_rim_alone():
         ((1, 1, [1, -2]), "dilation must be a positive integer, got -2"),
         ((1, 1, []), r"dilation must have a number for each head, got \[\]"),
         ((1, 1, None), "dilation must be a positive integer, got None"),
+        ((1, 1, np.array(2.5)), r"dilation must be a list .*, got array\(2.5\)"),
         ((1, 1, "2"), "dilation must be a positive integer, got '2'"),
     ],
 )

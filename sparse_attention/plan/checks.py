@@ -60,6 +60,24 @@ def check_integer(**values: Any) -> None:
             raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
+def as_list(name: str, values: Any) -> list:
+    """What a user passes as a list, a tuple or an array.
+
+    >>> as_list("lengths", 512)
+    Traceback (most recent call last):
+    ValueError: lengths must be a list of integers, got 512
+
+    Raises:
+      ValueError: If it is none of these.
+    """
+    try:
+        if not isinstance(values, str):
+            return list(values)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a list of integers, got {values!r}")
+
+
 def as_positions(name: str, values: Any) -> np.ndarray:
     """Different positions, in any order, as an increasing array.
 

@@ -22,7 +22,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .checks import check_not_negative, check_positive
+from .checks import as_list, check_not_negative, check_positive
 
 
 def deepspeed_fixed_layout(
@@ -153,7 +153,7 @@ def deepspeed_variable_layout(
     n = _blocks(q_len, block_size, heads)
     _check_attention(attention, horizontal_global_attention)
     is_global = _global_blocks(n, global_block_indices, global_block_end_indices)
-    sizes = list(local_window_blocks)
+    sizes = as_list("local_window_blocks", local_window_blocks)
     if not sizes:
         raise ValueError("local_window_blocks must have a size, got none")
     for size in sizes:
@@ -310,10 +310,12 @@ def _sliding(n, num_sliding_window_blocks):
 
 def _global_blocks(n, starts, ends):
     """bool [n]: the blocks that global_block_indices and .._end_indices name."""
-    starts = list(starts)
+    starts = as_list("global_block_indices", starts)
     for start in starts:
         check_not_negative(global_block_indices=start)
-    ends = [start + 1 for start in starts] if ends is None else list(ends)
+    if ends is None:
+        ends = [start + 1 for start in starts]
+    ends = as_list("global_block_end_indices", ends)
     if len(ends) != len(starts):
         raise ValueError(
             f"global_block_end_indices must have {len(starts)} numbers, as "

@@ -7,7 +7,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .checks import check_not_negative, check_positive
+from .checks import as_list, check_not_negative, check_positive
 from .layouts import layout_in_turns, mask_layout
 from .masks import Mask, causal_mask, local_mask, strided_mask
 
@@ -46,11 +46,11 @@ def neighborhood_mask(
     Reference: Parmar et al. 2018, "Image Transformer", arXiv:1802.05751; Hassani et al.
       2023, "Neighborhood Attention Transformer", arXiv:2204.07143.
     """
-    shape = list(shape)
+    shape = as_list("shape", shape)
     for size in shape:
         check_positive(shape=size)
     is_one = isinstance(radius, numbers.Number)
-    radii: list = [radius] * len(shape) if is_one else list(radius)  # type: ignore
+    radii = [radius] * len(shape) if is_one else as_list("radius", radius)
     for one in radii:
         check_not_negative(radius=one)
     if not shape or len(radii) != len(shape):
@@ -128,8 +128,9 @@ def neighborhood_layout(
       ValueError: If a size is not positive, a radius is negative, or there are more or
         fewer radii than axes.
     """
+    shape = as_list("shape", shape)
     mask = neighborhood_mask(shape, radius, causal)
-    return mask_layout(mask, int(np.prod(list(shape))), block_size, heads=heads)
+    return mask_layout(mask, int(np.prod(shape)), block_size, heads=heads)
 
 
 def row_column_mask(width: int) -> Mask:

@@ -54,7 +54,7 @@ def longformer_mask(
     window_on_both_sides = window_mask(window // 2, window // 2, dilation)
     mask = window_on_both_sides | global_mask(chosen)
     shown = f", {few(chosen)}" if len(chosen) else ""
-    shown += "" if dilation == 1 else f", dilation={dilation}"
+    shown += "" if set(as_dilations(dilation)) == {1} else f", dilation={dilation}"
     mask.name = f"longformer_mask({window}{shown})"
     return mask
 

@@ -6,7 +6,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .checks import as_positions, check_positive
+from .checks import as_list, as_positions, check_positive
 from .layouts import mask_layout
 from .masks import Mask, causal_mask, same_part, sink_mask
 
@@ -90,7 +90,7 @@ def documents_mask(lengths: Sequence[int], causal: bool = False) -> Mask:
     Raises:
       ValueError: If `lengths` is empty or has a number that is not positive.
     """
-    lengths = list(lengths)
+    lengths = as_list("lengths", lengths)
     if not lengths:
         raise ValueError("lengths must have a number for each document, got none")
     for length in lengths:
@@ -137,6 +137,7 @@ def documents_layout(
       ValueError: If a size or length is not a positive integer, or the documents are
         longer than `q_len`.
     """
+    lengths = as_list("lengths", lengths)
     mask = documents_mask(lengths, causal)
     layout = mask_layout(mask, q_len, block_size, heads=heads)
     if sum(lengths) > q_len:

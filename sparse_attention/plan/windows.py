@@ -7,7 +7,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .checks import check_not_negative, check_positive
+from .checks import as_list, check_not_negative, check_positive
 from .layouts import layout_in_turns
 from .masks import Mask, near, same_residue, shifted
 
@@ -57,7 +57,7 @@ def window_mask(
 def as_dilations(dilation):
     """The dilations that the heads have in turn; ValueError unless they are positive."""
     is_one = isinstance(dilation, (numbers.Number, str)) or dilation is None
-    dilations = [dilation] if is_one else list(dilation)
+    dilations = [dilation] if is_one else as_list("dilation", dilation)
     if not dilations:
         raise ValueError(f"dilation must have a number for each head, got {dilation!r}")
     for one in dilations:
