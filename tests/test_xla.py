@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from helpers import DTYPES, PATTERNS
 from keras_helpers import functional, normal
+from rules import BATCH, Q_LEN, RULES
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
@@ -75,6 +76,29 @@ def test_compiled_equals_uncompiled_with_lengths(mode):
     call = attention_and_gradients(pattern(mode), softmax_scale=0.3)
     lengths = tf.constant([17, 0])
     assert_compiled_equals(call, *inputs("bfloat16"), lengths)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_compile_to_the_same_bits(name):
+    """A rule's trained arrays get the bits of their gradients, too."""
+    rule = dict(RULES[name])
+    block_mask = sa.pattern_block_mask("fixed", Q_LEN, HEADS, 8, 16, num_verts=2)
+    random = np.random.RandomState(0)
+    x = tf.constant(random.normal(size=[BATCH, Q_LEN, HEADS * 16]), tf.float32)
+    bias = tf.constant(rule.pop("relative_bias", np.zeros([1, 1])), tf.float32)
+
+    def call(x, bias):
+        if name == "relative_bias":
+            rule["relative_bias"] = bias
+        with tf.GradientTape() as tape:
+            tape.watch([x, bias])
+            options = dict(rule, return_lse=True)
+            o, lse = sa.block_sparse_attention(x, x, x, block_mask, HEADS, **options)
+            loss = tf.reduce_sum(o * x)
+        gradients = tape.gradient(loss, [x, bias], unconnected_gradients="zero")
+        return [o, lse, *gradients, x]
+
+    assert_compiled_equals(call, x, bias)
 
 
 def test_an_empty_batch_compiles():
