@@ -8,7 +8,7 @@
 export PYTHONPATH := $(CURDIR)
 PYTEST = -m pytest $(ARGS)
 NUMPY_TESTS = $(wildcard $(patsubst %,tests/test_%.py,layouts masks windows tokens images \
-  longformer bigbird deepspeed patterns block_mask tile_plans reference))
+  longformer bigbird deepspeed patterns block_mask tile_plans reference dropout))
 CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
@@ -44,7 +44,7 @@ test-cuda: .venv-numpy/ready
 test-sanitized: .venv-numpy/ready
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	.venv-numpy/bin/python $(PYTEST) -p tests.sanitized --capture=sys tests/test_core.py
+	.venv-numpy/bin/python $(PYTEST) -p tests.sanitized --capture=sys tests/test_core.py tests/test_core_rules.py
 
 # Crafted calls of the ops under the sanitizers:   make fuzz-sanitized ARGS="--seed 7"
 fuzz-sanitized: .venv/ready

@@ -16,6 +16,7 @@ from helpers import (
 )
 
 from sparse_attention.plan import reference
+from sparse_attention.plan.dropout import kept_weights
 from sparse_attention.plan.reference import attention_bwd, attention_fwd
 
 SHAPES = {
@@ -106,6 +107,68 @@ def test_backward_matches_finite_differences(shape, with_dlse):
             expected[at] = (sides[0] - sides[1]) / 2e-5
         print(name)
         assert_close(got[n].astype(np.float32), expected, plain[n], factor=3)
+
+
+# ---- what stands between q kT and the softmax ----
+
+RULE = {
+    "logit_softcap": 1.5,
+    "alibi_slopes": np.array([0.25, 1.0]),
+    "relative_bias": np.random.RandomState(0).randn(2, 5),
+    "segment_ids": (
+        np.array([[0, 0, 1, 1, 1], [2, 2, 2, -1, -1]]),
+        np.array([[0, 0, 1, 1, 2, 2], [2, 2, 2, 2, 0, -1]]),
+    ),
+    "sinks": np.array([0.5, -1.0]),
+    "dropout_rate": 0.3,
+    "dropout_seed": [7, 9],
+    "q_offset": 1,
+}
+
+
+def test_rules_match_loops():
+    x = random_inputs(seed=8, q_len=5, kv_len=6, head_dim=4)
+    q, k, v = (to_float64(part) for part in x[:3])
+    o, lse = attention_fwd(q, k, v, **RULE)
+    kept = kept_weights(0.3, [7, 9], 2, 2, 5, 6, q_offset=1)
+    for b, h, i in np.ndindex(2, 2, 5):
+        weights = {}
+        for j in range(6):
+            s = 1.5 * math.tanh(float(q[b, i, h] @ k[b, j, h]) / 2 / 1.5)
+            s -= RULE["alibi_slopes"][h] * abs(i + 1 - j)
+            s += RULE["relative_bias"][h, min(max(i + 1 - j, -2), 2) + 2]
+            ids = RULE["segment_ids"][0][b, i], RULE["segment_ids"][1][b, j]
+            if ids[0] == ids[1] >= 0:
+                weights[j] = math.exp(s)
+        total = math.exp(RULE["sinks"][h]) + sum(weights.values())
+        np.testing.assert_allclose(lse[b, h, i], math.log(total), rtol=1e-12)
+        expected = np.zeros(4)
+        for j, weight in weights.items():
+            expected += weight / total * kept[b, h, i, j] / 0.7 * v[b, j, h]
+        np.testing.assert_allclose(o[b, i, h], expected, atol=1e-12)
+
+
+def test_gradients_of_rules_match_finite_differences():
+    x = random_inputs(seed=9, q_len=5, kv_len=6, head_dim=4)
+    q, k, v, do, dlse = (to_float64(part) for part in x)
+    inputs = [q, k, v, RULE["relative_bias"], RULE["sinks"]]
+
+    def loss(q, k, v, bias, sinks):
+        given = dict(RULE, relative_bias=bias, sinks=sinks)
+        o, lse = attention_fwd(q, k, v, **given)
+        return np.sum(o * do) + np.sum(lse * dlse)
+
+    got = attention_bwd(q, k, v, None, do, dlse, **RULE)
+    assert [g.shape for g in got] == [x.shape for x in inputs]
+    for n, gradient in enumerate(got):
+        for at in np.ndindex(gradient.shape):
+            sides = []
+            for step in 1e-5, -1e-5:
+                moved = [x.copy() for x in inputs]
+                moved[n][at] += step
+                sides.append(loss(*moved))
+            expected = (sides[0] - sides[1]) / 2e-5
+            np.testing.assert_allclose(gradient[at], expected, atol=1e-7)
 
 
 def test_a_row_with_no_key_gives_zeros_and_minus_infinity():
