@@ -18,7 +18,7 @@ from . import (
 )
 from .plan_tensors import plan_tensors
 from .score_rule import NO_RULE, as_floats, score_rule
-from .signature import ATTRIBUTES, TensorLike
+from .signature import ATTRIBUTES, LENGTH_ATTRIBUTES, TensorLike
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 _DTYPES = frozenset(DTYPES)
@@ -89,11 +89,13 @@ def block_sparse_attention(
 
     Args:
       q: float32, float16 or bfloat16 [batch, q_len, heads * head_dim], tensor or
-        array. Only the batch may be unknown until the graph runs. head_dim is a
-        multiple of 8, at most 256.
+        array. head_dim is a multiple of 8, at most 256. The batch may be unknown until
+        the graph runs, and so may the lengths where the plan's row_stride is 1.
       k: The same dtype [batch, kv_len, kv_heads * head_dim].
       v: The same dtype [batch, kv_len, kv_heads * head_dim_v].
-      block_mask: `BlockMask` for q_len and kv_len, with one head or `heads`.
+      block_mask: `BlockMask` with one head or `heads`, for q_len and kv_len or, where
+        its row_stride is 1, for longer ones: what it says of rows that the tensors do
+        not have is without effect. (A GPU needs the lengths of the tensors as yet.)
       heads: Number of query heads.
       kv_heads: Number of key heads, which divides `heads`: head h reads kv head
         floor(h / (heads / kv_heads)). None: `heads`.
@@ -174,6 +176,9 @@ def block_sparse_attention(
         attributes = dict(zip(ATTRIBUTES, (heads, kv_heads, softmax_scale, *sizes)))
         if rule is not NO_RULE:
             attributes.update(rule.attributes())
+        lengths = block_mask.q_len, block_mask.kv_len
+        if lengths != (q.shape[1], k.shape[1]):
+            attributes.update(zip(LENGTH_ATTRIBUTES, lengths))
         o, lse = ops.block_sparse_attention(
             *(q, k, v, kv_lengths, *plan.inputs, list(rule.inputs.values())),
             **attributes,
@@ -193,10 +198,22 @@ def _scaled(q, scale, heads):
         raise ValueError(
             f"softmax_scale must have shape [] or [heads={heads}], got {scale.shape}"
         )
-    _, time, width = q.shape.as_list()
-    by_head = tf.reshape(tf.cast(q, tf.float32), [-1, time, heads, width // heads])
-    by_head *= scale[:, None] if scale.shape.rank else scale
-    return tf.cast(tf.reshape(by_head, [-1, time, width]), q.dtype)
+    by_head = _by_head(q, heads) * (scale[:, None] if scale.shape.rank else scale)
+    return tf.cast(_merged(by_head, q), q.dtype)
+
+
+def _by_head(x, heads):
+    """[batch, time, heads * dim] -> float32 [batch, time, heads, dim]"""
+    shape = tf.shape(x)
+    dim = x.shape.as_list()[2] // heads
+    return tf.reshape(tf.cast(x, tf.float32), [shape[0], shape[1], heads, dim])
+
+
+def _merged(by_head, x):
+    """[batch, time, heads, dim] in the shape of x, as far as that is known."""
+    merged = tf.reshape(by_head, tf.shape(x))
+    merged.set_shape(x.shape)
+    return merged
 
 
 def _with_sinks(o, lse, sinks, heads):
@@ -208,10 +225,8 @@ def _with_sinks(o, lse, sinks, heads):
     has_keys = tf.not_equal(lse, -np.inf)
     finite = tf.compat.v1.where_v2(has_keys, lse, 0.0)
     above = finite - sinks
-    _, time, width = o.shape.as_list()
-    by_head = tf.reshape(tf.cast(o, tf.float32), [-1, time, heads, width // heads])
-    by_head *= tf.transpose(tf.sigmoid(above), [0, 2, 1])[..., None]
-    o = tf.cast(tf.reshape(by_head, [-1, time, width]), o.dtype)
+    by_head = _by_head(o, heads) * tf.transpose(tf.sigmoid(above), [0, 2, 1])[..., None]
+    o = tf.cast(_merged(by_head, o), o.dtype)
     lse = tf.compat.v1.where_v2(has_keys, finite + tf.nn.softplus(-above), sinks)
     return o, lse
 
@@ -249,12 +264,7 @@ def _check_tensors(q, k, v, block_mask, heads, kv_heads):
                 f"{name} must have q's dtype {dtype.name}, got {tensor.dtype.name}"
             )
         batch, time, width = _static_shape(name, tensor)
-        length = getattr(block_mask, length_name)
-        if time != length:
-            raise ValueError(
-                f"{name} must have time = block_mask.{length_name} = {length}, "
-                f"got shape {tensor.shape}"
-            )
+        _check_time(name, tensor, time, block_mask, length_name)
         dim, rest = (0, 0) if width is None else divmod(width, tensor_heads)
         if rest or dim % 8 or not 0 < dim <= MAX_HEAD_DIM:
             raise ValueError(
@@ -266,30 +276,52 @@ def _check_tensors(q, k, v, block_mask, heads, kv_heads):
         dims.append(dim)
     if len(set(batches)) > 1:
         raise ValueError(f"q, k and v must have the same batch, got {batches}")
+    if not k.shape[1:2].is_compatible_with(v.shape[1:2]):
+        raise ValueError(f"v must have k's time {k.shape[1]}, got shape {v.shape}")
     if dims[0] != dims[1]:
         raise ValueError(f"k must have q's head dim {dims[0]}, got {dims[1]}")
     return dims[0], dims[2]
 
 
+def _check_time(name, tensor, time, block_mask, length_name):
+    """Raises where a tensor is longer than its plan, or shorter and rows have a stride."""
+    length = getattr(block_mask, length_name)
+    if block_mask.row_stride > 1:
+        if time is None:
+            _refuse_unknown_time(name, tensor)
+        if time != length:
+            raise ValueError(
+                f"{name} must have time = block_mask.{length_name} = {length}, as the plan's "
+                f"row_stride is {block_mask.row_stride}, got shape {tensor.shape}"
+            )
+    elif time is not None and time > length:
+        raise ValueError(
+            f"{name} must have time <= block_mask.{length_name} = {length}, "
+            f"got shape {tensor.shape}"
+        )
+
+
 def static_time(name, tensor):
     """The time of a tensor [batch, time, width]; ValueError where it is not known."""
-    return _static_shape(name, tensor)[1]
+    time = _static_shape(name, tensor)[1]
+    return _refuse_unknown_time(name, tensor) if time is None else time
+
+
+def _refuse_unknown_time(name, tensor):
+    raise ValueError(
+        f"{name} must have a time dimension that is known when the graph is built, "
+        f"as this pattern's plan is made for one length, got shape {tensor.shape}; tell "
+        f"it by {name}.set_shape([None, time, None])"
+    )
 
 
 def _static_shape(name, tensor):
-    shape = tensor.shape
-    if shape.rank != 3:
+    if tensor.shape.rank != 3:
         raise ValueError(
-            f"{name} must have rank 3, [batch, time, heads * dim], got shape {shape}"
+            f"{name} must have rank 3, [batch, time, heads * dim], "
+            f"got shape {tensor.shape}"
         )
-    sizes = shape.as_list()
-    if sizes[1] is None:
-        raise ValueError(
-            f"{name} must have a time dimension that is known when the graph is built, "
-            f"as a plan is made for one length, got shape {shape}; tell it by "
-            f"{name}.set_shape([None, time, None])"
-        )
-    return sizes
+    return tensor.shape.as_list()
 
 
 def _as_lengths(kv_lengths, q):

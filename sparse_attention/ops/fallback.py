@@ -62,6 +62,12 @@ def attention(
         if key not in made:
             made[key] = _pairs(block_mask, heads, kv_heads)
         pairs = made[key]
+        q_len, kv_len = tf.shape(q)[1], tf.shape(k)[1]
+        lengths = block_mask.q_len, block_mask.kv_len
+        if (q.shape[1], k.shape[1]) != lengths:
+            q, k, v, rule = _as_long_as_the_plan(q, k, v, rule, lengths)
+            if kv_lengths is None:
+                kv_lengths = kv_len[None]
         end = _end(kv_lengths, block_mask.kv_len)
         rows = np.arange(block_mask.kv_len)[:, None, None]
         exists = pairs.is_attended & (rows < end[:, None, None, None])
@@ -73,13 +79,37 @@ def attention(
         o, row_max, row_sum = _attend(q_tiles, k_blocks, v_blocks, pairs, end, placed)
         o = _rows(o, heads, pairs)
         o = tf.reshape(o, [tf.shape(q)[0], block_mask.q_len, heads * o.shape[3]])
-        o = tf.cast(o, q.dtype)
+        o = tf.cast(o, q.dtype)[:, :q_len]
         if not return_lse:
             return o, None
         lse = row_max + tf.math.log(_select(row_sum > 0, row_sum, 1.0))
         lse = _select(row_sum > 0, lse, -np.inf)
         lse = _rows(lse[..., None], heads, pairs)[..., 0]
-        return o, tf.transpose(lse, [0, 2, 1])
+        return o, tf.transpose(lse, [0, 2, 1])[:, :, :q_len]
+
+
+def _as_long_as_the_plan(q, k, v, rule, lengths):
+    """The same with rows of zeros, which belong to no segment, up to the plan's lengths."""
+
+    def pad(x, axis, length, value=0):
+        shape = x.shape.as_list()
+        missing = [
+            (length - tf.shape(x)[axis]) * (i == axis) for i in range(len(shape))
+        ]
+        x = tf.pad(x, [[0, count] for count in missing], constant_values=value)
+        x.set_shape([length if i == axis else n for i, n in enumerate(shape)])
+        return x
+
+    inputs = dict(rule.inputs)
+    for name, length in zip(("q_segments", "kv_segments"), lengths):
+        if name in inputs:
+            inputs[name] = pad(inputs[name], 1, length, -1)
+    for axis, length in zip((2, 3), lengths):
+        if "mask" in inputs and inputs["mask"].shape.as_list()[axis] != 1:
+            inputs["mask"] = pad(inputs["mask"], axis, length, False)
+    q_len, kv_len = lengths
+    q, k, v = pad(q, 1, q_len), pad(k, 1, kv_len), pad(v, 1, kv_len)
+    return q, k, v, rule._replace(inputs=inputs)
 
 
 def _attend(q_tiles, k_blocks, v_blocks, pairs, end, rule):

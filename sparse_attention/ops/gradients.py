@@ -3,7 +3,12 @@
 import tensorflow as tf
 
 from ..native import loader
-from .signature import ATTRIBUTES, RULE_ATTRIBUTES, SHARED_INPUTS
+from .signature import (
+    ATTRIBUTES,
+    LENGTH_ATTRIBUTES,
+    RULE_ATTRIBUTES,
+    SHARED_INPUTS,
+)
 
 
 @tf.RegisterGradient("BlockSparseAttention")
@@ -14,7 +19,7 @@ def _attention_gradient(op, do, dlse):
     o, lse = op.outputs
     do = tf.zeros_like(o) if do is None else do
     dlse = tf.zeros_like(lse) if dlse is None else dlse
-    names = (*ATTRIBUTES, *RULE_ATTRIBUTES)
+    names = (*ATTRIBUTES, *RULE_ATTRIBUTES, *LENGTH_ATTRIBUTES)
     attributes = {name: op.get_attr(name) for name in names}
     *grads, drelative_bias = loader.attention_ops().block_sparse_attention_grad(
         *(q, k, v, o, lse, do, dlse), *shared, rule_inputs=rule_inputs, **attributes

@@ -44,3 +44,5 @@ ATTRIBUTES = (
     "tile_kv",
 )
 RULE_ATTRIBUTES = ("logit_softcap", "dropout_rate", "q_offset", "rule")
+# What the plan is made for, where it is longer than its tensors; otherwise 0.
+LENGTH_ATTRIBUTES = ("plan_q_len", "plan_kv_len")

@@ -94,6 +94,17 @@ inline SpattnStatus CheckIntArrays(std::initializer_list<const int32_t*> arrays)
   return Ok();
 }
 
+// A plan has as many tiles, or blocks, as the rows need; or more, where positions are rows.
+inline SpattnStatus CheckCount(const SpattnProblem& problem, const Named& count, int64_t least,
+                               const Named& len) {
+  const bool may_be_longer = problem.row_stride == 1 && count.value < kMaxLen;
+  SPATTN_RETURN_IF(count.value < least || (count.value > least && !may_be_longer),
+                   "%s must be %s%lld for %s=%lld, got %lld", count.name,
+                   may_be_longer ? "at least " : "", (LongLong)least, len.name, (LongLong)len.value,
+                   (LongLong)count.value);
+  return Ok();
+}
+
 // The values in the plan's arrays are another matter: CheckPlan in cpu/attention.cc for host memory, each
 // kernel for itself in device memory.
 inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPlan& plan) {
@@ -105,10 +116,10 @@ inline SpattnStatus CheckPlanSizes(const SpattnProblem& problem, const SpattnPla
   }
   const int64_t q_tiles = CountTiles(problem.q_len, problem.row_stride, plan.tile_q);
   const int64_t kv_blocks = CountTiles(problem.kv_len, problem.row_stride, plan.block_size);
-  SPATTN_RETURN_IF(plan.q_tiles != q_tiles, "q_tiles must be %lld for q_len=%lld, got %lld",
-                   (LongLong)q_tiles, (LongLong)problem.q_len, (LongLong)plan.q_tiles);
-  SPATTN_RETURN_IF(plan.kv_blocks != kv_blocks, "kv_blocks must be %lld for kv_len=%lld, got %lld",
-                   (LongLong)kv_blocks, (LongLong)problem.kv_len, (LongLong)plan.kv_blocks);
+  SPATTN_RETURN_IF_ERROR(
+      CheckCount(problem, {"q_tiles", plan.q_tiles}, q_tiles, {"q_len", problem.q_len}));
+  SPATTN_RETURN_IF_ERROR(
+      CheckCount(problem, {"kv_blocks", plan.kv_blocks}, kv_blocks, {"kv_len", problem.kv_len}));
   SPATTN_RETURN_IF(plan.entries < 0 || plan.entries > INT32_MAX || plan.mask_blocks < 0,
                    "entries and mask_blocks must be in [0, 2^31), got %lld and %lld",
                    (LongLong)plan.entries, (LongLong)plan.mask_blocks);

@@ -88,12 +88,14 @@ typedef struct {
 typedef struct {
   int32_t heads;               // heads of the problem, or 1: shared between them
   int32_t tile_q, block_size;  // positions in a q tile and in a kv block: 8, 16, 32, 64 or 128
-  int64_t q_tiles, kv_blocks;  // ceil(positions / block)
-  int64_t entries;             // length of kv_indices and mask_ids
-  int64_t mask_blocks;         // length of mask_bits' first dimension
-  const int32_t* kv_indptr;    // [heads * q_tiles + 1] offsets into kv_indices, from 0 to entries
-  const int32_t* kv_indices;   // [entries] kv block, increasing within a q tile
-  const int32_t* mask_ids;     // [entries] -1: FULL, no mask; otherwise which block of mask_bits
+  // ceil(positions / block). A plan may be made for more positions than there are where row_stride
+  // is 1: what lies past q_len and kv_len does not exist.
+  int64_t q_tiles, kv_blocks;
+  int64_t entries;            // length of kv_indices and mask_ids
+  int64_t mask_blocks;        // length of mask_bits' first dimension
+  const int32_t* kv_indptr;   // [heads * q_tiles + 1] offsets into kv_indices, from 0 to entries
+  const int32_t* kv_indices;  // [entries] kv block, increasing within a q tile
+  const int32_t* mask_ids;    // [entries] -1: FULL, no mask; otherwise which block of mask_bits
   const uint8_t*
       mask_bits;  // [mask_blocks, block_size, tile_q / 8] bit q mod 8 of byte q / 8 is set
                   // where the query attends to the key

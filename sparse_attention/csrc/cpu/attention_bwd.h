@@ -520,7 +520,7 @@ struct BwdWorkspaceLayout {
         range.store_begin = past;
         past = Max(past, range.end);
         range.store_end =
-            s + 1 == splits.count() ? params.plan.kv_blocks * params.plan.block_size : past;
+            s + 1 == splits.count() ? splits.kv_blocks() * params.plan.block_size : past;
         const int64_t length = range.end - range.begin;
         sums_floats = Max(sums_floats, length * (ld + ld_v));
         if (splits.are_apart()) {
@@ -633,7 +633,7 @@ inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, voi
   });
   if (layout.splits.are_apart()) return;
 
-  const int64_t positions = params.plan.kv_blocks * params.plan.block_size;
+  const int64_t positions = layout.splits.kv_blocks() * params.plan.block_size;
   constexpr int64_t kPositions = 256;  // of a task
   const int64_t chunks = CeilDiv(positions, kPositions);
   ParallelFor(threads, problem.batch * problem.kv_heads * chunks, [&](int64_t task, int32_t) {

@@ -264,7 +264,7 @@ inline int FwdHeadsATask(const SpattnFwdParams& params, int32_t workers) {
   const SpattnProblem& problem = params.problem;
   constexpr int64_t kRows = 256;  // of q and o, whose tiles are 128 KB then at head_dim 64
   return HeadsATask(params.plan, params.rule, problem.heads, params.plan.tile_q, kRows,
-                    problem.batch * problem.heads * params.plan.q_tiles, workers);
+                    problem.batch * problem.heads * QTilesWithRows(problem, params.plan), workers);
 }
 
 inline int64_t FwdScratchBytes(const SpattnFwdParams& params, int heads) {
@@ -279,7 +279,7 @@ inline int64_t FwdWorkspace(const SpattnFwdParams& params, int32_t workers) {
 
 inline void Fwd(const SpattnFwdParams& params, const SpattnThreads& threads, void* workspace) {
   const SpattnProblem& problem = params.problem;
-  const int64_t q_tiles = params.plan.q_tiles;
+  const int64_t q_tiles = QTilesWithRows(problem, params.plan);
   const int count = FwdHeadsATask(params, threads.workers);
   const int64_t groups = problem.heads / count;
   const int64_t scratch_bytes = FwdScratchBytes(params, count);

@@ -73,6 +73,17 @@ inline int HeadsATask(const SpattnPlan& plan, const SpattnScoreRule& rule, int64
 
 // ---- q tiles ----
 
+// The tiles, or blocks, of a plan that hold rows: all, unless the plan is longer than its tensors.
+SPATTN_INLINE int64_t CountWithRows(const SpattnProblem& problem, int64_t len, int64_t tile) {
+  return CeilDiv(CeilDiv(len, problem.row_stride) * problem.row_stride, tile);
+}
+SPATTN_INLINE int64_t QTilesWithRows(const SpattnProblem& problem, const SpattnPlan& plan) {
+  return CountWithRows(problem, problem.q_len, plan.tile_q);
+}
+SPATTN_INLINE int64_t KvBlocksWithRows(const SpattnProblem& problem, const SpattnPlan& plan) {
+  return CountWithRows(problem, problem.kv_len, plan.block_size);
+}
+
 // The positions of one q tile: rows[i] is the row of its i-th query, -1 where there is none.
 struct QTile {
   int panels;
@@ -292,6 +303,8 @@ class KeyWalk {
     const int32_t* indptr = plan.kv_indptr + plan_head * plan.q_tiles + q_tile;
     entry_ = indptr[0];
     end_ = indptr[1];
+    const int64_t blocks = KvBlocksWithRows(problem, plan);
+    while (end_ > entry_ && plan.kv_indices[end_ - 1] >= blocks) --end_;  // they increase
     kv_end_ = problem.kv_lengths ? Min(problem.kv_lengths[b], problem.kv_len) : problem.kv_len;
   }
 

@@ -23,7 +23,8 @@ struct CallAttributes {
   bool allow_tf32;
   float logit_softcap, dropout_rate;
   int64_t q_offset;
-  int64_t rule_inputs;  // bit i: the input RuleInput i is there
+  int64_t rule_inputs;              // bit i: the input RuleInput i is there
+  int64_t plan_q_len, plan_kv_len;  // what the plan is made for; 0: as long as q, or k
 
   bool Has(RuleInput input) const { return rule_inputs >> input & 1; }
   // How many inputs of the rule come before one.
@@ -64,6 +65,11 @@ inline SpattnStatus CheckAttributes(const CallAttributes& a) {
                             Named{"row_stride", a.row_stride}}) {
     SPATTN_RETURN_IF(size.value < 1 || size.value >= kMaxLen, "%s must be in [1, 2^31), got %lld",
                      size.name, (LongLong)size.value);
+  }
+  for (const Named& len :
+       {Named{"plan_q_len", a.plan_q_len}, Named{"plan_kv_len", a.plan_kv_len}}) {
+    SPATTN_RETURN_IF(len.value < 0 || len.value >= kMaxLen, "%s must be in [0, 2^31), got %lld",
+                     len.name, (LongLong)len.value);
   }
   SPATTN_RETURN_IF(a.heads % a.kv_heads != 0,
                    "kv_heads must divide heads, got kv_heads=%lld and heads=%lld",
@@ -126,8 +132,15 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
   const Array &kv_indptr = by_q[kKvIndptr], &mask_bits = by_q[kMaskBits];
   plan->tile_q = static_cast<int32_t>(a.tile_q);
   plan->block_size = static_cast<int32_t>(a.block_size);
-  plan->q_tiles = CountTiles(problem->q_len, a.row_stride, a.tile_q);
-  plan->kv_blocks = CountTiles(kv_len, a.row_stride, a.block_size);
+  const int64_t plan_q_len = a.plan_q_len ? a.plan_q_len : problem->q_len;
+  const int64_t plan_kv_len = a.plan_kv_len ? a.plan_kv_len : kv_len;
+  SPATTN_RETURN_IF(
+      problem->q_len > plan_q_len || kv_len > plan_kv_len,
+      "q_len and kv_len must be at most %lld and %lld, for which the plan is made, got "
+      "%lld and %lld",
+      (LongLong)plan_q_len, (LongLong)plan_kv_len, (LongLong)problem->q_len, (LongLong)kv_len);
+  plan->q_tiles = CountTiles(plan_q_len, a.row_stride, a.tile_q);
+  plan->kv_blocks = CountTiles(plan_kv_len, a.row_stride, a.block_size);
   plan->heads = kv_indptr.dim(0) - 1 == plan->q_tiles ? 1 : problem->heads;
   plan->entries = by_q[kKvIndices].dim(0);
   plan->mask_blocks = mask_bits.dim(0);
@@ -136,8 +149,8 @@ inline SpattnStatus ReadProblem(const CallAttributes& a, const Array* qkv, const
       kv_indptr.rank != 2 || kv_indptr.dim(0) != lists + 1 || kv_indptr.dim(1) != 4,
       "kv_indptr must have shape [%lld + 1, 4] or [heads * %lld + 1, 4] for q_len=%lld and "
       "block_q=%lld, got %s; was the plan made for this length?",
-      (LongLong)plan->q_tiles, (LongLong)plan->q_tiles, (LongLong)problem->q_len,
-      (LongLong)a.tile_q, ShapeOf(kv_indptr).c_str());
+      (LongLong)plan->q_tiles, (LongLong)plan->q_tiles, (LongLong)plan_q_len, (LongLong)a.tile_q,
+      ShapeOf(kv_indptr).c_str());
   SPATTN_RETURN_IF_ERROR(CheckArray("kv_indices", by_q[kKvIndices], {plan->entries, 4}));
   SPATTN_RETURN_IF_ERROR(CheckArray("mask_ids", by_q[kMaskIds], {plan->entries, 4}));
   SPATTN_RETURN_IF_ERROR(

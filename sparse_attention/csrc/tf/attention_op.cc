@@ -42,6 +42,8 @@ using tensorflow::shape_inference::ShapeHandle;
       .Attr("logit_softcap: float = 0") \
       .Attr("dropout_rate: float = 0")  \
       .Attr("q_offset: int = 0")        \
+      .Attr("plan_q_len: int = 0")      \
+      .Attr("plan_kv_len: int = 0")     \
       .Attr("rule: list(string) = []")  \
       .Attr("rule_types: list({float, int32, int64, bool}) >= 0 = []")
 #define SPATTN_QKV_INPUTS Input("q: T").Input("k: T").Input("v: T")
@@ -178,10 +180,15 @@ class AttentionOp : public OpKernel {
     struct {
       const char* name;
       int64_t* value;
-    } const sizes[] = {{"heads", &attributes_.heads},           {"kv_heads", &attributes_.kv_heads},
-                       {"row_stride", &attributes_.row_stride}, {"block_q", &attributes_.tile_q},
-                       {"block_kv", &attributes_.block_size},   {"tile_kv", &attributes_.tile_kv},
-                       {"q_offset", &attributes_.q_offset}};
+    } const sizes[] = {{"heads", &attributes_.heads},
+                       {"kv_heads", &attributes_.kv_heads},
+                       {"row_stride", &attributes_.row_stride},
+                       {"block_q", &attributes_.tile_q},
+                       {"block_kv", &attributes_.block_size},
+                       {"tile_kv", &attributes_.tile_kv},
+                       {"q_offset", &attributes_.q_offset},
+                       {"plan_q_len", &attributes_.plan_q_len},
+                       {"plan_kv_len", &attributes_.plan_kv_len}};
     for (const auto& size : sizes) {
       int64 value;
       OP_REQUIRES_OK(ctx, ctx->GetAttr(size.name, &value));

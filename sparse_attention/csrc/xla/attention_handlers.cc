@@ -215,7 +215,8 @@ SpattnStatus RunBwd(const Platform& platform, const ffi::RemainingArgs& args,
 CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, int64_t tile_q,
                           int64_t block_size, int64_t tile_kv, int64_t scale_bits, int64_t dtype,
                           int64_t allow_tf32, int64_t softcap_bits, int64_t dropout_bits,
-                          int64_t q_offset, int64_t rule_inputs) {
+                          int64_t q_offset, int64_t rule_inputs, int64_t plan_q_len,
+                          int64_t plan_kv_len) {
   const auto as_float = [](int64_t value) {
     const auto bits = static_cast<uint32_t>(value);
     float number;
@@ -233,6 +234,8 @@ CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, i
   a.logit_softcap = as_float(softcap_bits);
   a.dropout_rate = as_float(dropout_bits);
   a.q_offset = q_offset;
+  a.plan_q_len = plan_q_len;
+  a.plan_kv_len = plan_kv_len;
   a.rule_inputs = rule_inputs & ((1 << kRuleInputs) - 1);
   a.dtype = static_cast<int32_t>(dtype);
   a.allow_tf32 = allow_tf32 != 0;
@@ -256,7 +259,9 @@ CallAttributes Attributes(int64_t heads, int64_t kv_heads, int64_t row_stride, i
       .Attr<int64_t>("softcap_bits") \
       .Attr<int64_t>("dropout_bits") \
       .Attr<int64_t>("q_offset")     \
-      .Attr<int64_t>("rule_inputs")
+      .Attr<int64_t>("rule_inputs")  \
+      .Attr<int64_t>("plan_q_len")   \
+      .Attr<int64_t>("plan_kv_len")
 
 template <class... Values>
 ffi::Error FwdOnHost(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -283,13 +288,13 @@ ffi::Error BwdOnCuda(void* stream, ffi::RemainingArgs args, ffi::RemainingRets r
 }
 
 #define SPATTN_FOUR_INT64 int64_t, int64_t, int64_t, int64_t
-#define SPATTN_HANDLER(Name, CONTEXT)                                                   \
-  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                              \
-    static const auto* handler =                                                        \
-        SPATTN_BIND(CONTEXT)                                                            \
-            .To(Name<SPATTN_FOUR_INT64, SPATTN_FOUR_INT64, SPATTN_FOUR_INT64, int64_t>) \
-            .release();                                                                 \
-    return handler->Call(frame);                                                        \
+#define SPATTN_HANDLER(Name, CONTEXT)                                                        \
+  XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                                   \
+    static const auto* handler = SPATTN_BIND(CONTEXT)                                        \
+                                     .To(Name<SPATTN_FOUR_INT64, SPATTN_FOUR_INT64,          \
+                                              SPATTN_FOUR_INT64, int64_t, int64_t, int64_t>) \
+                                     .release();                                             \
+    return handler->Call(frame);                                                             \
   }
 SPATTN_HANDLER(FwdOnHost, ffi::ThreadPool)
 SPATTN_HANDLER(BwdOnHost, ffi::ThreadPool)

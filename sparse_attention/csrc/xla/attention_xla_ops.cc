@@ -45,6 +45,8 @@ class AttentionXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("logit_softcap", &attributes_.logit_softcap));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("dropout_rate", &attributes_.dropout_rate));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("q_offset", &attributes_.q_offset));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("plan_q_len", &attributes_.plan_q_len));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("plan_kv_len", &attributes_.plan_kv_len));
     std::vector<std::string> rule;  // its types have been checked by the op's kernel or shapes
     OP_REQUIRES_OK(ctx, ctx->GetAttr("rule", &rule));
     OP_REQUIRES_OK(ctx, ToStatus(ReadRuleNames(rule, &attributes_.rule_inputs)));
@@ -153,7 +155,8 @@ class AttentionXlaOp : public XlaOpKernel {
           Named{"scale_bits", bits(a.softmax_scale)}, Named{"dtype", a.dtype},
           Named{"allow_tf32", a.allow_tf32}, Named{"softcap_bits", bits(a.logit_softcap)},
           Named{"dropout_bits", bits(a.dropout_rate)}, Named{"q_offset", a.q_offset},
-          Named{"rule_inputs", a.rule_inputs}}) {
+          Named{"rule_inputs", a.rule_inputs}, Named{"plan_q_len", a.plan_q_len},
+          Named{"plan_kv_len", a.plan_kv_len}}) {
       text += (text.empty() ? "{" : ", ") + std::string(name) + " = " + std::to_string(value) +
               " : i64";
     }

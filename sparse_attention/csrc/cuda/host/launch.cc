@@ -84,6 +84,13 @@ SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_b
 
 SpattnStatus ReadPlan(SpattnTilePlan* to, const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF_ERROR(CheckPlanSizes(problem, plan));
+  if (plan.q_tiles != CountTiles(problem.q_len, problem.row_stride, plan.tile_q) ||
+      plan.kv_blocks != CountTiles(problem.kv_len, problem.row_stride, plan.block_size)) {
+    return Failed(SPATTN_UNSUPPORTED,
+                  "a GPU needs a plan for q_len=%lld and kv_len=%lld, and takes no longer one yet; "
+                  "pad q, k and v to the plan's lengths and give kv_lengths",
+                  (LongLong)problem.q_len, (LongLong)problem.kv_len);
+  }
   SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, 1, plan.entries, plan.mask_blocks,
                                      plan.block_size, plan.mask_bits));
   to->heads = plan.heads;
