@@ -1,6 +1,6 @@
 # Every target first makes the virtual environment it needs, once: .venv with TensorFlow 2,
-# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint; .venv-versions/ has
-# one for each other TensorFlow.
+# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint, .venv-docs;
+# .venv-versions/ has one for each other TensorFlow.
 #
 #   make example                       the example on this machine's CPU or GPU
 #   make test ARGS="-k wheel"          ARGS goes to pytest
@@ -14,7 +14,11 @@ CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
 .PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized fuzz-sanitized \
-  lint format
+  lint format docs
+
+# The pages, in build/docs. A warning is an error, also of a link that leads nowhere.
+docs: .venv-docs/ready
+	.venv-docs/bin/sphinx-build -q -W --keep-going -E -c docs . build/docs
 
 example: .venv/ready
 	.venv/bin/python examples/attention.py
@@ -64,7 +68,7 @@ format: .venv-lint/ready
 
 .venv/ready: PYTHONS = 3.13 3.12 3.11 3.10
 .venv-tf1/ready: PYTHONS = 3.7
-.venv-numpy/ready .venv-lint/ready: PYTHONS = 3.14 3.13 3.12 3.11
+.venv-numpy/ready .venv-lint/ready .venv-docs/ready: PYTHONS = 3.14 3.13 3.12 3.11
 
 .venv-versions/%/ready: requirements/versions.txt
 	rm -rf $(@D)
@@ -77,7 +81,8 @@ format: .venv-lint/ready
 .venv-tf1/ready: requirements/tf1.txt
 .venv-numpy/ready: requirements/numpy.txt
 .venv-lint/ready: requirements/lint.txt
-.venv/ready .venv-tf1/ready .venv-numpy/ready .venv-lint/ready:
+.venv-docs/ready: requirements/docs.txt
+.venv/ready .venv-tf1/ready .venv-numpy/ready .venv-lint/ready .venv-docs/ready:
 	rm -rf $(@D)
 	python=$$(tools/find_python.sh $(PYTHONS)) && "$$python" -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<

@@ -93,7 +93,14 @@ def test_commands_exist(page):
 
 
 def files():
-    for room in ("sparse_attention", "tests", "benchmarks", "examples", "tools"):
+    for room in (
+        "sparse_attention",
+        "tests",
+        "benchmarks",
+        "docs",
+        "examples",
+        "tools",
+    ):
         for folder, _, names in os.walk(os.path.join(ROOT, room)):
             for name in names:
                 yield "/" + os.path.relpath(os.path.join(folder, name), ROOT)
@@ -104,6 +111,18 @@ def test_files_that_are_named_exist(page):
     known = list(files())
     for path in re.findall(r"`([\w/]+\.(?:py|cc|h|cu|cuh))`", text_of(page)):
         assert any(name.endswith("/" + path) for name in known), path
+
+
+def test_every_exported_name_is_in_the_reference_once():
+    import sparse_attention as sa
+
+    named = []
+    for page in os.listdir(ROOT + "/docs/api"):
+        for names in re.findall(
+            r"^\.\. exported::((?:\n? +[\w.]+)+)", text_of(f"docs/api/{page}"), re.M
+        ):
+            named += (name for name in names.split() if "." not in name)
+    assert sorted(named) == sorted(sa.__all__)
 
 
 def test_the_names_that_the_docs_use_are_exported():

@@ -24,7 +24,8 @@ class Adam(keras.optimizers.Adam):
     is not float32, or by a gradient of some rows (`tf.IndexedSlices`).
 
     Args:
-      *args, **kwargs: As for `keras.optimizers.Adam`.
+      *args: As for `keras.optimizers.Adam`.
+      **kwargs: The same.
 
     Raises:
       ImportError: If Keras is older than 3.

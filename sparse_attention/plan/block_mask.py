@@ -72,10 +72,11 @@ class BlockMask:
         ceil(len / row_stride), position p is row (p mod n) * row_stride + floor(p / n)
         and does not exist where that is no row. 1: position = row.
 
-    Attributes (arrays are read-only):
+    Attributes:
       layout, mask, block_size, q_len, kv_len, row_stride: As given.
       heads, q_blocks, kv_blocks: The layout's shape.
-      block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL.
+      block_kinds: int8 [heads, q_blocks, kv_blocks]: EMPTY, PARTIAL or FULL. Arrays are
+        read-only.
 
     Raises:
       TypeError: If `mask` is none of these, or the layout or what the mask returns is
