@@ -13,7 +13,9 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 PAGES += sorted("docs/" + n for n in os.listdir(ROOT + "/docs") if n.endswith(".md"))
 # What these pages show needs Keras 3, which Python 3.7 and its TensorFlow are too old for.
 KERAS_3_PAGES = ["README.md"]
-KERAS_3_PAGES += [f"docs/{n}.md" for n in ("training", "generation", "score-rules")]
+KERAS_3_PAGES += [
+    f"docs/{n}.md" for n in ("training", "generation", "score-rules", "moving")
+]
 
 
 def text_of(page):
