@@ -400,24 +400,26 @@ def test_build_names_what_it_does_not_know(capsys):
 
 
 def doctors_lines(core):
-    return [list(line) for line in doctor._gpus()]
+    return [list(fact) for fact in doctor._gpus()]
 
 
 def test_doctor_tells_what_there_is(machine):
     machine.run(forward)
     lines = machine.run(doctors_lines)
     assert lines == [
-        ["NVIDIA driver", "CUDA 12.4"],
-        ["GPU", "Fake GPU, sm_90a"],
-        ["NVRTC", "12.9 for sm_90a, libnvrtc.so.12"],
-        ["GPU kernels", "1 in the cache"],
+        ["NVIDIA driver", "CUDA 12.4", None],
+        ["GPU", "Fake GPU, sm_90a", None],
+        ["NVRTC", "12.9 for sm_90a, libnvrtc.so.12", None],
+        ["GPU kernels", "1 in the cache", None],
     ]
     lines = machine.run(doctors_lines, libraries=["driver"])
-    assert lines[2][1] == (
-        "no NVRTC is installed (`pip install nvidia-cuda-nvrtc-cu12` brings 12.9)"
-    )
+    assert lines[2][1:] == [
+        "none for sm_90a",
+        "no NVRTC is installed (`pip install nvidia-cuda-nvrtc-cu12` brings 12.9)",
+    ]
     assert machine.run(doctors_lines, libraries=[]) == [
-        *(["NVIDIA driver", "none"], ["GPU kernels", "1 in the cache"])
+        ["NVIDIA driver", "none", None],
+        ["GPU kernels", "1 in the cache", None],
     ]
 
 
