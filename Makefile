@@ -14,11 +14,26 @@ CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
 .PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized fuzz-sanitized \
-  lint format docs
+  lint format docs release
 
 # The pages, in build/docs. A warning is an error, also of a link that leads nowhere.
 docs: .venv-docs/ready
 	.venv-docs/bin/sphinx-build -q -W --keep-going -E -c docs . build/docs
+
+# What is released, in dist/: the sources, and a wheel with the compiled ops for TensorFlow 1.15
+# and each that has an environment in .venv-versions. Each wheel is installed and tested where
+# there is no compiler, the sources by each test, too.   make release RELEASE="2.20 2.21"
+RELEASE = 1.15 $(filter-out tf_keras,$(patsubst .venv-versions/%/ready,%,$(wildcard .venv-versions/*/ready)))
+
+release: .venv/ready .venv-tf1/ready
+	rm -rf dist
+	.venv/bin/python setup.py -q sdist
+	set -e; for version in $(RELEASE); do \
+	  case $$version in 1.15) python=.venv-tf1/bin/python ;; *) python=.venv-versions/$$version/bin/python ;; esac; \
+	  $$python setup.py -q egg_info --tag-build +tf$$version bdist_wheel; \
+	  SPARSE_ATTENTION_WHEEL=$$(ls dist/*+tf$$version-*.whl) $$python $(PYTEST) -q tests/test_wheel.py; \
+	done
+	ls -sh dist
 
 example: .venv/ready
 	.venv/bin/python examples/attention.py

@@ -5,12 +5,14 @@ TensorFlow that it finds here; such a wheel needs no compiler. Without TensorFlo
 compiler the wheel holds the sources alone, and the first op call compiles them.
 """
 
+import ast
 import os
 import re
 import shutil
 import sys
 import sysconfig
 
+import setuptools
 from setuptools import find_packages, setup
 
 try:
@@ -56,21 +58,37 @@ def ship_ops(folder):
     return True
 
 
-with open(
-    os.path.join(HERE, "sparse_attention", "__init__.py"), encoding="utf-8"
-) as file:
-    version = re.search(r'^__version__ = "(.*)"$', file.read(), re.MULTILINE).group(1)
+def metadata():
+    """What setuptools before 61 does not read from pyproject.toml by itself."""
+    if int(setuptools.__version__.split(".")[0]) >= 61:
+        return {}
+    with open(os.path.join(HERE, "pyproject.toml"), encoding="utf-8") as file:
+        tables = dict(x.split("]\n", 1) for x in file.read().split("\n[")[1:])
+
+    def value(key, table="project"):
+        line = re.search(f"^{key} = (.*)$", tables[table], re.M).group(1)
+        return ast.literal_eval(line)  # such a line of TOML is one of Python
+
+    with open(os.path.join(HERE, value("readme")), encoding="utf-8") as file:
+        readme = file.read()
+    init = os.path.join(HERE, "sparse_attention", "__init__.py")
+    with open(init, encoding="utf-8") as file:
+        version = re.search(r'^__version__ = "(.*)"$', file.read(), re.M).group(1)
+    return {
+        "name": value("name"),
+        "version": version,
+        "description": value("description"),
+        "long_description": readme,
+        "long_description_content_type": "text/markdown",
+        "python_requires": value("requires-python"),
+        "install_requires": value("dependencies"),
+        "extras_require": {"tf": value("tf", "project.optional-dependencies")},
+    }
+
 
 setup(
-    name="sparse_attention",
-    version=version,
-    description="Block-sparse fused attention for TensorFlow, on CPUs and GPUs",
-    author="sparse_attention authors",
-    license="MIT",
     packages=find_packages(include=["sparse_attention*"]),
     package_data={"sparse_attention": ["py.typed", "csrc/*/*.*", "csrc/cuda/*/*.*"]},
-    python_requires=">=3.7",
-    install_requires=["numpy"],
-    extras_require={"tf": ["tensorflow>=1.15"]},
     cmdclass={"bdist_wheel": BdistWheelWithOps},
+    **metadata(),
 )

@@ -95,6 +95,7 @@ def test_commands_exist(page):
 
 
 def files():
+    yield from ("/" + name for name in os.listdir(ROOT))
     for room in (
         "sparse_attention",
         "tests",

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 
 import pytest
 from tf_helpers import run_script
@@ -145,6 +147,18 @@ def test_unknown_names_are_refused():
 def test_import_brings_no_tensorflow():
     first, *missing = run_script(WITHOUT_TENSORFLOW).splitlines()
     assert first == "sparse_attention.plan.reference 1" and not missing
+
+
+def test_imports_say_nothing():
+    """What TensorFlow says is its own."""
+    code = "import sparse_attention as sa; [getattr(sa, name) for name in sa.__all__]"
+    ran = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not ran.stdout and "sparse_attention" not in ran.stderr
 
 
 def test_plans_work_without_tensorflow_and_the_rest_says_what_to_install():

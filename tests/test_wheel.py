@@ -1,13 +1,22 @@
-"""A wheel, installed in a new environment far from the checkout."""
+"""A wheel and a source distribution, installed far from the checkout, without a compiler.
+
+SPARSE_ATTENTION_WHEEL names a wheel to test; otherwise one is built.
+"""
 
 import os
+import pathlib
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import numpy as np
 import pytest
+import setuptools
+import tensorflow as tf
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = (".py", ".cc", ".h", ".cu", ".cuh", ".typed")
@@ -31,9 +40,10 @@ print("op", np.ptp(np.array(o)) < 1e-6, np.mean(o))
 
 
 class Environment:
-    """A virtual environment with the wheel in it, and TensorFlow of the tests'."""
+    """A virtual environment with what was built in it, and TensorFlow of the tests'."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, command, given=None):
+        """Builds by a command of setup.py, unless a file is given, and installs that."""
         self.folder, self.source = folder, folder / "source"
         ignored = shutil.ignore_patterns(
             ".*", "build", "dist", "*.egg-info", "__pycache__"
@@ -43,11 +53,14 @@ class Environment:
         left = self.source / "build" / "lib" / "sparse_attention" / "csrc" / "left.h"
         left.parent.mkdir(parents=True)
         left.write_text("")
-        self.run(
-            *(sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(folder)),
-            cwd=self.source,
-        )
-        (self.wheel,) = folder.glob("*.whl")
+        self.built = given and pathlib.Path(given).resolve()
+        if not given:
+            dist = folder / "dist"
+            self.run(
+                *(sys.executable, "setup.py", command, "--dist-dir", str(dist)),
+                cwd=self.source,
+            )
+            (self.built,) = dist.iterdir()
         self.run(sys.executable, "-m", "venv", str(folder / "venv"))
         self.python = str(folder / "venv" / "bin" / "python")
         # TensorFlow and NumPy from where the tests run: this environment borrows them.
@@ -56,9 +69,9 @@ class Environment:
         there = os.path.dirname(os.path.dirname(np.__file__))
         with open(os.path.join(self.packages, "borrowed.pth"), "w") as path_file:
             path_file.write(there)
-        self.run(
-            *(self.python, "-m", "pip", "install", "--no-deps", "--no-index"),
-            str(self.wheel),
+        self.run_without_compiler(
+            *("-m", "pip", "install", "--no-deps", "--no-index"),
+            *("--no-build-isolation", str(self.built)),
         )
 
     def run(self, *command, cwd=None, **changes):
@@ -79,32 +92,87 @@ class Environment:
         cache = str(self.folder / "cache")
         return self.run(
             *(self.python, *arguments),
-            **{"PATH": "", "CXX": "", "SPARSE_ATTENTION_CACHE_DIR": cache},
+            **{"PATH": "", "CXX": "/nothing", "SPARSE_ATTENTION_CACHE_DIR": cache},
         )
+
+    def sources(self):
+        """{str}: the package's files, as they lie in the checkout."""
+        found = set()
+        for folder, _, names in os.walk(str(self.source / "sparse_attention")):
+            place = os.path.relpath(folder, str(self.source))
+            found.update(
+                os.path.join(place, name) for name in names if name.endswith(SOURCES)
+            )
+        return found
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    return Environment(tmp_path_factory.mktemp("wheel"))
+    given = os.environ.get("SPARSE_ATTENTION_WHEEL")
+    return Environment(tmp_path_factory.mktemp("wheel"), "bdist_wheel", given)
+
+
+@pytest.fixture(scope="module")
+def from_source(tmp_path_factory):
+    return Environment(tmp_path_factory.mktemp("sdist"), "sdist")
 
 
 def test_wheel_holds_every_source(installed):
-    in_tree = set()
-    for folder, _, names in os.walk(str(installed.source / "sparse_attention")):
-        place = os.path.relpath(folder, str(installed.source))
-        in_tree.update(
-            os.path.join(place, name) for name in names if name.endswith(SOURCES)
-        )
-    with zipfile.ZipFile(str(installed.wheel)) as wheel:
+    with zipfile.ZipFile(str(installed.built)) as wheel:
         in_wheel = {name for name in wheel.namelist() if name.endswith(SOURCES)}
-    assert in_wheel == in_tree
+    assert in_wheel == installed.sources()
     assert "sparse_attention/csrc/cuda/device/attention_fwd.cu" in in_wheel
-    assert "-py3-none-linux_" in installed.wheel.name
+    assert "-py3-none-linux_" in installed.built.name
+
+
+def test_source_distribution_holds_every_source(from_source):
+    with tarfile.open(str(from_source.built)) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert from_source.sources() <= names
+    assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= names
+
+
+def test_source_distribution_runs_without_a_compiler(from_source):
+    out = from_source.run_without_compiler("-m", "sparse_attention.doctor")
+    assert "in use            TensorFlow's own ops" in out and "right" in out
+    assert "op True 0.5" in from_source.run_without_compiler("-c", PROGRAM)
+
+
+def plain(text):
+    """Versions of setuptools write spaces, quotes and dashes in their own ways."""
+    return re.sub(r"[\s'\"]", "", text).replace("-", "_")
+
+
+def test_old_and_new_setuptools_are_told_the_same(installed, monkeypatch):
+    """Before 61 it does not read [project], and setup.py reads that for it."""
+    with zipfile.ZipFile(str(installed.built)) as wheel:
+        (name,) = (n for n in wheel.namelist() if n.endswith("/METADATA"))
+        metadata = plain(wheel.read(name).decode())
+    told = {}
+    monkeypatch.setattr(setuptools, "__version__", "47.1.0")
+    monkeypatch.setattr(setuptools, "setup", told.update)
+    runpy.run_path(os.path.join(ROOT, "setup.py"))
+    (numpy,), (tensorflow,) = told["install_requires"], told["extras_require"]["tf"]
+    for line in (
+        f"Name: {told['name']}",
+        f"Version: {told['version']}",
+        f"Summary: {told['description']}",
+        f"Requires-Python: {told['python_requires']}",
+        f"Requires-Dist: {numpy}",
+        f"Requires-Dist: {tensorflow}",
+        "Description-Content-Type: text/markdown",
+        "Classifier: License :: OSI Approved :: MIT License",
+    ):
+        assert plain(line) in metadata, line
+    assert told["long_description"].startswith("# sparse_attention")
 
 
 def test_doctor_finds_the_ops_that_the_wheel_brought(installed):
     out = installed.run_without_compiler("-m", "sparse_attention.doctor")
     assert "attention_ops     shipped in the package" in out
+    assert "blocksparse_ops   shipped in the package" in out
+    version = tuple(map(int, tf.__version__.split(".")[:2]))
+    assert ("attention_xla     shipped" in out) == (version >= (2, 20))
     assert "kernels of " + os.path.realpath(installed.packages) in out
     assert "compiling" not in out
 
