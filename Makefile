@@ -18,7 +18,8 @@ VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
 # The pages, in build/docs. A warning is an error, also of a link that leads nowhere.
 docs: .venv-docs/ready
-	.venv-docs/bin/sphinx-build -q -W --keep-going -E -c docs . build/docs
+	rm -rf build/docs
+	.venv-docs/bin/sphinx-build -q -W --keep-going -c docs . build/docs
 
 # What is released, in dist/: the sources, and a wheel with the compiled ops for TensorFlow 1.15
 # and each that has an environment in .venv-versions. Each wheel is installed and tested where

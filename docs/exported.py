@@ -131,7 +131,10 @@ def arguments(function, module):
     for default in (d for d in function.args.defaults if isinstance(d, ast.Name)):
         value = dict(values_of(find_in(module, default.id)[1]))[default.id]
         default.id = ast.unparse(value)
-    return "(" + re.sub(r"^(self|cls)(, |$)", "", ast.unparse(function.args)) + ")"
+    text = re.sub(r"^(self|cls)(, |$)", "", ast.unparse(function.args))
+    if any("recomputable" in ast.unparse(d) for d in function.decorator_list):
+        text += ", recompute: bool = False"  # what the decorator adds
+    return f"({text})"
 
 
 def returns(function):
@@ -159,15 +162,21 @@ def text_of(node):
             out += ["", f"**{name}:** {text}"]
         elif out and is_sentence(out) and line.startswith("  "):
             out.append(line.strip())
+        elif before and section_of(out) == "Returns:" and line.startswith("    "):
+            out.append("  " + line.strip())  # or it would be a list of definitions
         else:
             out.append(line)
         before = line.strip()
     return str(GoogleDocstring("\n".join(out), NAPOLEON)).split("\n")
 
 
+def section_of(lines):
+    """The last line that is not indented."""
+    return next((x for x in reversed(lines) if x and not x.startswith(" ")), "")
+
+
 def in_section(lines):
-    """Whether the last line that is not indented names a section."""
-    last = next((x for x in reversed(lines) if x and not x.startswith(" ")), "")
+    last = section_of(lines)
     return last.endswith(":") and last != "::"
 
 
