@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from .keras.optimizer import Adam
     from .ops.attention import block_sparse_attention
     from .ops.plan_tensors import clear_plans
+    from .ops.portable import portable_graph
     from .ops.recompute import recomputable
 
 __version__ = "0.1.0"
@@ -108,6 +109,7 @@ _TENSORFLOW_NAMES = {
     "load_ops": "compat.ops",
     "merge_heads": "compat.attention",
     "merge_states": "compat.attention",
+    "portable_graph": "ops.portable",
     "recomputable": "ops.recompute",
     "shape_list": "compat.attention",
     "split_heads": "compat.attention",

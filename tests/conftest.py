@@ -15,8 +15,8 @@ from require import is_required
 NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
-        "check_numerics generation gpu_training keras_3 models new_pattern optimizer "
-        "recompute_layers train_lm xla"
+        "check_numerics generation gpu_training "
+        "keras_3 models new_pattern optimizer portable recompute_layers train_lm xla"
     ).split()
 ]
 collect_ignore = NEWER_TESTS if sys.version_info < (3, 8) else []

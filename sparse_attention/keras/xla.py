@@ -8,6 +8,7 @@ import functools
 
 import tensorflow as tf
 
+from ..ops import portable
 from .backend import IS_KERAS_3, NotQuantized, keras
 
 
@@ -44,6 +45,8 @@ def fused_on_gpu(function):
 
 
 def sees_gpu():
+    if portable.is_on():
+        return False
     return IS_KERAS_3 and bool(tf.config.get_visible_devices("GPU"))
 
 

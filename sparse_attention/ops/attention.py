@@ -14,6 +14,7 @@ from ..plan.checks import check_positive
 from . import (
     fallback,
     gradients,  # noqa: F401 - registers them
+    portable,
     xla,
 )
 from .plan_tensors import plan_tensors
@@ -155,7 +156,8 @@ def block_sparse_attention(
     if dropout_rate or q_offset or any(x is not None for x in given):
         seed = dropout_rate, dropout_seed, q_offset
         rule = score_rule(q, k, heads, *given, *seed)
-    ops = loader.attention_ops()
+    is_portable = portable.is_on()
+    ops = None if is_portable else loader.attention_ops()
     if ops is None:
         o, lse = fallback.attention(
             *(q, k, v, block_mask, heads, kv_heads),
@@ -164,7 +166,7 @@ def block_sparse_attention(
             rule=rule,
             return_lse=return_lse or sinks is not None,
             name=name,
-            why_not=loader.why_not("attention_ops"),
+            why_not=None if is_portable else loader.why_not("attention_ops"),
         )
     else:
         if not tf.executing_eagerly():

@@ -1,4 +1,4 @@
-"""Block-sparse attention in TensorFlow's own ops: where the kernels cannot be compiled.
+"""Block-sparse attention in TensorFlow's own ops: without kernels, and in portable graphs.
 
 Every entry of the plan is a pair of a q tile and a kv block. All pairs are gathered and
 multiplied in one batch; maxima and sums over the blocks of a q tile are segment sums.
@@ -54,9 +54,10 @@ def attention(
 
     lse is None unless it is asked for: it may be -inf, at which
     `tf.debugging.enable_check_numerics` stops. `why_not` says what is in the way of the
-    kernels.
+    kernels; None: the user asked for this path.
     """
-    _warn_once(why_not)
+    if why_not is not None:
+        _warn_once(why_not)
     with tf.name_scope(name or "block_sparse_attention"):
         made, key = kept(block_mask), ("pairs", heads, kv_heads)
         if key not in made:
