@@ -80,6 +80,11 @@ if TYPE_CHECKING:
     )
     from .compat.ops import load_ops
     from .compat.transformer import BlocksparseTransformer, get_blocksparse_obj
+    from .keras.flash_attention import (
+        disable_flash_attention,
+        enable_flash_attention,
+        flash_attention,
+    )
     from .keras.generation import Decoder, generate
     from .keras.layers import SparseSelfAttention
     from .keras.model import SparseTransformer
@@ -102,6 +107,9 @@ _TENSORFLOW_NAMES = {
     "block_sparse_attention": "ops.attention",
     "blocksparse_attention_impl": "compat.attention",
     "clear_plans": "ops.plan_tensors",
+    "disable_flash_attention": "keras.flash_attention",
+    "enable_flash_attention": "keras.flash_attention",
+    "flash_attention": "keras.flash_attention",
     "generate": "keras.generation",
     "get_attn_mask": "compat.attention",
     "get_blocksparse_obj": "compat.transformer",

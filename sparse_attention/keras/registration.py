@@ -15,6 +15,8 @@ PACKAGE = "sparse_attention"
 CLASSES = ("Adam", "SparseSelfAttention", "SparseTransformer")
 # Keras 3, or the Keras 2 of TensorFlow 2; that of TF_USE_LEGACY_KERAS; that of TensorFlow 1.
 KERAS_MODULES = ("keras", "tf_keras", "tensorflow_core.python.keras")
+# Where KerasHub says whether there is a fused op, which `enable_flash_attention` answers.
+HUB_MODULE = "keras_hub.src.utils.keras_utils"
 
 
 class StandIn:
@@ -38,11 +40,18 @@ def register(keras):
             classes.setdefault("SparseSelfAttention", StandIn("SparseSelfAttention"))
 
 
+def tell_flash_attention():
+    """KerasHub has come after flash attention was switched on, if it was."""
+    flash_attention = sys.modules.get(PACKAGE + ".keras.flash_attention")
+    if flash_attention is not None:
+        flash_attention.exchange_in_hub()
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Finds Keras as Python does, and has it registered with after its import."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in KERAS_MODULES:
+        if name not in (*KERAS_MODULES, HUB_MODULE):
             return None
         later = sys.meta_path[sys.meta_path.index(self) + 1 :]
         specs = (finder.find_spec(name, path, target) for finder in later)
@@ -54,7 +63,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
-            if module.__name__ == name:
+            if module.__name__ == HUB_MODULE:
+                tell_flash_attention()
+            elif module.__name__ == name:
                 register(module)
 
         loader.exec_module = execute_and_register

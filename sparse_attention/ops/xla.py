@@ -13,13 +13,23 @@ def prepare():
     Raises:
       RuntimeError: If the graph will be compiled by XLA and the library cannot be had.
     """
-    if not _is_compiled(tf.compat.v1.get_default_graph()):
-        return
-    if loader.attention_xla() is None:
-        raise RuntimeError(
-            "XLA cannot compile block_sparse_attention here, which works without "
-            f"jit_compile=True: {loader.why_not('attention_xla')}"
-        )
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+
+
+def why_not():
+    """str: why XLA cannot compile the op in the graph that is being made.
+
+    None: It can, once this has loaded the library, or nothing here is for XLA.
+    """
+    is_compiled = _is_compiled(tf.compat.v1.get_default_graph())
+    if not is_compiled or loader.attention_xla() is not None:
+        return None
+    return (
+        "XLA cannot compile block_sparse_attention here, which works without "
+        f"jit_compile=True: {loader.why_not('attention_xla')}"
+    )
 
 
 def _is_compiled(graph):
