@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     )
     from .compat.ops import load_ops
     from .compat.transformer import BlocksparseTransformer, get_blocksparse_obj
+    from .keras.attention_layers import GroupQueryAttention, MultiHeadAttention
     from .keras.flash_attention import (
         disable_flash_attention,
         enable_flash_attention,
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .keras.layers import SparseSelfAttention
     from .keras.model import SparseTransformer
     from .keras.optimizer import Adam
+    from .keras.sparsify import sparsify
     from .ops.attention import block_sparse_attention
     from .ops.plan_tensors import clear_plans
     from .ops.portable import portable_graph
@@ -101,6 +103,8 @@ _TENSORFLOW_NAMES = {
     "Adam": "keras.optimizer",
     "BlocksparseTransformer": "compat.transformer",
     "Decoder": "keras.generation",
+    "GroupQueryAttention": "keras.attention_layers",
+    "MultiHeadAttention": "keras.attention_layers",
     "SparseSelfAttention": "keras.layers",
     "SparseTransformer": "keras.model",
     "attention_impl": "compat.attention",
@@ -120,6 +124,7 @@ _TENSORFLOW_NAMES = {
     "portable_graph": "ops.portable",
     "recomputable": "ops.recompute",
     "shape_list": "compat.attention",
+    "sparsify": "keras.sparsify",
     "split_heads": "compat.attention",
     "split_states": "compat.attention",
     "strided_transpose": "compat.attention",

@@ -15,7 +15,7 @@ from require import is_required
 NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
-        "check_numerics flash_attention generation gpu_training "
+        "attention_layers check_numerics flash_attention generation gpu_training "
         "keras_3 models new_pattern optimizer portable recompute_layers train_lm xla"
     ).split()
 ]

@@ -21,14 +21,19 @@ from .registration import PACKAGE
 from .xla import Dense
 
 
-def serializable(cls):
-    """Registers a class, so that Keras finds it when it loads a saved layer."""
+def serializable(cls, name=None):
+    """Registers a class, so that Keras finds it when it loads a saved layer.
+
+    Args:
+      name: That under which `sparse_attention` exports it; None: its own.
+    """
+    name = name or cls.__name__
     register = getattr(keras.utils, "register_keras_serializable", None)
     if register is None:
         return cls
     # TensorFlow 2.12 refuses to register where the stand-in is.
-    keras.utils.get_custom_objects().pop(f"{PACKAGE}>{cls.__name__}", None)
-    return register(package=PACKAGE)(cls)
+    keras.utils.get_custom_objects().pop(f"{PACKAGE}>{name}", None)
+    return register(package=PACKAGE, name=name)(cls)
 
 
 @serializable

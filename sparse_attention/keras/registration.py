@@ -12,7 +12,13 @@ import sys
 from typing import Any
 
 PACKAGE = "sparse_attention"
-CLASSES = ("Adam", "SparseSelfAttention", "SparseTransformer")
+CLASSES = (
+    "Adam",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "SparseSelfAttention",
+    "SparseTransformer",
+)
 # Keras 3, or the Keras 2 of TensorFlow 2; that of TF_USE_LEGACY_KERAS; that of TensorFlow 1.
 KERAS_MODULES = ("keras", "tf_keras", "tensorflow_core.python.keras")
 # Where KerasHub says whether there is a fused op, which `enable_flash_attention` answers.
