@@ -1,6 +1,6 @@
 # Every target first makes the virtual environment it needs, once: .venv with TensorFlow 2,
 # .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint, .venv-docs;
-# .venv-versions/ has one for each other TensorFlow.
+# .venv-versions/ has one for each other TensorFlow, and .venv-keras-hub is .venv with KerasHub.
 #
 #   make example                       the example on this machine's CPU or GPU
 #   make test ARGS="-k wheel"          ARGS goes to pytest
@@ -13,8 +13,8 @@ CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
-.PHONY: example test test-tf1 test-versions test-numpy test-cuda test-sanitized fuzz-sanitized \
-  lint format docs release
+.PHONY: example test test-tf1 test-keras-hub test-versions test-numpy test-cuda test-sanitized \
+  fuzz-sanitized lint format docs release
 
 # The pages, in build/docs. A warning is an error, also of a link that leads nowhere.
 docs: .venv-docs/ready
@@ -45,8 +45,12 @@ test: .venv/ready
 test-tf1: .venv-tf1/ready
 	.venv-tf1/bin/python $(PYTEST)
 
+# KerasHub's models with flash attention on and off.
+test-keras-hub: .venv-keras-hub/ready
+	.venv-keras-hub/bin/python $(PYTEST) tests/hub
+
 # The smoke test on other TensorFlows, each in an environment of its own, and on tf_keras, the
-# Keras 2 beside TensorFlow 2.18:   make test-versions VERSIONS="2.15 2.18"
+# Keras 2 beside TensorFlow 2.18. That of 2.18 has the oldest Keras 3 that is supported:   make test-versions VERSIONS="2.15 2.18"
 test-versions: $(VERSIONS:%=test-version-%)
 
 test-version-%: .venv-versions/%/ready
@@ -90,7 +94,17 @@ format: .venv-lint/ready
 	rm -rf $(@D)
 	python=$$(tools/find_python.sh 3.11 3.10) && "$$python" -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $< $(if $(filter tf_keras,$*),\
-	  "tensorflow-cpu~=2.18.0" "tf_keras~=2.18.0", "tensorflow-cpu~=$*.0")
+	  "tensorflow-cpu~=2.18.0" "tf_keras~=2.18.0", "tensorflow-cpu~=$*.0") \
+	  $(if $(filter 2.18,$*),"keras==3.10.0")
+	touch $@
+
+# It sees the packages of .venv. What KerasHub needs to tokenize text or to download stays out.
+.venv-keras-hub/ready: requirements/keras_hub.txt .venv/ready
+	rm -rf $(@D)
+	.venv/bin/python -m venv $(@D)
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  .venv/bin/python -c "$$packages" > "$$($(@D)/bin/python -c "$$packages")/venv.pth"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 .venv/ready: requirements/tf2.txt

@@ -14,7 +14,8 @@ PAGES += sorted("docs/" + n for n in os.listdir(ROOT + "/docs") if n.endswith(".
 # What these pages show needs Keras 3, which Python 3.7 and its TensorFlow are too old for.
 KERAS_3_PAGES = ["README.md"]
 KERAS_3_PAGES += [
-    f"docs/{n}.md" for n in ("training", "generation", "score-rules", "moving")
+    f"docs/{name}.md"
+    for name in ("generation", "keras", "moving", "score-rules", "training")
 ]
 
 
@@ -51,7 +52,9 @@ def test_snippets_run(page):
 
 def test_the_pages_that_must_have_snippets_do():
     assert len(snippets_of("README.md")) == 3
-    assert all(snippets_of(f"docs/{name}.md") for name in ("patterns", "training"))
+    assert all(
+        snippets_of(f"docs/{name}.md") for name in ("keras", "patterns", "training")
+    )
     # None is left out because its fence has another word.
     assert not re.findall(r"^```(?!python\n|\n)", "".join(map(text_of, PAGES)), re.M)
 

@@ -137,6 +137,32 @@ def test_keras_layer_takes_masks_and_policies():
     assert same.all()
 
 
+def test_keras_own_layer_runs_by_the_fused_op_or_the_error_says_what_is_needed():
+    from tensorflow import keras
+
+    from sparse_attention.keras import backend, flash_attention
+
+    version = tuple(map(int, backend.VERSION.split(".")[:2]))
+    if version < (3, 10):
+        with pytest.raises(ImportError, match="needs Keras 3.10"):
+            sa.enable_flash_attention()
+        with pytest.raises(ImportError, match="needs Keras 3"):
+            sa.MultiHeadAttention(2, 16)
+        return
+    x = np.random.RandomState(0).normal(size=[2, LENGTH, 32]).astype(np.float32)
+    theirs, ours = keras.layers.MultiHeadAttention(2, 16), sa.MultiHeadAttention(2, 16)
+    plain, causal = theirs(x, x), theirs(x, x, use_causal_mask=True)
+    ours.build(x.shape, x.shape)
+    ours.set_weights(theirs.get_weights())
+    with sa.flash_attention():
+        fused = theirs(x, x)
+    assert flash_attention._calls["fused"] == 1
+    assert np.abs(fused - plain).max() < 1e-5
+    assert np.abs(ours(x, x, use_causal_mask=True) - causal).max() < 1e-5
+    assert flash_attention._calls["fused"] == 2
+    assert np.abs(theirs(x, x) - plain).max() == 0
+
+
 LOAD = """
 import sys
 import numpy as np
