@@ -10,6 +10,7 @@ from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
 from sparse_attention.keras import attention_layers
+from sparse_attention.native import loader
 
 TIME, WIDTH, HEADS = 40, 24, 4
 NAMES = ["MultiHeadAttention", "GroupQueryAttention"]
@@ -214,13 +215,14 @@ def test_patterns_need_one_length_that_is_known():
 
 
 @pytest.mark.parametrize("time", [1, 8, 9, 15, 16, 40])
+@pytest.mark.parametrize("more_keys", [0, 3])
 @pytest.mark.parametrize("shift", [-1, 0, 1])
-def test_causal_plans_are_told_from_others(time, shift):
+def test_causal_plans_are_told_from_others(time, more_keys, shift):
     mask = sa.Mask(lambda head, q, k: k <= q + shift)
-    kv_len = time + 3
+    kv_len = time + more_keys
     plan = sa.BlockMask(sa.dense_layout(time, 8, kv_len), mask, 8, time, kv_len)
     is_causal = not np.triu(plan.to_dense()[0], 1).any()
-    assert is_causal == (shift <= 0)
+    assert is_causal == (shift <= 0 or kv_len == 1)
     assert attention_layers._is_causal_plan(plan) == is_causal
 
 
@@ -286,6 +288,20 @@ def test_lora_and_quantization_are_inherited(name):
         got = ours(x).numpy()
     plain = theirs(x).numpy()
     np.testing.assert_array_less(np.abs(got - plain), 0.02 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keras_compiles_a_model_only_where_xla_has_the_op(name, monkeypatch):
+    layer = layer_of(name, attn_mode="all")
+    assert layer.supports_jit
+    monkeypatch.setattr(loader, "attention_xla", lambda: None)
+    assert not layer.supports_jit
+    model = model_of(layer)
+    with pytest.warns(UserWarning, match="Model doesn't support `jit_compile=True`"):
+        model.compile("sgd", "mse", jit_compile=True)
+    x = normal(2, TIME, WIDTH)
+    with counted(fused=1):
+        model.fit(x, x, verbose=0)
 
 
 # ---- sparsify ----

@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from flash_helpers import counted
 from helpers import PATTERNS, assert_attention_close, random_inputs
 from keras_helpers import normal
-from tf_helpers import merged, pattern
+from tf_helpers import assert_same_bits, merged, pattern
 
 import sparse_attention as sa
 from sparse_attention.native import loader
@@ -64,6 +65,13 @@ def test_gradients_of_ops_made_outside_are_taken_inside():
     with sa.portable_graph():
         inside = tape.gradient(y, x)
     assert (inside.numpy() == tape.gradient(y, x).numpy()).all()
+
+
+def test_keras_own_layers_stay_with_keras():
+    layer, x = keras.layers.MultiHeadAttention(4, 8), normal(2, 24, 16)
+    plain = layer(x, x).numpy()
+    with sa.flash_attention(), sa.portable_graph(), counted(keras=1):
+        assert_same_bits(layer(x, x).numpy(), plain)
 
 
 # ---- TensorFlow Lite ----

@@ -26,4 +26,8 @@ def train() -> dict:
     layer = sa.SparseSelfAttention(heads=4, attn_mode="local", local_attn_ctx=32)
     model = sa.SparseTransformer(256, time=128, layers=2, width=64, heads=4)
     tokens, statistics = sa.generate(model, [[1, 2, 3]], length=5, top_k=10)
+    sa.enable_flash_attention()
+    sa.disable_flash_attention()
+    with sa.flash_attention(), sa.portable_graph():
+        sa.sparsify(model, "local", where=lambda layer: True, local_attn_ctx=64)
     return {**layer.get_config(), "tokens": tokens, "statistics": statistics}

@@ -17,7 +17,7 @@ from ..plan.masks import VERTSIZE
 from ..plan.patterns import check_known, pattern_block_mask
 from .backend import keras, require_keras_3
 from .flash_attention import fused_arguments, run_fused, say_keras, with_heads
-from .layers import serializable
+from .layers import CompiledWhereXlaCan, serializable
 
 # Whether the call that runs asked for `use_causal_mask`. Keras would make a mask of it.
 _is_causal = contextvars.ContextVar("sparse_attention.use_causal_mask", default=False)
@@ -32,7 +32,7 @@ PATTERN = {
 }
 
 
-class Sparse:
+class Sparse(CompiledWhereXlaCan):
     """What the layers below add to Keras's; it comes before Keras's class.
 
     Of Keras it relies on `_compute_attention`, which Keras documents for overriding.

@@ -204,7 +204,6 @@ def say_keras(q, k, why_not):
 # ---- what is exchanged in Keras ----
 
 
-@not_converted
 def _dot_product_attention(
     original,
     query,
@@ -257,7 +256,6 @@ def _dot_product_attention(
     )
 
 
-@not_converted
 def _compute_attention(original, layer, *args, **kwargs):
     """That of Keras's layers, which write attention out where they have a dropout rate.
 
@@ -365,9 +363,12 @@ def _no_hook(what):
 
 def _exchange(owner, name, replacement):
     original = getattr(owner, name)
-    ours = functools.wraps(original)(
-        lambda *args, **kwargs: replacement(original, *args, **kwargs)
-    )
+
+    @not_converted
+    @functools.wraps(original)
+    def ours(*args, **kwargs):
+        return replacement(original, *args, **kwargs)
+
     setattr(owner, name, ours)
     _exchanged.append((owner, name, original, ours))
 

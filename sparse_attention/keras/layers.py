@@ -36,8 +36,25 @@ def serializable(cls, name=None):
     return register(package=PACKAGE, name=name)(cls)
 
 
+class CompiledWhereXlaCan:
+    """A base of layers with our op, which Keras compiles by XLA only where XLA has it."""
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA compiles the layer here: what it needs is made now if need be.
+
+        Keras asks where a model is compiled with `jit_compile=True`, and by itself where
+        TensorFlow sees a GPU.
+        """
+        return loader.attention_xla() is not None
+
+    @supports_jit.setter
+    def supports_jit(self, value: bool) -> None:
+        """Keras sets it for every layer; whether it is so is not for a layer to say."""
+
+
 @serializable
-class SparseSelfAttention(NotQuantized, keras.layers.Layer):
+class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer):
     """Every position of a sequence attends to those that the pattern allows.
 
         q, k, v = query(x), key(x), value(x)
@@ -134,19 +151,6 @@ class SparseSelfAttention(NotQuantized, keras.layers.Layer):
             raise ValueError(
                 f"attn_mode must be left out beside a block_mask, got {attn_mode!r}"
             )
-
-    @property
-    def supports_jit(self) -> bool:
-        """Whether XLA compiles the layer here: what it needs is made now if need be.
-
-        Keras asks where a model is compiled with `jit_compile=True`, and by itself where
-        TensorFlow sees a GPU.
-        """
-        return loader.attention_xla() is not None
-
-    @supports_jit.setter
-    def supports_jit(self, value: bool) -> None:
-        """Keras sets it for every layer; whether it is so is not for a layer to say."""
 
     def build(self, input_shape: Any) -> None:
         _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
