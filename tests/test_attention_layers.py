@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from flash_helpers import assert_as_close, counted, in_policy, outputs_and_gradients
+from helpers import assert_close
 from keras_helpers import normal
 from tf_helpers import assert_same_bits, run_script
 
 import sparse_attention as sa
-from sparse_attention.keras import attention_layers
+from sparse_attention.keras import attention_layers, flash_attention
 from sparse_attention.native import loader
 
 TIME, WIDTH, HEADS = 40, 24, 4
@@ -125,52 +126,92 @@ def test_mixed_policies():
 # ---- what the fused op cannot take ----
 
 
+@pytest.fixture(params=["kernels", "keras"])
+def path(request, monkeypatch):
+    """Beside a GPU, what its kernels do not take yet is left to Keras."""
+    if request.param == "kernels":
+        return {"fused": 1}
+    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
+    attention_layers._warn_once.cache_clear()
+    return {"keras": 1}
+
+
+def by_keras(layer, name, x, mask):
+    """What Keras's layer with the same weights gives, in float32 and float64."""
+    for dtype in ("float32", "float64"):
+        theirs = layer_of(name, keras.layers, dtype=dtype)
+        theirs.build(x.shape, x.shape)
+        theirs.set_weights(layer.get_weights())
+        yield theirs(x, x, attention_mask=mask).numpy()
+
+
 @pytest.mark.filterwarnings("ignore:a sparse attention layer runs by Keras")
 @pytest.mark.parametrize("name", NAMES)
-def test_masks_and_the_plan_hold_both(name):
+def test_masks_and_the_plan_hold_both(name, path):
     layer = layer_of(name, **PATTERNS["local"])
     x = normal(2, TIME, WIDTH)
-    mask = np.arange(TIME) < [[TIME], [17]]
+    mask = np.arange(TIME) < [[TIME], [27]]
+    mask[1, -1] = True
+    mask = mask[:, None] | np.eye(TIME, dtype=bool)  # each query sees itself at least
     plan = sa.pattern_block_mask("local", TIME, HEADS, 8, 16).to_dense()
-    with counted(keras=1):
-        got = layer(x, x, attention_mask=mask[:, None])
-    theirs = layer_of(name, keras.layers)
-    theirs.build(x.shape, x.shape)
-    theirs.set_weights(layer.get_weights())
-    both = mask[:, None, None] & plan
-    assert_same_bits(got.numpy(), theirs(x, x, attention_mask=both).numpy())
+    with counted(**path):
+        got = layer(x, x, attention_mask=mask).numpy()
+    plain, oracle = by_keras(layer, name, x, mask[:, None] & plan)
+    assert_close(got, oracle, plain, 2)
 
 
 @pytest.mark.filterwarnings("ignore:a sparse attention layer runs by Keras")
-def test_without_a_pattern_masks_and_causal_hold_both():
-    layer = layer_of("MultiHeadAttention")
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_pattern_masks_and_causal_hold_both(name, path):
+    layer = layer_of(name)
     x = normal(2, TIME, WIDTH)
     mask = np.random.RandomState(0).rand(2, TIME, TIME) < 0.7
     mask |= np.eye(TIME, dtype=bool)
-    got = layer(x, x, attention_mask=mask, use_causal_mask=True)
-    theirs = layer_of("MultiHeadAttention", keras.layers)
-    theirs.build(x.shape, x.shape)
-    theirs.set_weights(layer.get_weights())
-    both = mask & np.tri(TIME, dtype=bool)
-    assert_same_bits(got.numpy(), theirs(x, x, attention_mask=both).numpy())
+    with counted(**path):
+        got = layer(x, x, attention_mask=mask, use_causal_mask=True).numpy()
+    plain, oracle = by_keras(layer, name, x, mask & np.tri(TIME, dtype=bool))
+    assert_close(got, oracle, plain, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_in_training_runs_by_keras_and_says_so(name):
-    attention_layers._warn_once.cache_clear()
+def test_a_keras_mask_hides_the_padding(name):
+    embed = keras.layers.Embedding(9, WIDTH, mask_zero=True)
+    layer = layer_of(name, **PATTERNS["local"])
+    tokens = np.random.RandomState(0).randint(1, 9, [2, TIME])
+    tokens[:, 30:] = 0
+    x = embed(tokens)
+    with counted(fused=2):
+        a = layer(x, x)[:, :30].numpy()
+        embed.set_weights([w + np.eye(9, 1) for w in embed.get_weights()])  # of padding
+        x = embed(tokens)
+        b = layer(x, x)[:, :30].numpy()
+    assert_same_bits(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:a sparse attention layer runs by Keras")
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_in_training_stays_in_the_pattern(name, path):
     layer = layer_of(name, dropout=0.5, **PATTERNS["local"])
-    x = normal(2, TIME, WIDTH)
+    x = tf.constant(normal(2, TIME, WIDTH))
     with counted(fused=1):
         plain = layer(x, x).numpy()
-    with counted(keras=1), pytest.warns(RuntimeWarning, match="takes no dropout"):
+    with counted(**path):
         dropped = layer(x, x, training=True).numpy()
     assert np.abs(plain - dropped).max() > 0.01
     with tf.GradientTape() as tape:
-        x = tf.constant(x)
         tape.watch(x)
         y = layer(x, x, training=True)[:, 20]
     reached = np.abs(tape.gradient(y, x)).max(axis=(0, 2)) > 0
     assert not reached[21:].any() and not reached[:5].any() and reached[20]
+
+
+def test_keras_path_says_so_once(monkeypatch):
+    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
+    attention_layers._warn_once.cache_clear()
+    layer = layer_of("MultiHeadAttention", **PATTERNS["local"])
+    x, mask = normal(2, TIME, WIDTH), np.ones([TIME, TIME], bool)
+    with pytest.warns(RuntimeWarning, match="runs by Keras's own ops.*take no mask"):
+        layer(x, x, attention_mask=mask)
 
 
 def test_scores_are_an_error():

@@ -87,9 +87,7 @@ def test_without_a_scale_it_is_that_of_the_head_dim_before_padding():
     assert_attention_close({"o": o}, inputs, np.ones([1, 48, 48], bool))
 
 
-@pytest.mark.parametrize(
-    "scale", [0.3, np.float32(0.3), np.array(0.3), tf.constant(0.3)], ids=repr
-)
+@pytest.mark.parametrize("scale", [0.3, np.float32(0.3), np.array(0.3)], ids=repr)
 def test_a_scale_may_be_any_number(scale):
     q, k, v = random_inputs(0)[:3]
     with sa.flash_attention(), counted(fused=1):
@@ -117,11 +115,55 @@ def test_dtypes_that_differ_are_promoted_as_keras_does():
     assert_attention_close({"o": got.numpy()}, inputs, np.ones([1, 48, 48], bool))
 
 
+@pytest.mark.parametrize("mode", ["eager", "function", "compiled"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 48, 48), (2, 1, 1, 48), (2, 4, 48, 1), (2, 4, 48, 48), (48, 48)]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_of_any_broadcast_shape_equal_the_oracle(shape, is_causal, mode):
+    inputs = random_inputs(0, heads=4, kv_heads=2)._replace(dlse=None)
+    mask = np.random.RandomState(1).random_sample(shape) < 0.8
+    if shape[-1] > 1:
+        mask[..., 0] = True  # Keras gives rows without a key the mean of all values
+
+    def call(q, k, v, do, mask):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            o = attend(q, k, v, mask=mask, is_causal=is_causal)
+        return [o, *tape.gradient(o, [q, k, v], do)]
+
+    if mode != "eager":
+        call = tf.function(call, jit_compile=mode == "compiled")
+    with sa.flash_attention(), counted(fused=1):
+        results = call(*map(tf.constant, inputs[:4]), tf.constant(mask))
+    results = {name: x.numpy() for name, x in zip(("o", "dq", "dk", "dv"), results)}
+    allowed = np.broadcast_to(mask, [2, 4, 48, 48])
+    allowed = np.tril(allowed) if is_causal else allowed
+    assert_attention_close(results, inputs, allowed)
+
+
+def test_a_scale_may_be_a_tensor_that_is_trained():
+    q, k, v = map(tf.constant, random_inputs(0)[:3])
+    scale = tf.Variable(0.3)
+
+    @tf.function
+    def call():
+        with tf.GradientTape() as tape:
+            o = attend(q, k, v, scale=scale + 0.0)
+            loss = tf.reduce_sum(o**2)
+        return o, tape.gradient(loss, scale)
+
+    plain = call()
+    with sa.flash_attention(), counted(fused=1):
+        got = tf.function(call.python_function)()
+    for a, b in zip(got, plain):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
 # ---- what stays with Keras ----
 
 SHAPE = [2, 48, 4, 16]
 OUTSIDE = {
-    "mask": ({"mask": np.tril(np.ones([1, 1, 48, 48], bool))}, "takes no mask"),
     "bias": ({"bias": np.ones([1, 1, 48, 48], "float32")}, "takes no bias"),
     "flash_attention": ({"flash_attention": False}, None),
     "float64": ({"dtype": "float64"}, "the dtype is float64"),
@@ -145,15 +187,12 @@ def test_other_calls_take_keras_path_and_say_why(case, monkeypatch, capfd):
     assert (why or "") in said and bool(why) == ("runs by Keras" in said)
 
 
-def test_lengths_and_scales_that_only_a_run_can_tell_take_keras_path():
+def test_lengths_that_only_a_run_can_tell_take_keras_path():
     unknown = tf.TensorSpec([None, None, 4, 16])
     x = normal(*SHAPE)
     with sa.flash_attention():
         with counted(keras=1):
             got = tf.function(attend, input_signature=[unknown] * 3)(x, x, x)
-        with counted(keras=1):
-            scaled = tf.function(lambda x, scale: attend(x, x, x, scale=scale))
-            scaled(x, tf.constant(0.5))
         with counted(fused=1):
             batches = tf.TensorSpec([None, 48, 4, 16])
             tf.function(attend, input_signature=[batches] * 3)(x, x, x)
@@ -178,9 +217,29 @@ def test_a_call_that_must_be_fused_is_an_error_where_it_cannot():
         with counted(fused=1):
             attend(x, x, x, flash_attention=True)
         with pytest.raises(
-            ValueError, match="flash_attention=True cannot be had.*mask"
+            ValueError, match="flash_attention=True cannot be had.*bias"
         ):
-            attend(x, x, x, mask=OUTSIDE["mask"][0]["mask"], flash_attention=True)
+            attend(x, x, x, bias=OUTSIDE["bias"][0]["bias"], flash_attention=True)
+
+
+def test_beside_a_gpu_masks_and_dropout_stay_with_keras(monkeypatch):
+    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
+    q, k, v = map(tf.constant, random_inputs(0)[:3])
+    for options in ({"mask": np.ones([48, 48], bool)}, {"soft_cap": 5.0}):
+        why_not = flash_attention.fused_arguments(q, k, v, **options)[1]
+        assert "kernels for GPUs take no" in why_not
+    options = {"dropout": 0.5, "draw_seed": lambda: pytest.fail("a seed was drawn")}
+    assert "dropout" in flash_attention.fused_arguments(q, k, v, **options)[1]
+
+
+def test_a_soft_cap_is_handed_on():
+    q, k, v = map(tf.constant, random_inputs(0)[:3])
+    with sa.flash_attention(), counted(fused=1):  # Keras's public function refuses it
+        got = nn.dot_product_attention(q, k, v, attn_logits_soft_cap=0.5)
+    s = tf.einsum("bqhd,bkhd->bhqk", q, k) / 4
+    p = tf.nn.softmax(0.5 * tf.tanh(s / 0.5))
+    want = tf.einsum("bhqk,bkhd->bqhd", p, v)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 def test_wrong_shapes_get_keras_error():
@@ -218,7 +277,7 @@ def test_layers_equal_those_without(name, policy):
 
 
 @pytest.mark.parametrize("name", ["MultiHeadAttention", "GroupQueryAttention"])
-def test_layers_with_a_dropout_rate_are_fused_in_inference(name):
+def test_layers_with_a_dropout_rate_are_fused(name):
     model = model_of(name, dropout=0.5)
     x = normal(3, 40, 24)
     plain = model(x).numpy()
@@ -228,12 +287,33 @@ def test_layers_with_a_dropout_rate_are_fused_in_inference(name):
         for call in ({}, {"training": False}):
             with counted(fused=1):
                 assert_close(model(x, **call).numpy(), oracle, plain, 2)
-        with counted(keras=1):
-            dropped = model(x, training=True).numpy()
+        with counted(fused=2):
+            dropped, again = (model(x, training=True).numpy() for _ in range(2))
+        with counted(fused=1):
+            zeros = layer(x, np.zeros_like(x), training=True)
         with counted(keras=1):
             scores = layer(x, x, return_attention_scores=True)[1]
     assert scores.shape == (3, 4, 40, 40)
     assert np.abs(plain - dropped).max() > 0.01
+    assert np.abs(again - dropped).max() > 0.01
+    assert np.abs(zeros).max() == 0  # no bias, no value
+
+
+def test_dropout_is_at_keras_rate():
+    """Of values of one, what is kept is divided by the rest of the rate: the mean is one."""
+    layer = keras.layers.MultiHeadAttention(
+        4, 8, dropout=0.25, value_dim=8, output_shape=8, use_bias=False
+    )
+    x = normal(8, 64, 16)
+    layer.build(x.shape, x.shape)
+    query, key = tf.zeros([8, 64, 4, 8]), tf.zeros([8, 64, 4, 8])
+    value = tf.ones([8, 64, 4, 8])
+    keras.utils.set_random_seed(0)
+    with sa.flash_attention(), counted(fused=1):
+        o, _ = layer._compute_attention(query, key, value, None, True)
+    kept = np.round(o[..., 0].numpy() * 64 * 0.75)  # of 64 alike weights
+    assert abs(kept.mean() - 48) < 0.5
+    assert abs(kept.std() - (64 * 0.25 * 0.75) ** 0.5) < 0.3
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -16,7 +16,13 @@ from ..plan.checks import as_ints
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import check_known, pattern_block_mask
 from .backend import keras, require_keras_3
-from .flash_attention import fused_arguments, run_fused, say_keras, with_heads
+from .flash_attention import (
+    draw_seed,
+    fused_arguments,
+    run_fused,
+    say_keras,
+    with_heads,
+)
 from .layers import CompiledWhereXlaCan, serializable
 
 # Whether the call that runs asked for `use_causal_mask`. Keras would make a mask of it.
@@ -112,6 +118,7 @@ class Sparse(CompiledWhereXlaCan):
             mask=with_heads(attention_mask),
             is_causal=is_causal,
             dropout=dropout,
+            draw_seed=lambda: draw_seed(self),
             block_mask=plan,
         )
         if fused is not None:
@@ -244,8 +251,8 @@ class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,
     Call arguments are Keras's. A pattern is causal with and without
     `use_causal_mask=True`; beside a `block_mask`, which must then be causal, this is a
     check. Where the fused op cannot take a call, Keras's own ops do, with the plan as a
-    mask, and a RuntimeWarning says so once: with masks, and with a dropout rate in
-    training.
+    mask, and a RuntimeWarning says so once: where TensorFlow sees a GPU, with masks, and
+    with a dropout rate in training.
 
     Raises:
       ImportError: If Keras is older than 3.

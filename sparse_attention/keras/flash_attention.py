@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import numbers
 import sys
 import threading
 from typing import Any, Iterator, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, Iterator, NamedTuple
 import tensorflow as tf
 
 from ..native import cache, loader
+from ..native.cuda.devices import visible_archs
 from ..ops import portable, xla
 from ..ops.attention import (
     DTYPES,
@@ -64,11 +64,13 @@ def fused_arguments(
     mask=None,
     soft_cap=None,
     dropout=0.0,
+    draw_seed=None,
     block_mask=None,
 ):
     """Whether the fused op can take a call, and with which arguments.
 
-    This is the one place that knows. A feature that the op gains is handed on here.
+    This is the one place that knows. What the op gains on GPUs, or altogether, is
+    handed on here.
 
     Args:
       q: Tensor [batch, q_len, heads, head_dim].
@@ -80,21 +82,27 @@ def fused_arguments(
       mask: bool, broadcastable to [batch, heads, q_len, kv_len]; None: all True.
       soft_cap: c of c * tanh(scores / c); None: there is none.
       dropout: The rate at which weights are dropped in this call.
+      draw_seed: Function that gives a seed for that, int [2]; it is called once if the
+        fused op takes the call.
       block_mask: `BlockMask` that says what is computed; None: everything, or what
         `is_causal` allows.
 
     Returns:
       `Fused` and None, or None and what is in the way, a str.
     """
-    # ---- TO BE HANDED ON: bias, mask, soft_cap and dropout, when the op takes
-    # relative_bias, mask, logit_softcap and dropout_rate. They then leave this list and
-    # go into `arguments` below.
-    unsupported = {"bias": bias, "mask": mask, "soft cap": soft_cap}
-    unsupported["dropout"] = dropout or None
-    for name, value in unsupported.items():
-        if value is not None:
-            return None, f"the fused op takes no {name}"
-    # ----
+    if bias is not None:
+        return None, "the fused op takes no bias"
+    rule = {}
+    if mask is not None:
+        rule["mask"] = tf.cast(mask, tf.bool)
+    if soft_cap is not None:
+        rule["logit_softcap"] = soft_cap
+    if dropout:
+        if draw_seed is None or dropout >= 1:
+            return None, f"a dropout rate of {dropout}"
+        rule["dropout_rate"] = dropout
+    if rule and visible_archs():
+        return None, f"the kernels for GPUs take no {' or '.join(rule)} yet"
     if any(len(x.shape) != 4 for x in (q, k, v)):
         return None, "a tensor does not have rank 4"
     _, q_len, heads, dim = q.shape
@@ -112,19 +120,19 @@ def fused_arguments(
     dtype = _common_dtype(q, k, v)
     if dtype not in DTYPES:
         return None, f"the dtype is {dtype.name}"
-    scale = dim**-0.5 if scale is None else _number(scale)
-    if scale is None:
-        return None, "the scale is not known in advance"
     if block_mask is None:
         why_not = _why_no_kernels()
         if why_not is not None:
             return None, why_not
         block_mask = _plan(q_len, kv_len, bool(is_causal))
+    if dropout:
+        rule["dropout_seed"] = draw_seed()
     arguments = {
         "block_mask": block_mask,
         "heads": heads,
         "kv_heads": kv_heads,
-        "softmax_scale": scale,
+        "softmax_scale": dim**-0.5 if scale is None else _number(scale),
+        **rule,
     }
     return Fused(dtype, arguments), None
 
@@ -148,11 +156,9 @@ def _common_dtype(*tensors):
 
 
 def _number(scale):
-    """float, or None where only a run of the graph can tell."""
-    if tf.is_tensor(scale):
-        scale = tf.get_static_value(scale)
-    is_number = isinstance(scale, numbers.Real) or getattr(scale, "shape", None) == ()
-    return float(scale) if is_number else None
+    """float, or the tensor where only a run of the graph can tell, or a tape watches."""
+    is_tensor = tf.is_tensor(scale)
+    return tf.cast(scale, tf.float32) if is_tensor else float(scale)
 
 
 def _plan(q_len, kv_len, is_causal):
@@ -184,6 +190,11 @@ def _merge_heads(x):
     if dim % 8:  # zeros change no product, and give columns of the output that are cut
         x = tf.pad(x, [[0, 0], [0, 0], [0, 0], [0, -dim % 8]])
     return tf.reshape(x, [-1, time, heads * x.shape[3]])
+
+
+def draw_seed(layer):
+    """The next seed of a layer of Keras's, which its own dropout would have drawn."""
+    return layer._dropout_layer.seed_generator.next()
 
 
 def with_heads(mask):
@@ -257,10 +268,7 @@ def _dot_product_attention(
 
 
 def _compute_attention(original, layer, *args, **kwargs):
-    """That of Keras's layers, which write attention out where they have a dropout rate.
-
-    In inference nothing is dropped, so the fused op can take the call.
-    """
+    """That of Keras's layers, which write attention out where they have a dropout rate."""
     call = inspect.signature(original).bind(layer, *args, **kwargs).arguments
     q, k, v = (call[name] for name in ("query", "key", "value"))
     wants_scores = call.get("return_attention_scores") or getattr(
@@ -277,6 +285,7 @@ def _compute_attention(original, layer, *args, **kwargs):
                 is_causal=call.get("use_causal_mask", False),
                 mask=with_heads(call.get("attention_mask")),
                 dropout=0.0 if is_inference else layer.dropout,
+                draw_seed=lambda: draw_seed(layer),
             )
         if fused is not None:
             return run_fused(q, k, v, fused), None
@@ -442,10 +451,13 @@ def enable_flash_attention() -> None:
     `GroupQueryAttention`, and models made of them, then run it in training and inference,
     compiled by XLA or not, wherever it gives the same numbers: for float32, float16 and
     bfloat16, head dims up to 256, grouped heads, causal or not, lengths that are known
-    when the graph is made. Other calls take Keras's own path: with a mask or a bias,
-    with attention scores as a result, and layers with a dropout rate in training.
-    `SPARSE_ATTENTION_VERBOSE=1` says which and why. An argument or attribute
-    `flash_attention=False` is respected.
+    when the graph is made, and where TensorFlow sees no GPU, masks and dropout. Other
+    calls take Keras's own path: with a bias, with attention scores as a result, and
+    beside a GPU with masks and dropout. `SPARSE_ATTENTION_VERBOSE=1` says which and why.
+    An argument or attribute `flash_attention=False` is respected.
+
+    Two things differ. Weights are dropped at Keras's rate, but not the same ones. A query
+    that a mask allows no key gets zeros, and from Keras the mean of all values.
 
     It holds for the process and all of its threads. A graph that Keras or `tf.function`
     has made before stays as it is, so call this before the first `fit` or `predict`, or
@@ -455,10 +467,11 @@ def enable_flash_attention() -> None:
       ImportError: If Keras is older than 3.10, or runs on another backend.
       RuntimeError: If this Keras has not the private functions that are exchanged:
         `dot_product_attention` of `keras.src.backend.tensorflow.nn`, and
-        `_compute_attention` of the two layers, whose attribute `_flash_attention` is
-        read, too (and `_return_attention_scores` of the second). Of KerasHub it is
-        `fused_attention_op_available` in `keras_hub.src.utils.keras_utils`; without it,
-        KerasHub's layers that ask for it keep their own path.
+        `_compute_attention` of the two layers, whose attributes `_flash_attention` and
+        `_dropout_layer` are read, too, and `_return_attention_scores` of the second.
+        Of KerasHub it is `fused_attention_op_available` in
+        `keras_hub.src.utils.keras_utils`; without it, KerasHub's layers that ask for it
+        keep their own path.
 
     Numerics: As `block_sparse_attention`, with an error like that of Keras's path.
     """

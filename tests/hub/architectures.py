@@ -66,27 +66,28 @@ class Architecture(NamedTuple):
     backbone: Any
     config: dict
     inputs: Any
-    fused: int = 0  # attention calls of the fused op in a forward pass
-    keras: int = 0  # those that are left to Keras
+    fused: int = (
+        0  # attention calls of the fused op in a forward pass, where there is no GPU
+    )
     causal_lm: Any = None
 
 
-# T5 adds a bias to its scores, and so does its own attention. Gemma asks for the fused op
-# on a GPU alone. The masks of the others are tensors.
+# T5 adds a bias to its scores and writes its attention out. Gemma asks for the fused op on a
+# GPU alone.
 ARCHITECTURES = {
-    "bert": Architecture(models.BertBackbone, ENCODER, segments(), keras=2),
-    "roberta": Architecture(models.RobertaBackbone, ENCODER, tokens(), keras=2),
+    "bert": Architecture(models.BertBackbone, ENCODER, segments(), fused=2),
+    "roberta": Architecture(models.RobertaBackbone, ENCODER, tokens(), fused=2),
     "gpt2": Architecture(
-        models.GPT2Backbone, ENCODER, tokens(), keras=2, causal_lm=models.GPT2CausalLM
+        models.GPT2Backbone, ENCODER, tokens(), fused=2, causal_lm=models.GPT2CausalLM
     ),
     "llama": Architecture(
-        models.LlamaBackbone, GROUPED, tokens(), keras=2, causal_lm=models.LlamaCausalLM
+        models.LlamaBackbone, GROUPED, tokens(), fused=2, causal_lm=models.LlamaCausalLM
     ),
     "mistral": Architecture(
         models.MistralBackbone,
         {**GROUPED, "sliding_window": 8},
         tokens(),
-        keras=2,
+        fused=2,
         causal_lm=models.MistralCausalLM,
     ),
     "gemma": Architecture(
@@ -96,13 +97,12 @@ ARCHITECTURES = {
         causal_lm=models.GemmaCausalLM,
     ),
     "t5": Architecture(models.T5Backbone, {**BOTH, "num_layers": 1}, two_sides()),
-    "bart": Architecture(models.BartBackbone, ENCODER, two_sides(), keras=6),
+    "bart": Architecture(models.BartBackbone, ENCODER, two_sides(), fused=6),
     "vit": Architecture(models.ViTBackbone, VIT, normal(2, 16, 16, 3), fused=2),
     "whisper": Architecture(
         models.WhisperBackbone,
         WHISPER,
         two_sides(encoder_features=normal(2, 40, 80)),
-        fused=4,
-        keras=2,
+        fused=6,
     ),
 }

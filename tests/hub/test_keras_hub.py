@@ -28,7 +28,7 @@ def backbone(name):
 
 
 def paths(name):
-    return {"fused": ARCHITECTURES[name].fused, "keras": ARCHITECTURES[name].keras}
+    return {"fused": ARCHITECTURES[name].fused}
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
