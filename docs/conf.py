@@ -16,7 +16,8 @@ sys.path.insert(0, HERE)
 
 # The sidebar: captions and pages, in the order of reading.
 CHAPTERS = {
-    "Guides": "docs/choosing docs/patterns docs/training docs/generation docs/moving",
+    "Guides": "docs/choosing docs/patterns docs/score-rules docs/keras docs/training "
+    "docs/generation docs/moving",
     "Facts": "docs/numerics docs/performance docs/limits",
     "API": "docs/api/attention docs/api/keras docs/api/plans docs/api/patterns "
     "docs/api/openai",

@@ -107,7 +107,7 @@ def block_sparse_attention(
       return_lse: Whether to return lse as well.
       name: Name of the op.
       logit_softcap: Scores s become logit_softcap * tanh(s / logit_softcap).
-      alibi_slopes: float [heads]; slope_h * |i - j| is taken from the scores.
+      alibi_slopes: float [heads]; slope_h * abs(i - j) is taken from the scores.
       relative_bias: float [heads or 1, 2 R - 1]; the element at
         clip(i - j, 1 - R, R - 1) + R - 1 is added to the scores. It may be trained.
       segment_ids: int [batch, len], or a pair of them for q and for kv: a query attends
