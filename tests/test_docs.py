@@ -51,7 +51,7 @@ def test_snippets_run(page):
 
 
 def test_the_pages_that_must_have_snippets_do():
-    assert len(snippets_of("README.md")) == 3
+    assert len(snippets_of("README.md")) == 4
     assert all(
         snippets_of(f"docs/{name}.md") for name in ("keras", "patterns", "training")
     )

@@ -55,7 +55,10 @@ class CompiledWhereXlaCan:
 
 @serializable
 class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer):
-    """Every position of a sequence attends to those that the pattern allows.
+    """Causal self-attention: each position attends to earlier ones that a pattern allows.
+
+    It attends to itself, too. With a `block_mask`, that alone says who attends to whom,
+    in both directions if it is made so.
 
         q, k, v = query(x), key(x), value(x)
         output_dense(block_sparse_attention(q, k, v, block_mask, heads, kv_heads))
