@@ -338,7 +338,7 @@ def test_the_op_and_its_gradient_share_what_the_signature_lists():
         names = [argument.name for argument in op.op_def.input_arg[own:]]
         assert tuple(names) == (*signature.SHARED_INPUTS, "rule_inputs")
         names = [attribute.name for attribute in op.op_def.attr]
-        rule = "rule_types", *signature.RULE_ATTRIBUTES
+        rule = "rule_types", *signature.RULE_ATTRIBUTES, *signature.LENGTH_ATTRIBUTES
         assert sorted(names) == sorted(("T", *signature.ATTRIBUTES, *rule))
     assert list(forward.inputs)[3:] == list(backward.inputs)[7:]
 
