@@ -17,13 +17,14 @@ class Case:
         tile_q=None,
         batch=4,
         rule=None,
+        seed=0,
         **sizes,
     ):
         self.core, self.block_mask, self.dtype = core, block_mask, dtype
         self.rule = rule or {}
         q_len, kv_len = block_mask.q_len, block_mask.kv_len
         self.arrays = random_inputs(
-            0, batch, q_len=q_len, kv_len=kv_len, dtype=dtype, **sizes
+            seed, batch, q_len=q_len, kv_len=kv_len, dtype=dtype, **sizes
         )
         self.tiles = block_mask.tiles(tile_q)
         self.mask = block_mask.to_dense()

@@ -20,7 +20,7 @@ def random_mask(*shape):
 RULES = {
     "logit_softcap": {"logit_softcap": 1.5},
     "alibi_slopes": {"alibi_slopes": 0.5 ** np.arange(1.0, HEADS + 1)},
-    "relative_bias": {"relative_bias": 0.5 * random.randn(HEADS, 2 * 20 - 1)},
+    "relative_bias": {"relative_bias": 0.25 * random.randn(HEADS, 2 * 20 - 1)},
     "segment_ids": {"segment_ids": (documents(BATCH, Q_LEN), documents(BATCH, KV_LEN))},
     "mask": {"mask": random_mask(BATCH, HEADS, Q_LEN, KV_LEN)},
     "dropout": {"dropout_rate": 0.3, "dropout_seed": [11, -5]},

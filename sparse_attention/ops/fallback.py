@@ -65,7 +65,8 @@ def attention(
         pairs = made[key]
         q_len, kv_len = tf.shape(q)[1], tf.shape(k)[1]
         lengths = block_mask.q_len, block_mask.kv_len
-        if (q.shape[1], k.shape[1]) != lengths:
+        is_shorter = (q.shape[1], k.shape[1]) != lengths
+        if is_shorter:
             q, k, v, rule = _as_long_as_the_plan(q, k, v, rule, lengths)
             if kv_lengths is None:
                 kv_lengths = kv_len[None]
@@ -80,13 +81,15 @@ def attention(
         o, row_max, row_sum = _attend(q_tiles, k_blocks, v_blocks, pairs, end, placed)
         o = _rows(o, heads, pairs)
         o = tf.reshape(o, [tf.shape(q)[0], block_mask.q_len, heads * o.shape[3]])
-        o = tf.cast(o, q.dtype)[:, :q_len]
+        o = tf.cast(o, q.dtype)
+        o = o[:, :q_len] if is_shorter else o
         if not return_lse:
             return o, None
         lse = row_max + tf.math.log(_select(row_sum > 0, row_sum, 1.0))
         lse = _select(row_sum > 0, lse, -np.inf)
         lse = _rows(lse[..., None], heads, pairs)[..., 0]
-        return o, tf.transpose(lse, [0, 2, 1])[:, :, :q_len]
+        lse = tf.transpose(lse, [0, 2, 1])
+        return o, lse[:, :, :q_len] if is_shorter else lse
 
 
 def _as_long_as_the_plan(q, k, v, rule, lengths):
