@@ -375,14 +375,21 @@ inline void BwdTile(BwdScratch& x, const SpattnBwdParams& params, const Heads& h
                                 x.p_rows + scores, x.ds_rows + scores, ds_columns + scores);
     };
     if (kMasked) ZeroUnread<Terms>(x, panel);
+    const auto recompute_p = [&] {
+      RecomputeP<Terms, kMasked>(k, q_panel, lse_log2, words, read, scale_log2, attends, p);
+    };
     if constexpr (kHasRule) {
       const PanelRule rule(params.rule, x.rule, heads[h], h, tile, panel, keys, sums.bias);
-      MatmulQK<Terms, false>(k, q_panel, head_dim, read, scale_log2, attends, p);
-      rule.Apply<true>(read, attends, p);
-      ExpOfScores(read, lse_log2, attends, p);
+      if (rule.ChangesScores()) {
+        MatmulQK<Terms, kMasked>(k, q_panel, head_dim, read, scale_log2, attends, p);
+        rule.Apply<true>(read, attends, p);
+        ExpOfScores(read, lse_log2, attends, p);
+      } else {
+        recompute_p();
+      }
       compute_ds(rule);
     } else {
-      RecomputeP<Terms, kMasked>(k, q_panel, lse_log2, words, read, scale_log2, attends, p);
+      recompute_p();
       compute_ds(NoRule());
     }
   }

@@ -182,17 +182,20 @@ inline void FwdTile(const FwdScratch& x, const SpattnFwdParams& params, const He
     float* o_panel = x.o_panels + first * head_dim_v;
     const uint32_t* attends = keys.attends[panel];
     RegisterTile<1> rescale;
-    if constexpr (kHasRule) {
-      const PanelRule rule(params.rule, x.rule, heads[h], h, tile, panel, keys, nullptr);
-      MatmulQK<Terms, false>(k, q_panel, head_dim, read, scale_log2, attends, x.s);
-      const RegisterTile<1> largest = rule.Apply<false>(read, attends, x.s);
+    const auto matmul_qk = [&] {
+      return MatmulQK<Terms, kMasked>(k, q_panel, head_dim, read, scale_log2, attends, x.s);
+    };
+    const auto online_softmax = [&](const RegisterTile<1>& largest, const auto& rule) {
       rescale =
           OnlineSoftmax<Terms>(read, largest, rule, x.row_max + first, x.row_sum + first, x.s);
+    };
+    if constexpr (kHasRule) {
+      const PanelRule rule(params.rule, x.rule, heads[h], h, tile, panel, keys, nullptr);
+      RegisterTile<1> largest = matmul_qk();
+      if (rule.ChangesScores()) largest = rule.Apply<false>(read, attends, x.s);
+      online_softmax(largest, rule);
     } else {
-      const RegisterTile<1> largest =
-          MatmulQK<Terms, kMasked>(k, q_panel, head_dim, read, scale_log2, attends, x.s);
-      rescale =
-          OnlineSoftmax<Terms>(read, largest, NoRule(), x.row_max + first, x.row_sum + first, x.s);
+      online_softmax(matmul_qk(), NoRule());
     }
     MatmulPV<Terms>(v_columns, x.s, head_dim_v, read, rescale, o_panel);
     for (int n = 0; kMasked && n < leaks.count; ++n) {

@@ -116,6 +116,11 @@ class PanelRule {
     return largest;
   }
 
+  // Whether Apply has anything to do: who may attend is in the keys' bits already.
+  bool ChangesScores() const {
+    return rule_.logit_softcap != 0 || rule_.alibi_slopes || rule_.relative_bias;
+  }
+
   // Weights of key j, or gradients of weights: 0 where dropped, larger where kept.
   SPATTN_INLINE Vec Drop(Vec x, int j, int n) const {
     if (rule_.dropout_rate == 0) return x;
