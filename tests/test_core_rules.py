@@ -141,6 +141,27 @@ def test_padding_does_not_leak(core):
 # ---- errors ----
 
 
+def test_sums_of_a_bias_that_memory_cannot_hold_are_refused(core):
+    """2^70 bytes, of which 64 bits hold none."""
+    block_mask = pattern_block_mask("all", Q_LEN, HEADS, 16)
+    case = Case(core, block_mask, rule=RULES["relative_bias"], heads=HEADS, batch=1)
+    q, k, v, do, _ = case.arrays
+    o, lse, *_ = case.run()
+    problem_of = core.problem
+
+    def large(*arguments):
+        problem = problem_of(*arguments)
+        problem.batch = 2**59
+        return problem
+
+    core.problem = large
+    try:
+        with pytest.raises(InvalidArgument, match="relative_bias must have at most 2"):
+            core.bwd(q, k, v, o, lse, do, block_mask, rule=case.rule)
+    finally:
+        core.problem = problem_of
+
+
 @pytest.mark.parametrize(
     "rule,message",
     [

@@ -46,7 +46,9 @@ class Zeros:
         return zeros(self.shape, self.dtype)
 
 
-def attend(q, k, v, plan, lengths=(), gradient=False, fetch=True, **attributes):
+def attend(
+    q, k, v, plan, lengths=(), gradient=False, fetch=True, rule_inputs=(), **attributes
+):
     """What the op gives, or its gradient, for inputs of any shape; no `fetch`: it runs."""
     attributes = dict(
         {"heads": 1, "kv_heads": 1, "softmax_scale": 1.0, "row_stride": 1},
@@ -69,7 +71,7 @@ def attend(q, k, v, plan, lengths=(), gradient=False, fetch=True, **attributes):
             heads = attributes["heads"]
             inputs["o"] = inputs["do"] = zeros([batch, q_len, heads * 8])
             inputs["lse"] = inputs["dlse"] = zeros([batch, heads, q_len])
-        results = op(**inputs, rule_inputs=[], **attributes)
+        results = op(**inputs, rule_inputs=list(rule_inputs), **attributes)
         return session.run(results if fetch else results[0].op)
 
 
@@ -184,6 +186,27 @@ def test_a_graphs_shapes_are_those_of_tensors(op, arguments):
             else:
                 arguments = dict(example(op), **arguments)
                 getattr(load_blocksparse_ops(), op)(**arguments)
+
+
+def gradients_of_a_bias(batch, heads):
+    """Without queries, but with a key; the sums would take batch * heads * 2^23 bytes."""
+    q, k = Zeros(batch, 0, 8 * heads), Zeros(batch, 1, 8)
+    sizes = {"heads": heads, "kv_heads": 1, "gradient": True}
+    bias = np.ones([1, 2**20 - 1], np.float32)
+    rule = {"rule": ["relative_bias"], "rule_inputs": [bias]}
+    return attend(q, k, k, plan_of_nothing(), **sizes, **rule)
+
+
+def test_sums_of_a_bias_that_no_query_has_take_no_memory():
+    _, dk, _, dbias = gradients_of_a_bias(2**16, 2**10)
+    assert dk.shape == (2**16, 1, 8) and not dk.any()
+    assert dbias.shape == (1, 2**20 - 1) and not dbias.any()
+
+
+def test_sums_of_a_bias_that_64_bits_cannot_count_are_refused():
+    """2^66 bytes."""
+    with pytest.raises(tf.errors.InvalidArgumentError, match="relative_bias must have"):
+        gradients_of_a_bias(2**20, 2**23)
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(0, 5), (5, 0), (0, 0)])

@@ -78,6 +78,14 @@ inline SpattnStatus CheckRule(const SpattnProblem& problem, const SpattnScoreRul
                    (LongLong)rule.bias_heads);
   SPATTN_RETURN_IF(rule.bias_reach < 1 || rule.bias_reach >= kMaxLen,
                    "bias_reach must be in [1, 2^31), got %lld", (LongLong)rule.bias_reach);
+  // Its gradient is summed for each batch element and head, up to 16 times.
+  constexpr int64_t kMostSums = int64_t{1} << 50;
+  SPATTN_RETURN_IF(
+      problem.batch > 0 && 2 * rule.bias_reach > kMostSums / problem.heads / problem.batch,
+      "relative_bias must have at most 2^50 elements for all batch elements and heads, got %lld "
+      "for "
+      "each of %lld and %d",
+      (LongLong)(2 * rule.bias_reach - 1), (LongLong)problem.batch, problem.heads);
   return Ok();
 }
 

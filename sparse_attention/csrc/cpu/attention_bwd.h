@@ -541,7 +541,8 @@ struct BwdWorkspaceLayout {
         }
       }
     }
-    biases = params.drelative_bias ? 2 * params.rule.bias_reach - 1 : 0;
+    const bool has_bias_gradient = params.drelative_bias && problem.q_len > 0;  // not all 0
+    biases = has_bias_gradient ? 2 * params.rule.bias_reach - 1 : 0;
     bias_sums = arena.Take<double>(problem.batch * problem.heads * splits.count() * biases);
     worker_sums =
         splits.are_apart() ? arena.Take<float>(workers * task_heads * sums_floats) : nullptr;
@@ -615,12 +616,10 @@ inline void BwdTask(const BwdWorkspaceLayout& layout, const SpattnBwdParams& par
 
 inline void Bwd(const SpattnBwdParams& params, const SpattnThreads& threads, void* workspace) {
   const SpattnProblem& problem = params.problem;
-  if (problem.q_len == 0 && problem.kv_len == 0) {  // however many sequences
-    if (params.drelative_bias) {
-      Zero(params.drelative_bias, params.rule.bias_heads * (2 * params.rule.bias_reach - 1));
-    }
-    return;
+  if (problem.q_len == 0 && params.drelative_bias) {
+    Zero(params.drelative_bias, params.rule.bias_heads * (2 * params.rule.bias_reach - 1));
   }
+  if (problem.q_len == 0 && problem.kv_len == 0) return;  // however many sequences
   const BwdWorkspaceLayout layout(params, threads.workers, workspace);
   const int64_t bias_sums = problem.batch * problem.heads * layout.splits.count() * layout.biases;
   for (int64_t i = 0; i < bias_sums; ++i) layout.bias_sums[i] = 0;
