@@ -85,3 +85,13 @@ def core(request, tmp_path_factory):
         if previous is not None:
             os.environ["SPARSE_ATTENTION_ISA"] = previous
     return core
+
+
+@pytest.fixture(params=["op", "fallback"])
+def path(request, monkeypatch):
+    """The compiled op, or what stands in for it."""
+    from tf_helpers import take_kernels_away
+
+    if request.param == "fallback":
+        take_kernels_away(monkeypatch)
+    return request.param

@@ -1,7 +1,6 @@
 """The pure-TensorFlow path, which is taken where nothing can be compiled."""
 
 import gc
-import warnings
 import weakref
 
 import numpy as np
@@ -18,21 +17,16 @@ from tf_helpers import (
     run,
     run_script,
     run_with_gradients,
+    take_kernels_away,
 )
 
 import sparse_attention as sa
-from sparse_attention.native import loader
 from sparse_attention.ops.plan_tensors import kept
 
 
 @pytest.fixture(autouse=True)
 def no_compiled_ops(monkeypatch):
-    monkeypatch.setattr(
-        loader, "_loaded", {"attention_ops": loader.Loaded(None, "a test")}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
+    take_kernels_away(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,5 @@
 """Plans for more positions than there are rows, and lengths that only a run knows."""
 
-import warnings
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,19 +7,8 @@ from helpers import random_inputs
 from tf_helpers import MODES, assert_same_bits, merged, run, run_with_gradients
 
 import sparse_attention as sa
-from sparse_attention.native import loader
 
 HEADS, LONGEST = 4, 200
-
-
-@pytest.fixture(params=["op", "fallback"])
-def path(request, monkeypatch):
-    if request.param == "fallback":
-        absent = {"attention_ops": loader.Loaded(None, "a test")}
-        monkeypatch.setattr(loader, "_loaded", absent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield request.param
 
 
 def attention(plan, **options):

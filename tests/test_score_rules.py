@@ -1,7 +1,6 @@
 """block_sparse_attention's rules: the op and TensorFlow's own ops, in all modes."""
 
 import itertools
-import warnings
 
 import numpy as np
 import pytest
@@ -14,25 +13,20 @@ from helpers import (
     random_inputs,
 )
 from rules import BATCH, HEADS, KV_LEN, Q_LEN, RULES, random_mask
-from tf_helpers import MODES, assert_same_bits, merged, run, run_with_gradients
+from tf_helpers import (
+    MODES,
+    assert_same_bits,
+    merged,
+    run,
+    run_with_gradients,
+    take_kernels_away,
+)
 
 import sparse_attention as sa
-from sparse_attention.native import loader
 
 SINKS = {"sinks": np.array([0.5, -1.0, 2.0, 0.0])}
 ALL = {**RULES, "sinks": SINKS}
 TRAINED = ("relative_bias", "sinks")
-
-
-@pytest.fixture(params=["op", "fallback"])
-def path(request, monkeypatch):
-    """The compiled op, or what stands in for it."""
-    if request.param == "fallback":
-        absent = {"attention_ops": loader.Loaded(None, "a test")}
-        monkeypatch.setattr(loader, "_loaded", absent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield request.param
 
 
 def block_mask_of(attn_mode="fixed", heads=HEADS):
@@ -128,12 +122,8 @@ def test_kernels_and_fallback_drop_the_same_weights(monkeypatch):
         return sa.block_sparse_attention(q, q, v, block_mask, HEADS, **options)
 
     kernels = run(attention, x, merged(identity))
-    monkeypatch.setattr(
-        loader, "_loaded", {"attention_ops": loader.Loaded(None, "a test")}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        fallback = run(attention, x, merged(identity))
+    take_kernels_away(monkeypatch)
+    fallback = run(attention, x, merged(identity))
     np.testing.assert_array_equal(kernels == 0, fallback == 0)
 
 

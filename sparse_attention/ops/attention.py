@@ -152,10 +152,10 @@ def block_sparse_attention(
     if kv_lengths is not None:
         kv_lengths = _as_lengths(kv_lengths, q)
     rule = NO_RULE
-    given = (segment_ids, mask, logit_softcap, alibi_slopes, relative_bias)
-    if dropout_rate or q_offset or any(x is not None for x in given):
-        seed = dropout_rate, dropout_seed, q_offset
-        rule = score_rule(q, k, heads, *given, *seed)
+    optional = (segment_ids, mask, logit_softcap, alibi_slopes, relative_bias)
+    if dropout_rate or q_offset or any(x is not None for x in optional):
+        others = dropout_rate, dropout_seed, q_offset
+        rule = score_rule(q, k, heads, *optional, *others)
     is_portable = portable.is_on()
     ops = None if is_portable else loader.attention_ops()
     if ops is None:
@@ -194,13 +194,12 @@ def block_sparse_attention(
 def _scaled(q, scale, heads):
     """q times a trained scale, which is the same as if the scores were."""
     scale = as_floats("softmax_scale", scale, None, "[] or [heads]")
-    if scale.shape.rank not in (0, 1) or not scale.shape.is_compatible_with(
-        [heads][: scale.shape.rank]
-    ):
+    rank = scale.shape.rank
+    if rank is None or scale.shape.as_list() not in ([], [heads], [None]):
         raise ValueError(
             f"softmax_scale must have shape [] or [heads={heads}], got {scale.shape}"
         )
-    by_head = _by_head(q, heads) * (scale[:, None] if scale.shape.rank else scale)
+    by_head = _by_head(q, heads) * (scale[:, None] if rank else scale)
     return tf.cast(_merged(by_head, q), q.dtype)
 
 

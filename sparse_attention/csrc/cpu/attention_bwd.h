@@ -189,7 +189,6 @@ template <class Terms, bool kMasked, class Rule>
 SPATTN_STAGE void ComputeDs(const float* v, const float* do_panel, const float* delta, int words,
                             KeyRange read, const uint32_t* attends, const Rule& rule,
                             const float* p, float* p_rows, float* ds_rows, float* ds_columns) {
-  constexpr bool kHasRule = !IsSame<Rule, NoRule>;
   constexpr int kTerms = Terms::kTerms;
   const auto matmul = [&](int j, auto height) {
     constexpr int kRows = decltype(height)::kRows;
@@ -208,7 +207,7 @@ SPATTN_STAGE void ComputeDs(const float* v, const float* do_panel, const float* 
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       Terms::StoreRow(ds.v[r][0], ds.v[r][1], ds_rows + (j + r) * kRowWords<Terms>);
-      if (kTerms == 1 && !kHasRule) continue;  // p_rows is p, ds_columns is ds_rows
+      if (kTerms == 1 && !Rule::kChangesWeights) continue;  // p_rows is p, ds_columns is ds_rows
       const float* p_r = p + (j + r) * kPanel;
       Terms::StoreRow(rule.Drop(Load(p_r), j + r, 0), rule.Drop(Load(p_r + kLanes), j + r, 1),
                       p_rows + (j + r) * kRowWords<Terms>);

@@ -67,6 +67,8 @@ struct RuleScratch {
 // The rule for one head's panel of queries and the present key tile.
 class PanelRule {
  public:
+  static constexpr bool kChangesWeights = true;  // or may
+
   // bias_sums: [2 * bias_reach - 1] to which the bias's gradient is added, or null.
   PanelRule(const SpattnScoreRule& rule, const RuleScratch& scratch, int64_t head, int h,
             const QTile& tile, int panel, const KeyTile& keys, double* bias_sums)
@@ -185,13 +187,9 @@ class PanelRule {
   float kept_times_;
 };
 
-template <class A, class B>
-constexpr bool IsSame = false;
-template <class A>
-constexpr bool IsSame<A, A> = true;
-
 // In its place where there is no rule.
 struct NoRule {
+  static constexpr bool kChangesWeights = false;
   SPATTN_INLINE Vec Drop(Vec x, int, int) const { return x; }
   SPATTN_INLINE Vec ScoreGradient(Vec ds, int, int) const { return ds; }
 };
