@@ -5,6 +5,7 @@ with gelu and Dense 512, with residuals, width 512, 8 heads of 64. It is compile
 `model.compile("adam", "mse")`, so that Keras decides about XLA, and timed through
 `train_on_batch`, as the user runs it. The attention is one of
   MultiHeadAttention  `keras.layers.MultiHeadAttention` with `use_causal_mask=True`
+  flash_attention     the same layer, under `sa.enable_flash_attention()`
   a pattern's name    `sa.SparseSelfAttention` with that pattern and windows of 128
   none                no attention: what the rest of the model takes
 
@@ -27,20 +28,20 @@ import sparse_attention as sa  # noqa: E402
 from sparse_attention.plan.patterns import PATTERNS  # noqa: E402
 
 WIDTH, HEADS, BLOCKS = 512, 8, 4
-CONTENDERS = ("MultiHeadAttention", *PATTERNS, "none")
+CONTENDERS = ("MultiHeadAttention", "flash_attention", *PATTERNS, "none")
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
 def attend(contender, x):
     if contender == "none":
         return x
-    if contender == "MultiHeadAttention":
+    if contender in ("MultiHeadAttention", "flash_attention"):
         layer = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
         return layer(x, x, use_causal_mask=True)
     return sa.SparseSelfAttention(HEADS, attn_mode=contender, local_attn_ctx=128)(x)
 
 
-def model_of(contender, length):
+def model_of(contender, length, jit_compile):
     x = inputs = keras.Input([length, WIDTH])
     for _ in range(BLOCKS):
         x = x + attend(contender, keras.layers.LayerNormalization()(x))
@@ -48,18 +49,20 @@ def model_of(contender, length):
         h = keras.layers.Dense(4 * WIDTH, activation="gelu")(h)
         x = x + keras.layers.Dense(WIDTH)(h)
     model = keras.Model(inputs, x)
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", jit_compile=jit_compile)
     return model
 
 
-def measure(policy, batch, length, contender, steps):
+def measure(policy, batch, length, contender, steps, jit_compile="auto"):
     """The row of one model: its median step, and the peak of the GPU's memory."""
     keras.mixed_precision.set_global_policy(policy)
     keras.utils.set_random_seed(0)
     row = dict(policy=policy, batch=batch, length=length, contender=contender)
     x, y = np.random.RandomState(0).normal(size=[2, batch, length, WIDTH])
+    if contender == "flash_attention":
+        sa.enable_flash_attention()
     try:
-        model = model_of(contender, length)
+        model = model_of(contender, length, jit_compile)
         row["jit_compile"] = model.jit_compile
         with tf.device("GPU:0" if sees_gpu() else "CPU:0"):
             x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
@@ -77,6 +80,8 @@ def measure(policy, batch, length, contender, steps):
             row["peak_bytes"] = info["peak"]
     except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
         row["error"] = error.message[:200]
+    finally:
+        sa.disable_flash_attention()
     keras.utils.clear_session()
     return row
 
@@ -99,6 +104,11 @@ def main(arguments=None):
         choices=CONTENDERS,
         default=["MultiHeadAttention", "fixed"],
     )
+    parser.add_argument(
+        "--jit-compile",
+        action="store_true",
+        help="compile by XLA on a CPU too, where Keras does not by itself",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="file for the rows as JSON")
     options = parser.parse_args(arguments)
@@ -115,7 +125,9 @@ def main(arguments=None):
         for shape in options.shapes:
             batch, length = map(int, shape.split("x"))
             for contender in options.contenders:
-                rows.append(measure(policy, batch, length, contender, options.steps))
+                jit_compile = options.jit_compile or "auto"
+                arguments = policy, batch, length, contender, options.steps, jit_compile
+                rows.append(measure(*arguments))
                 print(rows[-1], flush=True)
                 if options.out:
                     text = json.dumps({"head": head, "rows": rows}, indent=1)
