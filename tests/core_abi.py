@@ -186,7 +186,7 @@ class Core:
         self.library.spattn_cpu_isa.restype = ctypes.c_char_p
         for name in (
             *("fwd_cpu", "fwd_cpu_workspace", "bwd_cpu", "bwd_cpu_workspace"),
-            *("fwd_cuda", "bwd_cuda", "bwd_cuda_workspace"),
+            *("fwd_cuda", "fwd_cuda_workspace", "bwd_cuda", "bwd_cuda_workspace"),
             *("blocks_nt_cuda", "blocks_nn_cuda", "blocks_tn_cuda"),
             *("blocks_softmax_cuda", "blocks_softmax_grad_cuda"),
             *("blocks_softmax_cuda_workspace", "blocks_autoregressive_mask_cuda"),

@@ -128,10 +128,10 @@ def test_mixed_policies():
 
 @pytest.fixture(params=["kernels", "keras"])
 def path(request, monkeypatch):
-    """Beside a GPU, what its kernels do not take yet is left to Keras."""
+    """What the fused op does not take is left to Keras."""
     if request.param == "kernels":
         return {"fused": 1}
-    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
+    monkeypatch.setattr(flash_attention, "MAX_HEAD_DIM", 0)
     attention_layers._warn_once.cache_clear()
     return {"keras": 1}
 
@@ -206,11 +206,13 @@ def test_dropout_in_training_stays_in_the_pattern(name, path):
 
 
 def test_keras_path_says_so_once(monkeypatch):
-    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
+    monkeypatch.setattr(flash_attention, "MAX_HEAD_DIM", 0)
     attention_layers._warn_once.cache_clear()
     layer = layer_of("MultiHeadAttention", **PATTERNS["local"])
     x, mask = normal(2, TIME, WIDTH), np.ones([TIME, TIME], bool)
-    with pytest.warns(RuntimeWarning, match="runs by Keras's own ops.*take no mask"):
+    with pytest.warns(
+        RuntimeWarning, match="runs by Keras's own ops.*head dim is above"
+    ):
         layer(x, x, attention_mask=mask)
 
 

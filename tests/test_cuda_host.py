@@ -102,7 +102,9 @@ class Call:
         set_int(self.driver, "param_bytes", ctypes.sizeof(params))
         check(
             self.core.library.spattn_fwd_cuda(
-                ctypes.byref(self.fwd_params), self.STREAM
+                ctypes.byref(self.fwd_params),
+                self.STREAM,
+                ctypes.c_void_p(self.WORKSPACE),
             )
         )
 
@@ -114,6 +116,16 @@ class Call:
                 *(self.STREAM, self.WORKSPACE),
             )
         )
+
+    def workspaces(self):
+        """Bytes that the forward and the backward call want."""
+        library, sizes = self.core.library, (ctypes.c_int64(-1), ctypes.c_int64(-1))
+        fwd, bwd, by_kv, fwd_size, bwd_size = map(
+            ctypes.byref, (self.fwd_params, self.bwd_params, self.kv_plan, *sizes)
+        )
+        check(library.spattn_fwd_cuda_workspace(fwd, fwd_size))
+        check(library.spattn_bwd_cuda_workspace(bwd, by_kv, bwd_size))
+        return [size.value for size in sizes]
 
     def launches(self):
         return launches_of(self.driver)
@@ -160,10 +172,7 @@ def launch_all(core):
         assert (params.lse, params.dlse) == (call.lse.ctypes.data, None)
         assert params.lse_exp == Call.WORKSPACE
         assert params.delta == Call.WORKSPACE + 4 * call.lse.size
-    size = ctypes.c_int64()
-    workspace_of = core.library.spattn_bwd_cuda_workspace
-    check(workspace_of(ctypes.byref(call.bwd_params), ctypes.byref(size)))
-    assert size.value == 2 * 4 * call.lse.size
+    assert call.workspaces() == [0, 2 * 4 * call.lse.size]
 
 
 def assert_same(a, b):
@@ -210,6 +219,97 @@ def test_launches_do_not_wait_for_another_kernels_compilation(machine, tmp_path)
         launch_beside_compilation, hold, str(machine.runs_file), FAKE_HOLD=hold
     )
     assert is_held and names == ["attention_fwd", "attention_fwd"] and count == 5
+
+
+def launch_rules(core, rule):
+    """(name, macro of the rule) of each launch, and the workspaces."""
+    call = Call(core)
+    call.bwd_params.drelative_bias = rule.pop("drelative_bias", None)
+    for params in (call.fwd_params, call.bwd_params):
+        set_rule(params.rule, rule)
+    call.fwd()
+    call.bwd()
+    found = []
+    for launch in call.launches():
+        macros = [
+            m for m in launch.code.decode().split() if "_RULE=" in m or "SUMS" in m
+        ]
+        found.append([launch.name.decode(), *macros])
+    return found, call.workspaces()
+
+
+def test_rules_are_prepared_and_have_kernels_of_their_own(machine):
+    address = 0x4000
+    fwd, bwd = "attention_fwd", ["attention_bwd_dq", "attention_bwd_dkv"]
+    delta, rows = ["attention_bwd_delta"], 3 * 6 * 400
+    stats = 2 * 4 * rows
+    # A workspace's parts begin at multiples of 64 bytes.
+    scores = {"logit_softcap": 2.0, "alibi_slopes": address}
+    found, workspaces = machine.run(launch_rules, scores)
+    three = "-DSPATTN_RULE=3"
+    assert found == [[fwd, three], delta, *([name, three] for name in bwd)]
+    assert workspaces == [0, stats]
+
+    found, workspaces = machine.run(
+        launch_rules, {"dropout_rate": 0.5, "dropout_seed": address}
+    )
+    words, dropout = ["score_rule_words", "-DSPATTN_RULE=32"], "-DSPATTN_RULE=32"
+    assert found == [
+        *(words, [fwd, dropout], words, delta),
+        *([name, dropout] for name in bwd),
+    ]
+    assert workspaces == [4 * 3 * rows, stats + 4 * 3 * rows]
+
+    of_keys = {"mask": address, "mask_strides": (400, 0, 0, 1)}
+    found, (fwd_bytes, bwd_bytes) = machine.run(launch_rules, of_keys)
+    eight = "-DSPATTN_RULE=8"
+    ranges, lists = ([f"score_rule_{n}", eight] for n in ("ranges", "lists"))
+    assert found == [
+        *(ranges, lists, [fwd, eight], ranges, lists, lists, delta),
+        *([name, eight] for name in bwd),
+    ]
+    assert 0 < fwd_bytes < bwd_bytes - stats
+
+    found, _ = machine.run(
+        launch_rules, {"mask": address, "mask_strides": (160000, 0, 400, 1)}
+    )
+    sixteen = "-DSPATTN_RULE=16"
+    assert found == [[fwd, sixteen], delta, *([name, sixteen] for name in bwd)]
+
+    bias = {"relative_bias": address, "bias_heads": 6, "bias_reach": 1000}
+    found, (_, bwd_bytes) = machine.run(
+        launch_rules, {**bias, "drelative_bias": address}
+    )
+    four = "-DSPATTN_RULE=4"
+    assert found == [
+        *([fwd, four], delta, [bwd[0], four, "-DSPATTN_BIAS_SUMS=1"]),
+        *(["score_rule_bias", four], [bwd[1], four]),
+    ]
+    # 12 tiles of queries of three sequences, whose distances are below 402.
+    assert bwd_bytes == stats + -(-4 * 12 * 6 * 803 // 64) * 64
+
+
+def test_rules_that_a_gpu_cannot_count_are_refused(machine):
+    for rule in ({"q_offset": 2**30 + 1}, {"q_offset": -(2**30) - 1}):
+        error = machine.run(rule_error, {"alibi_slopes": 0x4000, **rule})
+        assert "q_offset must be at most 2^30 on a GPU, got 1073741825" in error
+    assert "dropout_rate must be in [0, 1), got 1" in machine.run(
+        rule_error, {"dropout_rate": 1.0}
+    )
+
+
+def rule_error(core, rule):
+    call = Call(core)
+    set_rule(call.fwd_params.rule, rule)
+    return error_of(call.fwd)
+
+
+def set_rule(struct, rule):
+    for name, value in rule.items():
+        if name == "mask_strides":
+            struct.mask_strides[:] = value
+        else:
+            setattr(struct, name, value)
 
 
 def launch_at_once(core):
@@ -438,7 +538,7 @@ def forward_without_driver(core):
     params.plan.heads, params.plan.tile_q, params.plan.block_size = 1, 64, 64
     params.plan.q_tiles = params.plan.kv_blocks = 1
     return error_of(
-        lambda: check(core.library.spattn_fwd_cuda(ctypes.byref(params), 0))
+        lambda: check(core.library.spattn_fwd_cuda(ctypes.byref(params), 0, None))
     )
 
 
@@ -548,13 +648,13 @@ def bad_calls(core):
         "row": change("v.row_stride", lambda stride: 2**30),
         "batch": change("problem.batch", lambda batch: 65536),
         "positions": change("problem.kv_len", lambda kv_len: 2**31 - 9),
-        "tiles": change("plan.q_tiles", lambda tiles: tiles + 1),
+        "tiles": change("plan.q_tiles", lambda tiles: tiles - 1),
         "entries": change("plan.entries", lambda entries: 2**29),
         "mask_blocks": change("plan.mask_blocks", lambda blocks: 2**30),
         "mask_bits": change("plan.mask_bits", lambda data: data + 8),
         "mask_ids": change("plan.mask_ids", lambda data: data + 2),
         "head_dim": change("problem.head_dim", lambda head_dim: 12),
-        "q_blocks": change("q_blocks", lambda blocks: blocks + 1),
+        "q_blocks": change("q_blocks", lambda blocks: blocks - 1),
         "tile_kv": change("tile_kv", lambda tile_kv: 16),
         "q_indices": change("q_indices", lambda data: data + 2),
         "kv_tiles": change("kv_tiles", lambda tiles: 0),
@@ -570,7 +670,7 @@ def test_bad_calls_are_refused_before_a_launch(machine):
         "row": r"v must have a row stride in [0, 2^31) bytes, got 1073741824 elements",
         "batch": "batch must be at most 65535 on a GPU, got 65536",
         "positions": "kv_len=2147483639 with row_stride=1 must have at most",
-        "tiles": "a GPU needs a plan for q_len=400 and kv_len=",
+        "tiles": "q_tiles must be at least 4 for q_len=400, got 3",
         "entries": "entries of a plan must be at most 2^28 on a GPU, got 536870912",
         "mask_blocks": "mask_blocks of a plan must be at most 67108856 on a GPU, got",
         "mask_bits": "mask_bits must begin at a multiple of 16 bytes, got 0x",
@@ -578,7 +678,7 @@ def test_bad_calls_are_refused_before_a_launch(machine):
         "head_dim": "head_dim must be a multiple of 8 in [8, 256], got 12",
     }
     of_keys = {
-        "q_blocks": "q_blocks must be 13 for q_len=400, got 14",
+        "q_blocks": "q_blocks must be at least 13 for q_len=400, got 12",
         "tile_kv": "tile_kv must be 32, 64 or 128, at least block_size=32, got 16",
         "q_indices": "a plan's arrays must begin at multiples of 4 bytes, got 0x",
         "kv_tiles": "must hold 13 kv blocks, got 0",

@@ -222,16 +222,6 @@ def test_a_call_that_must_be_fused_is_an_error_where_it_cannot():
             attend(x, x, x, bias=OUTSIDE["bias"][0]["bias"], flash_attention=True)
 
 
-def test_beside_a_gpu_masks_and_dropout_stay_with_keras(monkeypatch):
-    monkeypatch.setattr(flash_attention, "visible_archs", lambda: ("sm_90",))
-    q, k, v = map(tf.constant, random_inputs(0)[:3])
-    for options in ({"mask": np.ones([48, 48], bool)}, {"soft_cap": 5.0}):
-        why_not = flash_attention.fused_arguments(q, k, v, **options)[1]
-        assert "kernels for GPUs take no" in why_not
-    options = {"dropout": 0.5, "draw_seed": lambda: pytest.fail("a seed was drawn")}
-    assert "dropout" in flash_attention.fused_arguments(q, k, v, **options)[1]
-
-
 def test_a_soft_cap_is_handed_on():
     q, k, v = map(tf.constant, random_inputs(0)[:3])
     with sa.flash_attention(), counted(fused=1):  # Keras's public function refuses it

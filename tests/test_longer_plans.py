@@ -29,6 +29,10 @@ def arrays_of(q_len, kv_len=None):
 @pytest.mark.parametrize("length", [1, 8, 77, 130, 199])
 @pytest.mark.parametrize("attn_mode", ["all", "local", "fixed"])
 def test_a_longer_plan_is_that_of_the_length(path, attn_mode, length):
+    check(attn_mode, length)
+
+
+def check(attn_mode, length):
     """fixed has a plan by head."""
     plans = [
         sa.pattern_block_mask(attn_mode, n, HEADS, 8, 32, num_verts=2)

@@ -251,8 +251,7 @@ class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,
     Call arguments are Keras's. A pattern is causal with and without
     `use_causal_mask=True`; beside a `block_mask`, which must then be causal, this is a
     check. Where the fused op cannot take a call, Keras's own ops do, with the plan as a
-    mask, and a RuntimeWarning says so once: where TensorFlow sees a GPU, with masks, and
-    with a dropout rate in training.
+    mask, and a RuntimeWarning says so once.
 
     Raises:
       ImportError: If Keras is older than 3.

@@ -20,7 +20,6 @@ from typing import Any, Iterator, NamedTuple
 import tensorflow as tf
 
 from ..native import cache, loader
-from ..native.cuda.devices import visible_archs
 from ..ops import portable, xla
 from ..ops.attention import (
     DTYPES,
@@ -69,8 +68,7 @@ def fused_arguments(
 ):
     """Whether the fused op can take a call, and with which arguments.
 
-    This is the one place that knows. What the op gains on GPUs, or altogether, is
-    handed on here.
+    This is the one place that knows.
 
     Args:
       q: Tensor [batch, q_len, heads, head_dim].
@@ -101,8 +99,6 @@ def fused_arguments(
         if draw_seed is None or dropout >= 1:
             return None, f"a dropout rate of {dropout}"
         rule["dropout_rate"] = dropout
-    if rule and visible_archs():
-        return None, f"the kernels for GPUs take no {' or '.join(rule)} yet"
     if any(len(x.shape) != 4 for x in (q, k, v)):
         return None, "a tensor does not have rank 4"
     _, q_len, heads, dim = q.shape
@@ -451,10 +447,9 @@ def enable_flash_attention() -> None:
     `GroupQueryAttention`, and models made of them, then run it in training and inference,
     compiled by XLA or not, wherever it gives the same numbers: for float32, float16 and
     bfloat16, head dims up to 256, grouped heads, causal or not, lengths that are known
-    when the graph is made, and where TensorFlow sees no GPU, masks and dropout. Other
-    calls take Keras's own path: with a bias, with attention scores as a result, and
-    beside a GPU with masks and dropout. `SPARSE_ATTENTION_VERBOSE=1` says which and why.
-    An argument or attribute `flash_attention=False` is respected.
+    when the graph is made, masks and dropout. Other calls take Keras's own path: with a
+    bias, and with attention scores as a result. `SPARSE_ATTENTION_VERBOSE=1` says which
+    and why. An argument or attribute `flash_attention=False` is respected.
 
     Two things differ. Weights are dropped at Keras's rate, but not the same ones. A query
     that a mask allows no key gets zeros, and from Keras the mean of all values.

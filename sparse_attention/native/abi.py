@@ -6,6 +6,10 @@ from ..plan import tiling
 
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
+# That follow there.
+RULE_PHASES = ("rule_words", "rule_ranges", "rule_lists", "rule_bias_gradient")
+# Bits of `rule` in a Shape, in the order of SpattnRuleParts.
+RULE_PARTS = ("softcap", "alibi", "bias", "segments", "mask", "dropout", "bias_sums")
 BLOCKS_OPS = (  # in the order of SpattnBlocksOp
     "nt",
     "nn",
@@ -31,7 +35,7 @@ class Shape(ctypes.Structure):
         for name in (
             *("arch", "dtype", "head_dim", "head_dim_v"),
             *("is_row_strided", "is_scale_positive", "uses_tf32", "block_size"),
-            *("tile_q", "tile_kv", "list_keys"),
+            *("tile_q", "tile_kv", "list_keys", "rule"),
         )
     ]
 
@@ -70,9 +74,9 @@ def shape_of(library, arch, dtype, head_dims, block_mask):
 
 
 def kernel_of(library, shape, phase):
-    """The `Kernel` of a `Shape`; `phase` is one of PHASES."""
+    """The `Kernel` of a `Shape`; `phase` is one of PHASES or RULE_PHASES."""
     kernel = Kernel()
-    number = PHASES.index(phase)
+    number = (*PHASES, *RULE_PHASES).index(phase)
     library.spattn_cuda_kernel(ctypes.byref(shape), number, ctypes.byref(kernel))
     return kernel
 

@@ -36,6 +36,7 @@ ATTENTION = (
     "cpu/attention_kernels.cc",
     "cuda/host/configs.cc",
     "cuda/host/launch.cc",
+    "cuda/host/rule.cc",
 )
 BLOCKSPARSE = (
     "cpu/blocksparse.cc",

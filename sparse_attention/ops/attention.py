@@ -96,7 +96,7 @@ def block_sparse_attention(
       v: The same dtype [batch, kv_len, kv_heads * head_dim_v].
       block_mask: `BlockMask` with one head or `heads`, for q_len and kv_len or, where
         its row_stride is 1, for longer ones: what it says of rows that the tensors do
-        not have is without effect. (A GPU needs the lengths of the tensors as yet.)
+        not have is without effect.
       heads: Number of query heads.
       kv_heads: Number of key heads, which divides `heads`: head h reads kv head
         floor(h / (heads / kv_heads)). None: `heads`.

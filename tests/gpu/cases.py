@@ -22,7 +22,7 @@ from sparse_attention.plan.patterns import pattern_block_mask
 Case = namedtuple(
     "Case",
     "name block_mask dtype heads kv_heads head_dim head_dim_v kv_lengths tile_q "
-    "tile_kv softmax_scale allow_tf32",
+    "tile_kv softmax_scale allow_tf32 rule",
 )
 BATCH = 2
 DTYPES = (*abi.DTYPES, "tf32")  # float32 whose products may round to TF32
@@ -40,6 +40,7 @@ def case(
     tile_q=None,
     tile_kv=None,
     softmax_scale=None,
+    rule=None,
 ):
     """Fills in what is left open; `block_mask` is a function without arguments."""
     return Case(
@@ -55,6 +56,7 @@ def case(
         tile_kv,
         softmax_scale,
         dtype == "tf32",
+        rule or {},
     )
 
 
@@ -209,13 +211,98 @@ def _long():
         )
 
 
+def documents(length, count):
+    """int32 [BATCH, length]: runs of equal ids; of the second sequence some are -1."""
+    ids = np.sort(np.random.RandomState(1).randint(0, count, [BATCH, length]), axis=1)
+    ids[1, -length // 7 :] = -1
+    ids[1, : length // 9] = -1
+    return ids.astype(np.int32)
+
+
+def rules_of(heads, q_len, kv_len):
+    """{name: arguments of `core_abi.rule_of`}."""
+    random = np.random.RandomState(0)
+    return {
+        "softcap": {"logit_softcap": 1.5},
+        "alibi": {"alibi_slopes": 0.5 ** np.arange(1.0, heads + 1)},
+        "bias": {"relative_bias": 0.25 * random.randn(heads, 2 * 90 - 1)},
+        "segments": {"segment_ids": (documents(q_len, 5), documents(kv_len, 5))},
+        "padding": {"mask": random.rand(BATCH, 1, 1, kv_len) < 0.7},
+        "mask": {"mask": random.rand(BATCH, heads, q_len, kv_len) < 0.7},
+        "dropout": {"dropout_rate": 0.3, "dropout_seed": [11, -5]},
+    }
+
+
+def _rules():
+    """Each rule alone on each kernel; all of them together on all that differ."""
+    shapes = {
+        "own": (lambda: random_block_mask(2, 16, 203, 301, 2), {"head_dim": 64}),
+        "shared-heads": (
+            lambda: random_block_mask(3, 8, 200, 210, 6, density=0.4),
+            {"heads": 6, "kv_heads": 2, "kv_lengths": (150, 210)},
+        ),
+        "row-stride": (
+            lambda: random_block_mask(5, 16, 205, 301, 2, row_stride=12),
+            {"kv_lengths": (250, 77)},
+        ),
+        "causal": (
+            lambda: BlockMask(np.tri(5), causal_mask(), 64, 300, 300),
+            {"head_dim": 128, "softmax_scale": -0.1},
+        ),
+    }
+    long = {"head_dim": 64, "tile_q": 128, "tile_kv": 128}
+    long_shapes = {
+        "long": (lambda: random_block_mask(6, 32, 333, 2900, 2, density=0.9), long),
+        "long-128": (
+            lambda: random_block_mask(8, 16, 300, 700, 2, density=0.7),
+            dict(long, head_dim=128),
+        ),
+    }
+    for dtype in DTYPES:
+        is_short = dtype in ("float32", "tf32")
+        for shape, (block_mask, options) in {
+            **shapes,
+            **({} if is_short else long_shapes),
+        }.items():
+            if is_short and shape == "causal":
+                options = dict(options, head_dim=64)
+            one, heads = block_mask(), options.get("heads", 2)
+            rules = rules_of(heads, one.q_len, one.kv_len)
+            rules["all"] = {k: v for rule in rules.values() for k, v in rule.items()}
+            rules["all"]["q_offset"] = 9
+            alone = rules if shape in ("own", "long") else ["all"]
+            for name in alone:
+                rule = rules[name]
+                yield case(f"{name}-{shape}", block_mask, dtype, rule=rule, **options)
+
+
 CASES = [*_patterns(), *_dims(), *_features(), *_long()]
+RULE_CASES = [*_rules()]
+
+
 # What a V100 runs: two heads of 256 do not fit into its shared memory.
-VOLTA_CASES = [
-    c
-    for c in CASES
-    if c.dtype != "bfloat16" and c.head_dim + c.head_dim_v < 512 and not c.allow_tf32
-]
+def runs_on_volta(c):
+    is_small = c.head_dim + c.head_dim_v < 512
+    return c.dtype != "bfloat16" and is_small and not c.allow_tf32
+
+
+VOLTA_CASES = [c for c in CASES if runs_on_volta(c)]
+VOLTA_RULE_CASES = [c for c in RULE_CASES if runs_on_volta(c)]
+
+
+def rule_parts(rule, bias_gradient=False):
+    """SpattnRuleParts of a case's rule."""
+    masks_keys = "mask" in rule and rule["mask"].shape[1:3] == (1, 1)
+    used = dict(
+        softcap="logit_softcap" in rule,
+        alibi="alibi_slopes" in rule,
+        bias="relative_bias" in rule,
+        segments="segment_ids" in rule or masks_keys,
+        mask="mask" in rule and not masks_keys,
+        dropout="dropout_rate" in rule,
+        bias_sums=bias_gradient and "relative_bias" in rule,
+    )
+    return sum(used[part] << i for i, part in enumerate(abi.RULE_PARTS))
 
 
 def plans_of(library, case, arch):
@@ -237,7 +324,11 @@ def kernels_of(library, case, arch):
     shape.tile_q, shape.tile_kv = tiles.tile_q, kv_tiles.tile_kv
     keys = len(tiles.kv_indices) * tiles.block_size
     shape.list_keys = keys // (len(tiles.kv_indptr) - 1)
-    return [abi.kernel_of(library, shape, phase) for phase in abi.PHASES]
+    found = []
+    for phase in (*abi.PHASES, *(abi.RULE_PHASES if case.rule else ())):
+        shape.rule = rule_parts(case.rule, phase == "bwd_dq")
+        found.append(abi.kernel_of(library, shape, phase))
+    return found
 
 
 # ---- the three-op family ----
@@ -290,7 +381,9 @@ def main():
     library = ctypes.CDLL(libraries.build_core())
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for arch in options.arch:
-            number, cases = (90, CASES) if arch == "sm_90a" else (70, VOLTA_CASES)
+            number, cases = 90, CASES + RULE_CASES
+            if arch != "sm_90a":
+                number, cases = 70, VOLTA_CASES + VOLTA_RULE_CASES
             wanted = set()
             for find, some in ((kernels_of, cases), (blocks_kernels_of, BLOCKS_CASES)):
                 for c in some:

@@ -17,6 +17,7 @@ from core_abi import (
     check,
     kv_plan_of,
     plan_of,
+    rule_of,
 )
 
 from sparse_attention.native import abi, libraries
@@ -71,6 +72,7 @@ class Attention:
       core: What `load_core` returns.
       block_mask: `BlockMask`.
       tiles, kv_tiles: Its plans, as `abi.plans` chooses them.
+      rule: The arguments of `core_abi.rule_of`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Attention:
         kv_heads=None,
         softmax_scale=None,
         allow_tf32=False,
+        rule=None,
     ):
         self.core, self.block_mask = core, block_mask
         self.allow_tf32 = allow_tf32
@@ -96,6 +99,12 @@ class Attention:
         )
         self.plan = plan_of(self.tiles, block_mask, _pointer)
         self.kv_plan = kv_plan_of(self.kv_tiles, block_mask, _pointer)
+        self.rule, arrays = rule_of(**rule or {})
+        self.rule_arrays = {
+            n: torch.tensor(a, device="cuda") for n, a in arrays.items()
+        }
+        for name, array in self.rule_arrays.items():
+            setattr(self.rule, name, array.data_ptr())
 
     def _problem(self, q, k, v, kv_lengths):
         scale, head_dim = self.softmax_scale, q.shape[3]
@@ -106,9 +115,17 @@ class Attention:
             *(_pointer(kv_lengths), self.allow_tf32),
         )
 
-    def _call(self, name, structs, *workspace):
-        function = getattr(self.core.library, "spattn_" + name)
-        check(function(*map(ctypes.byref, structs), _stream(), *workspace))
+    def _call(self, name, structs):
+        structs = [ctypes.byref(struct) for struct in structs]
+        function, workspace_of = (
+            getattr(self.core.library, "spattn_" + name + suffix)
+            for suffix in ("", "_workspace")
+        )
+        size = ctypes.c_int64()
+        check(workspace_of(*structs, ctypes.byref(size)))
+        # All ones: NaN where read too soon.
+        workspace = torch.full((size.value,), 255, dtype=torch.uint8, device="cuda")
+        check(function(*structs, _stream(), ctypes.c_void_p(workspace.data_ptr())))
 
     def forward(self, q, k, v, kv_lengths=None, out=None):
         """o [batch, q_len, heads, head_dim_v] and lse float32 [batch, heads, q_len]."""
@@ -121,28 +138,29 @@ class Attention:
         params = FwdParams(
             *(self._problem(q, k, v, kv_lengths), self.plan),
             *map(_tensor, (q, k, v, out[0])),
-            out[1].data_ptr(),
+            *(out[1].data_ptr(), self.rule),
         )
         self._call("fwd_cuda", [params])
         return out
 
     def backward(self, q, k, v, o, lse, do, dlse=None, kv_lengths=None, out=None):
-        """dq, dk, dv; those that are None in `out` are left out."""
+        """dq, dk, dv; those that are None in `out` are left out.
+
+        With a relative_bias in the rule, its gradient too.
+        """
         if out is None:
             out = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+            if "relative_bias" in self.rule_arrays:
+                bias = self.rule_arrays["relative_bias"]
+                out.append(torch.full_like(bias, float("nan")))
         params = BwdParams(
             *(self._problem(q, k, v, kv_lengths), self.plan),
             *map(_tensor, (q, k, v, o, do)),
             *map(_pointer, (lse, dlse)),
-            *map(_tensor, out),
+            *map(_tensor, out[:3]),
+            *(self.rule, *map(_pointer, out[3:])),
         )
-        size = ctypes.c_int64()
-        workspace_of = self.core.library.spattn_bwd_cuda_workspace
-        check(workspace_of(ctypes.byref(params), ctypes.byref(size)))
-        # All ones: NaN where read too soon.
-        workspace = torch.full((size.value,), 255, dtype=torch.uint8, device="cuda")
-        pointer = ctypes.c_void_p(workspace.data_ptr())
-        self._call("bwd_cuda", [params, self.kv_plan], pointer)
+        self._call("bwd_cuda", [params, self.kv_plan])
         return out
 
 

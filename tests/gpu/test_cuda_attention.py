@@ -9,8 +9,23 @@ import zlib
 import nan_rule
 import numpy as np
 import pytest
-from cases import BATCH, CASES, DTYPES, VOLTA_CASES, case, plans_of, random_block_mask
-from helpers import assert_attention_close, random_inputs, to_dtype
+from cases import (
+    BATCH,
+    CASES,
+    DTYPES,
+    RULE_CASES,
+    VOLTA_CASES,
+    VOLTA_RULE_CASES,
+    case,
+    plans_of,
+    random_block_mask,
+)
+from helpers import (
+    assert_attention_close,
+    check_twice_at_most,
+    random_inputs,
+    to_dtype,
+)
 from require import import_or_skip
 
 torch = import_or_skip("torch")
@@ -25,18 +40,18 @@ def attention_of(case, block_mask, ptx_arch=0):
     return Attention(
         *(core, block_mask),
         *plans_of(core.library, case, ptx_arch or major * 10 + minor),
-        *(case.heads, case.kv_heads, case.softmax_scale, case.allow_tf32),
+        *(case.heads, case.kv_heads, case.softmax_scale, case.allow_tf32, case.rule),
     )
 
 
 class Run:
     """One case's tensors and results, forward and backward."""
 
-    def __init__(self, case, ptx_arch=0, inputs=None):
+    def __init__(self, case, ptx_arch=0, inputs=None, seed=0):
         self.case = case
         self.block_mask = case.block_mask()
         self.inputs = inputs or random_inputs(
-            zlib.crc32(case.name.encode()),
+            zlib.crc32(case.name.encode()) + seed,
             BATCH,
             self.block_mask.q_len,
             self.block_mask.kv_len,
@@ -54,16 +69,19 @@ class Run:
         o, lse = attention.forward(q, k, v, lengths)
         gradients = attention.backward(q, k, v, o, lse, do, dlse, lengths)
         torch.cuda.synchronize()
-        self.results = dict(zip(("o", "dq", "dk", "dv"), (o, *gradients)))
-        self.results = {n: on_host(x) for n, x in self.results.items()}
+        names = ("o", "dq", "dk", "dv", "drelative_bias")
+        self.results = {n: on_host(x) for n, x in zip(names, (o, *gradients))}
         self.results["lse"] = lse.cpu().numpy()
 
     def check(self):
+        rule = dict(self.case.rule)
+        mask = self.block_mask.to_dense() & rule.pop("mask", True)
         assert_attention_close(
-            *(self.results, self.inputs, self.block_mask.to_dense()),
+            *(self.results, self.inputs, mask),
             kv_lengths=self.case.kv_lengths,
             softmax_scale=self.case.softmax_scale,
             tf32=self.case.allow_tf32,
+            **rule,
         )
 
 
@@ -76,6 +94,25 @@ def test_kernels_match_reference(case):
 def test_volta_kernels_match_reference(case):
     """The sm_70 path as PTX, through the driver's own compiler."""
     Run(case, ptx_arch=70).check()
+
+
+@pytest.mark.parametrize("case", RULE_CASES, ids=lambda case: case.name)
+def test_rules_match_reference(case):
+    check_twice_at_most(lambda seed: Run(case, seed=seed).check())
+
+
+@pytest.mark.parametrize("case", VOLTA_RULE_CASES, ids=lambda case: case.name)
+def test_volta_rules_match_reference(case):
+    check_twice_at_most(lambda seed: Run(case, 70, seed=seed).check())
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in RULE_CASES if c.name.startswith("all")], ids=lambda c: c.name
+)
+def test_rules_are_bitwise_reproducible(case):
+    first, second = (Run(case).results for _ in range(2))
+    for name, x in first.items():
+        assert x.tobytes() == second[name].tobytes(), name
 
 
 FEATURE_CASES = [
@@ -118,7 +155,7 @@ def test_streams_and_threads_do_not_disturb_each_other():
 
 # wgmma, mma and wmma, by the architecture that the PTX is for; 0: the device's own.
 PATHS = {"own": 0, "mma": 80, "volta": 70}
-RULE_CASES = [
+NAN_CASES = [
     pytest.param(case, arch, id=f"{case.name}-{path}")
     for case in FEATURE_CASES
     for path, arch in PATHS.items()
@@ -126,7 +163,7 @@ RULE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case, ptx_arch", RULE_CASES)
+@pytest.mark.parametrize("case, ptx_arch", NAN_CASES)
 @pytest.mark.parametrize("name", nan_rule.INPUTS)
 def test_nan_and_inf_keep_to_the_rule(name, case, ptx_arch):
     plain = Run(case, ptx_arch)

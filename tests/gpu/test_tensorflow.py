@@ -8,6 +8,8 @@ import blocks_runner
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_longer_plans
+import test_score_rules
 from blocks_oracle import f32, random_layout, random_mask
 from helpers import DTYPES, PATTERNS, assert_close
 from tf_helpers import (
@@ -71,6 +73,27 @@ def test_every_option_matches_oracle():
         "function",
         **dict(heads=4, kv_heads=2, head_dim=64, head_dim_v=128, **lengths),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", test_score_rules.ALL)
+def test_each_rule_matches_oracle(name, dtype):
+    with tf.device("/gpu:0"):
+        test_score_rules.check(test_score_rules.ALL[name], dtype=dtype)
+        test_score_rules.check(test_score_rules.ALL[name], "strided", kv_heads=2)
+
+
+def test_all_rules_together_match_oracle():
+    rules = test_score_rules.ALL.values()
+    with tf.device("/gpu:0"):
+        test_score_rules.check({k: v for rule in rules for k, v in rule.items()}, "all")
+
+
+@pytest.mark.parametrize("length", [21, 64])
+def test_a_longer_plan_is_that_of_the_length(length):
+    for attn_mode in ("all", "local", "fixed"):
+        with tf.device("/gpu:0"):
+            test_longer_plans.check(attn_mode, length)
 
 
 def test_two_runs_are_bitwise_equal():

@@ -14,6 +14,16 @@ import sparse_attention as sa
 
 pytestmark = pytest.mark.gpu
 BATCH, TIME, HEADS, HEAD_DIM = 2, 512, 8, 64
+DOCUMENTS = np.sort(np.random.RandomState(0).randint(0, 5, [BATCH, TIME]), axis=1)
+RULES = {
+    "softcap": {"logit_softcap": 2.0},
+    "alibi": {"alibi_slopes": 0.5 ** np.arange(1.0, HEADS + 1)},
+    "bias": {"relative_bias": np.random.RandomState(1).normal(size=[HEADS, 99])},
+    "segments": {"segment_ids": DOCUMENTS.astype(np.int32)},
+    "padding": {"mask": np.arange(TIME) % 5 > 0},
+    "mask": {"mask": np.random.RandomState(2).rand(TIME, TIME) < 0.8},
+    "dropout": {"dropout_rate": 0.2, "dropout_seed": [3, 4]},
+}
 
 
 def inputs(dtype, kv_heads=HEADS):
@@ -25,7 +35,7 @@ def inputs(dtype, kv_heads=HEADS):
         ]
 
 
-def attention_and_gradients(mode, kv_heads=HEADS, kv_lengths=None):
+def attention_and_gradients(mode, kv_heads=HEADS, kv_lengths=None, **rule):
     block_mask = sa.pattern_block_mask(mode, TIME, HEADS, 32, 128)
 
     def call(q, k, v, do):
@@ -35,6 +45,7 @@ def attention_and_gradients(mode, kv_heads=HEADS, kv_lengths=None):
                 *(q, k, v, block_mask, HEADS, kv_heads),
                 kv_lengths=kv_lengths,
                 return_lse=True,
+                **rule,
             )
             finite = tf.where(tf.math.is_finite(lse), lse, 0.0)
             loss = tf.reduce_sum(tf.cast(o * do, tf.float32)) + tf.reduce_sum(finite)
@@ -72,6 +83,13 @@ def test_float32_follows_tensorflow_into_tf32(allowed):
 
 def test_compiled_equals_uncompiled_for_groups_and_lengths():
     call = attention_and_gradients("all", kv_heads=2, kv_lengths=[100, 0])
+    assert_compiled_equals(call, inputs("bfloat16", kv_heads=2))
+
+
+@pytest.mark.parametrize("name", [*RULES, "all"])
+def test_compiled_equals_uncompiled_under_rules(name):
+    rule = RULES.get(name) or {k: x for rule in RULES.values() for k, x in rule.items()}
+    call = attention_and_gradients("fixed", kv_heads=2, **rule)
     assert_compiled_equals(call, inputs("bfloat16", kv_heads=2))
 
 

@@ -184,13 +184,29 @@ typedef struct {
   int32_t block_size;                   // of the plan and of its transpose
   int32_t tile_q, tile_kv;              // of the plan and of its transpose
   int32_t list_keys;                    // of a q tile, on average; for SPATTN_FWD alone
+  int32_t rule;                         // SpattnRuleParts of the SpattnScoreRule, or 0
 } SpattnCudaShape;
+
+// What of a SpattnScoreRule is in use, bit by bit.
+typedef enum {
+  SPATTN_RULE_SOFTCAP = 1,
+  SPATTN_RULE_ALIBI = 2,
+  SPATTN_RULE_BIAS = 4,
+  SPATTN_RULE_SEGMENTS = 8,  // also a mask that is the same for all heads and queries
+  SPATTN_RULE_MASK = 16,
+  SPATTN_RULE_DROPOUT = 32,
+  SPATTN_RULE_BIAS_SUMS = 64,  // the gradient of relative_bias
+} SpattnRuleParts;
 
 typedef enum {
   SPATTN_FWD = 0,
   SPATTN_BWD_DELTA = 1,
   SPATTN_BWD_DQ = 2,
   SPATTN_BWD_DKV = 3,
+  SPATTN_RULE_WORDS = 4,   // what dropout needs of each row
+  SPATTN_RULE_RANGES = 5,  // of the segments in each block
+  SPATTN_RULE_LISTS = 6,   // the plan's, without the blocks whose segments do not meet a tile's
+  SPATTN_RULE_BIAS_GRADIENT = 7,
 } SpattnPhase;
 
 typedef struct {
@@ -214,9 +230,13 @@ SPATTN_API void spattn_cuda_tiles(SpattnCudaShape* shape);
 SPATTN_API void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase,
                                    SpattnCudaKernel* kernel);
 
+// Bytes of workspace at a multiple of 64 that a call needs; 0: it may be null.
+SPATTN_API SpattnStatus spattn_fwd_cuda_workspace(const SpattnFwdParams* params, int64_t* bytes);
+SPATTN_API SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params,
+                                                  const SpattnKvPlan* by_kv, int64_t* bytes);
 // A null dq, or null dk and dv, is left out.
-SPATTN_API SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream);
-SPATTN_API SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes);
+SPATTN_API SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream,
+                                        void* workspace);
 SPATTN_API SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const SpattnKvPlan* by_kv,
                                         void* stream, void* workspace);
 

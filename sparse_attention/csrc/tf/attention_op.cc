@@ -230,14 +230,19 @@ struct OnCpu {
 // TensorFlow has made the device's context current.
 struct OnGpu {
   static void Run(OpKernelContext* ctx, const SpattnFwdParams& params) {
-    OP_REQUIRES_OK(ctx, ToStatus(spattn_fwd_cuda(&params, CudaStream(ctx))));
+    int64_t bytes = 0;
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_fwd_cuda_workspace(&params, &bytes)));
+    Tensor workspace;
+    OP_REQUIRES_OK(ctx, ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
+    OP_REQUIRES_OK(ctx,
+                   ToStatus(spattn_fwd_cuda(&params, CudaStream(ctx), DataOf<void>(workspace))));
   }
   static void Run(OpKernelContext* ctx, const SpattnBwdParams& params,
                   const CallAttributes& attributes, const Array* plan_inputs) {
     SpattnKvPlan by_kv = {};
     OP_REQUIRES_OK(ctx, ToStatus(ReadByKv(attributes, params.problem, plan_inputs, &by_kv)));
     int64_t bytes = 0;
-    OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&params, &bytes)));
+    OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&params, &by_kv, &bytes)));
     Tensor workspace;
     OP_REQUIRES_OK(ctx, ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
     OP_REQUIRES_OK(

@@ -140,7 +140,7 @@ SpattnStatus CallOnHost(ffi::ThreadPool* pool, Params params,
 struct Host {
   ffi::ThreadPool* pool;
 
-  SpattnStatus Run(const SpattnFwdParams& params) const {
+  SpattnStatus Run(const SpattnFwdParams& params, const Array&) const {
     return CallOnHost(pool, params, spattn_fwd_cpu_workspace, spattn_fwd_cpu);
   }
   SpattnStatus Run(const SpattnBwdParams& params, const CallAttributes&, const Array*,
@@ -152,17 +152,31 @@ struct Host {
 // XLA has made the device's context current. The workspace is a result of the custom call, so that it
 // is part of XLA's plan of its memory.
 struct Cuda {
-  void* stream;
+  void* const stream;
 
-  SpattnStatus Run(const SpattnFwdParams& params) const { return spattn_fwd_cuda(&params, stream); }
+  explicit Cuda(void* stream) : stream(stream) {}
+
+  SpattnStatus Run(const SpattnFwdParams& params, const Array& workspace) const {
+    int64_t bytes = 0;
+    SPATTN_RETURN_IF_ERROR(spattn_fwd_cuda_workspace(&params, &bytes));
+    SPATTN_RETURN_IF_ERROR(CheckWorkspace(workspace, bytes));
+    return spattn_fwd_cuda(&params, stream, workspace.data);
+  }
   SpattnStatus Run(const SpattnBwdParams& params, const CallAttributes& attributes,
                    const Array* plan_inputs, const Array& workspace) const {
     SpattnKvPlan by_kv = {};
     SPATTN_RETURN_IF_ERROR(ReadByKv(attributes, params.problem, plan_inputs, &by_kv));
     int64_t bytes = 0;
-    SPATTN_RETURN_IF_ERROR(spattn_bwd_cuda_workspace(&params, &bytes));
-    SPATTN_RETURN_IF_ERROR(CheckArray("workspace", workspace, {bytes}));
+    SPATTN_RETURN_IF_ERROR(spattn_bwd_cuda_workspace(&params, &by_kv, &bytes));
+    SPATTN_RETURN_IF_ERROR(CheckWorkspace(workspace, bytes));
     return spattn_bwd_cuda(&params, &by_kv, stream, workspace.data);
+  }
+
+ private:
+  static SpattnStatus CheckWorkspace(const Array& workspace, int64_t bytes) {
+    SPATTN_RETURN_IF(workspace.rank != 1 || workspace.dims[0] < bytes,
+                     "the workspace must have %lld bytes", (LongLong)bytes);
+    return Ok();
   }
 };
 
@@ -171,7 +185,7 @@ SpattnStatus RunFwd(const Platform& platform, const ffi::RemainingArgs& args,
                     const ffi::RemainingRets& rets, const CallAttributes& attributes) {
   Buffers buffers;
   SPATTN_RETURN_IF_ERROR(
-      buffers.Read(args, kPlanOfFwd + kPlanInputs + attributes.CountRuleInputs(), rets, 2));
+      buffers.Read(args, kPlanOfFwd + kPlanInputs + attributes.CountRuleInputs(), rets, 3));
   SpattnFwdParams params = {};
   SPATTN_RETURN_IF_ERROR(ReadFwd(attributes, buffers.inputs, &params));
   const SpattnProblem& p = params.problem;
@@ -180,7 +194,7 @@ SpattnStatus RunFwd(const Platform& platform, const ffi::RemainingArgs& args,
   SPATTN_RETURN_IF_ERROR(CheckArray("lse", lse, {p.batch, attributes.heads, p.q_len}));
   params.o = View(o, attributes.heads);
   params.lse = static_cast<float*>(lse.data);
-  return platform.Run(params);
+  return platform.Run(params, buffers.results[2]);
 }
 
 template <class Platform>

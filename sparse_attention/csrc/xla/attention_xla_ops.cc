@@ -90,11 +90,14 @@ class AttentionXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, ToStatus(is_gradient_ ? ReadBwd(attributes, arrays.data(), &bwd)
                                               : ReadFwd(attributes, arrays.data(), &fwd)));
     int64_t workspace_bytes = 0;
-    if (is_gradient_ && is_on_gpu_) {
+    if (is_on_gpu_ && is_gradient_) {
+      if (bwd.rule.relative_bias) bwd.drelative_bias = const_cast<float*>(bwd.rule.relative_bias);
       SpattnKvPlan by_kv = {};
       OP_REQUIRES_OK(ctx,
                      ToStatus(ReadByKv(attributes, problem, arrays.data() + kPlanOfGrad, &by_kv)));
-      OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&bwd, &workspace_bytes)));
+      OP_REQUIRES_OK(ctx, ToStatus(spattn_bwd_cuda_workspace(&bwd, &by_kv, &workspace_bytes)));
+    } else if (is_on_gpu_) {
+      OP_REQUIRES_OK(ctx, ToStatus(spattn_fwd_cuda_workspace(&fwd, &workspace_bytes)));
     }
     if (!is_gradient_) OP_REQUIRES_OK(ctx, CheckConstantPlan(ctx, arrays));
 
@@ -103,8 +106,7 @@ class AttentionXlaOp : public XlaOpKernel {
       results = {shapes[kQ], shapes[kK], shapes[kV],
                  attributes.Has(kRelativeBias)
                      ? shapes[plan_input + kPlanInputs + attributes.Before(kRelativeBias)]
-                     : xla::ShapeUtil::MakeShape(xla::F32, {0, 0}),
-                 xla::ShapeUtil::MakeShape(xla::U8, {workspace_bytes})};
+                     : xla::ShapeUtil::MakeShape(xla::F32, {0, 0})};
     } else {
       const int64_t width = attributes.heads * problem.head_dim_v;
       results = {
@@ -112,6 +114,7 @@ class AttentionXlaOp : public XlaOpKernel {
                                     {problem.batch, problem.q_len, width}),
           xla::ShapeUtil::MakeShape(xla::F32, {problem.batch, attributes.heads, problem.q_len})};
     }
+    results.push_back(xla::ShapeUtil::MakeShape(xla::U8, {workspace_bytes}));
     const xla::XlaOp call = xla::CustomCallWithLayout(
         ctx->builder(), is_gradient_ ? kBwdTarget : kFwdTarget, operands,
         xla::ShapeUtil::MakeTupleShape(results), shapes, Opaque(attributes),

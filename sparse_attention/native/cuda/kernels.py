@@ -123,7 +123,7 @@ def sources(kernel):
     pattern = os.path.join(glob.escape(CSRC), SOURCES, "*.cuh")
     names = [os.path.join(SOURCES, os.path.basename(p)) for p in glob.glob(pattern)]
     names += [f"{SOURCES}/params.h", f"{SOURCES}/blocks_params.h"]
-    names += ["abi/core.h", "abi/blocksparse.h"]
+    names += ["abi/core.h", "abi/score_rule.h", "abi/blocksparse.h"]
     places = {name: name for name in names}  # as `#include` says them
     places[f"{kernel}.cu"] = f"{SOURCES}/{kernel}.cu"
     files = {"stdint.h": STDINT}

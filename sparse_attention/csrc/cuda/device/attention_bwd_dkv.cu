@@ -24,6 +24,7 @@
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/matmul.cuh"
 #include "cuda/device/pipeline.cuh"
+#include "cuda/device/score_rule.cuh"
 
 namespace spattn {
 
@@ -58,8 +59,9 @@ struct Smem {
   static constexpr int kRows = RoundUp(KTile::kBytes + VTile::kBytes, kTileAlign);
   static constexpr int kRow = kTileQ * 4;  // one float for each query
   static constexpr int kMask = kTileQ * MaskWords(kTileKV) * 4;
+  static constexpr int kWords = kTileQ * PanelRule<false, kM>::kWords * 4;
   static constexpr int kStage =
-      RoundUp(QTile::kBytes + DoTile::kBytes + 2 * kRow + kMask, kTileAlign);
+      RoundUp(QTile::kBytes + DoTile::kBytes + 2 * kRow + kMask + kWords, kTileAlign);
   static constexpr int kScratch = ScratchBytes<kSubQ>();
   static constexpr int kBytes = kRows + kStages * kStage + kWarps * kScratch;
   static constexpr int kDk =
@@ -74,8 +76,11 @@ static_assert(Smem::kBytes == SPATTN_SHARED_MEMORY, "the host counts other bytes
 struct Stage {
   T *q, *dout;
   float *lse_exp, *delta;
-  uint32_t* mask;
+  uint32_t *mask, *words;  // words: of the queries, for dropout
 };
+
+// Whether what multiplies do is not what ds is made of.
+constexpr bool kRemakesWeights = kHasSoftcap || kHasDropout;
 
 // What a lane needs of the queries of a sub-tile, a number for each of its columns.
 struct ColumnStats {
@@ -92,28 +97,53 @@ struct ColumnStats {
 };
 
 // s becomes p. Where a pair is not allowed p is 0, whatever s was.
-template <bool kMasked>
-DEVICE void Probabilities(float (&s)[kM][kN][4], float scale_exp, const ColumnStats& lse_exp,
-                          const uint32_t* mask_smem, int first_query) {
+//
+// With a rule, `weights` are what multiplies do, and s becomes what ds is made of: p times the slope of
+// the soft cap, less than 0 where dropout does not keep the weight.
+template <bool kMasked, typename ColumnOf>
+DEVICE void Probabilities(float (&s)[kM][kN][4], float (&weights)[kM][kN][4], float scale_exp,
+                          const ColumnStats& lse_exp, const uint32_t* mask_smem, int first_query,
+                          PanelRule<false, kM>& rule, const uint32_t* words, ColumnOf column_of) {
+  const auto column_or_none = [&](int n) {
+    return kLooksAtDistances ? column_of(n) : FragmentColumn{};
+  };
+  rule.ByCase(s, column_or_none, [&](auto the_case) {
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < kN; ++n) {
+      const ColumnPair columns = rule.Columns(column_or_none(n), words, n);
+      float scores[kM][4], cap_slopes[kM][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t allowed =
-          kMasked ? FragmentMask<kTileKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+      for (int i = 0; i < kM * 4; ++i) scores[i / 4][i % 4] = s[i / 4][n][i % 4];
+      if (kChangesScores) rule.Scores(the_case, scores, columns, cap_slopes);
 #pragma unroll
-      for (int i = 0; i < kM * 2; ++i) {
-        float& at = s[i / 2][n][i % 2 * 2 + j];
-        at = allowed >> (i * 8) & 1 ? Exp(fmaf(at, scale_exp, -lse_exp.Of(n, j))) : 0;
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t allowed =
+            kMasked ? FragmentMask<kTileKV, kWarpRows>(mask_smem, first_query, n, j) : kFullWarp;
+#pragma unroll
+        for (int i = 0; i < kM * 2; ++i) {
+          const int m = i / 2, h = i % 2;
+          const bool is_allowed = allowed >> (i * 8) & 1;
+          float& at = s[m][n][h * 2 + j];
+          at = is_allowed ? Exp(kChangesScores ? scores[m][h * 2 + j] - lse_exp.Of(n, j)
+                                               : fmaf(at, scale_exp, -lse_exp.Of(n, j)))
+                          : 0;
+          if (!kRemakesWeights) continue;
+          float& weight = weights[m][n][h * 2 + j];
+          weight = at;
+          if (kHasSoftcap) at = is_allowed ? at * cap_slopes[m][h * 2 + j] : 0;
+          if (kHasDropout && !rule.Keeps(m, h, columns, j)) weight = 0, at = -at;
+        }
       }
     }
-  }
+  });
 }
 
-// dp becomes ds = p * (dp - delta), 0 where a pair is not allowed.
+// dp becomes ds = p * (dp - delta), 0 where a pair is not allowed. With dropout ds comes out without
+// the factor kept_times, which dk gets at the end, and delta is given without it.
 template <bool kMasked>
 DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
-                          const ColumnStats& delta, const uint32_t* mask_smem, int first_query) {
+                          const ColumnStats& delta, const uint32_t* mask_smem, int first_query,
+                          float delta_times) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -123,7 +153,11 @@ DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
 #pragma unroll
       for (int i = 0; i < kM * 2; ++i) {
         float& at = dp[i / 2][n][i % 2 * 2 + j];
-        at = allowed >> (i * 8) & 1 ? p[i / 2][n][i % 2 * 2 + j] * (at - delta.Of(n, j)) : 0;
+        const float p_at = p[i / 2][n][i % 2 * 2 + j];
+        const float ds =
+            kHasDropout ? fmaf(fmaxf(p_at, 0), at, -fabsf(p_at) * (delta.Of(n, j) * delta_times))
+                        : p_at * (at - delta.Of(n, j));
+        at = allowed >> (i * 8) & 1 ? ds : 0;
       }
     }
   }
@@ -132,8 +166,10 @@ DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&p)[kM][kN][4],
 // ---- kernel ----
 
 extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
-    attention_bwd_dkv(const __grid_constant__ SpattnCudaBwdParams params) {
+    attention_bwd_dkv(const __grid_constant__ Given<SpattnCudaBwdParams> given) {
   extern __shared__ __align__(128) unsigned char smem[];
+  const SpattnCudaBwdParams& params = CallOf(given);
+  const SpattnCudaRule& rule = RuleOf(given);
   const SpattnProblem& problem = params.problem;
   const SpattnTilePlan& plan = params.by_kv;
 
@@ -151,8 +187,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const auto stage_of = [&](int buffer) {
     unsigned char* at = smem + Smem::kRows + buffer * Smem::kStage;
     float* stats = reinterpret_cast<float*>(at + QTile::kBytes + DoTile::kBytes);
-    return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + QTile::kBytes), stats,
-                 stats + kTileQ, reinterpret_cast<uint32_t*>(stats + 2 * kTileQ)};
+    uint32_t* mask = reinterpret_cast<uint32_t*>(stats + 2 * kTileQ);
+    return Stage{reinterpret_cast<T*>(at),
+                 reinterpret_cast<T*>(at + QTile::kBytes),
+                 stats,
+                 stats + kTileQ,
+                 mask,
+                 mask + Smem::kMask / 4};
   };
   const auto key_row = [&](int r) {
     const int block = __ldg(plan.tile_blocks + first_owned + r / kPlanBlock);
@@ -170,19 +211,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const int first_k = Min(split * kOutK * 8, PaddedDim(kHeadDim) - kOutK * 8);
   const int first_v = Min(split * kOutV * 8, PaddedDim(kHeadDimV) - kOutV * 8);
   const float scale_exp = problem.softmax_scale * kExpScale;
+  const float kept_times = kHasDropout ? rule.kept_times : 1, delta_times = 1 / kept_times;
 
 #pragma unroll 1
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    const List list = List::Make(plan, plan.heads == 1 ? 0 : head, tile);
+    const List list =
+        List::MakeLeft(plan, plan.heads == 1 ? 0 : head, tile, batch, rule.kv_tile_ends);
     const RowSpan q = RowSpan::Make(params.q, batch, head),
                   dout = RowSpan::Make(params.dout, batch, head);
     const int64_t stats_at = (static_cast<int64_t>(batch) * problem.heads + head) * problem.q_len;
     // Keys that do not exist gather what nobody reads.
     const auto needs_mask = [&](const Blocks& blocks) {
       const int first = list.FirstPosition(blocks);
-      return __any_sync(kFullWarp, lane < List::kGather && (first < 0 || blocks.mask_id >= 0 ||
+      return __any_sync(kFullWarp, lane < List::kGather && (first < 0 || blocks.IsPartial() ||
                                                             !q_rows.AllExist(first, List::kRun)));
     };
+    const auto restriction = Restrict<false, kPlanBlock>(rule, problem, batch, head, key_row);
     const auto load = [&](auto masked, int buffer, const Blocks& blocks) {
       constexpr bool kMasked = decltype(masked)::kValue;
       const Stage stage = stage_of(buffer);
@@ -200,8 +244,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         const int row = row_of(r);
         CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
         CopyAsync<4>(stage.delta + r, params.delta + stats_at + Max(row, 0), row >= 0);
+        if (kHasDropout) {
+          const uint32_t* words =
+              rule.query_words +
+              (static_cast<int64_t>(batch) * problem.heads + head) * rule.query_pitch * 2;
+          CopyAsync<8>(stage.words + r * 2, words + Max(row, 0) * 2, row >= 0);
+        }
       }
-      if (kMasked) LoadMask<kTileKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows);
+      if (kMasked) {
+        LoadMask<kTileKV, kThreads>(stage.mask, list, blocks, plan.mask_bits, q_rows, restriction);
+      }
     };
     // A masked query's NaN must not meet its p = 0 or ds = 0. A key that may be paired with it has NaN
     // from its lse_exp.
@@ -211,9 +263,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       ZeroNonfiniteRows<kTileQ, kHeadDimV, kThreads>(stage.dout);
       return false;
     };
+    PanelRule<false, kM> panel_rule{rule, q_rows};
+    panel_rule.Init(problem, batch, head, [&](int m, int h) {
+      return kLooksAtDistances || kHasDropout ? key_row(warp_row + m * 16 + h * 8 + lane / 4) : 0;
+    });
     const auto step = [&](auto masked, int n, int buffer, bool, auto prefetch) {
       constexpr bool kMasked = decltype(masked)::kValue;
       const Stage stage = stage_of(buffer);
+      const Blocks blocks = kLooksAtDistances ? list.Fetch(n) : Blocks{};
       if (n == 0) {
         k_operand.Load(k_smem, warp_row);
         v_operand.Load(v_smem, warp_row);
@@ -234,13 +291,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         if (sub == 0) prefetch();
         const auto lse_exp = ColumnStats::Read(stage.lse_exp, sub);
         MatmulWait<1>(s_frag);
-        Probabilities<kMasked>(s_frag, scale_exp, lse_exp, stage.mask, sub);
+        float weights_frag[kM][kN][4];
+        Probabilities<kMasked>(s_frag, weights_frag, scale_exp, lse_exp, stage.mask, sub,
+                               panel_rule, stage.words + sub * 2,
+                               [&](int n) { return list.Column(blocks, sub + n * 8); });
         const auto delta = ColumnStats::Read(stage.delta, sub);
         MatmulWait<0>(dp_frag);
-        MatmulPB<DoTile>(dv_frag, s_frag, SmemOperand::Make(do_sub + DoTile::Offset(0, first_v)),
-                         scratch);
+        MatmulPB<DoTile>(dv_frag, kRemakesWeights ? weights_frag : s_frag,
+                         SmemOperand::Make(do_sub + DoTile::Offset(0, first_v)), scratch);
         if (!kHasWgmma) MatmulABt<DoTile>(dp_frag, v_operand, SmemOperand::Make(do_sub), scratch);
-        ScoreGradient<kMasked>(dp_frag, s_frag, delta, stage.mask, sub);
+        ScoreGradient<kMasked>(dp_frag, s_frag, delta, stage.mask, sub, delta_times);
         MatmulPB<QTile>(dk_frag, dp_frag, SmemOperand::Make(q_sub + QTile::Offset(0, first_k)),
                         scratch);
         if (!kQueues) MatmulWait<0>(dv_frag, dk_frag);
@@ -254,7 +314,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
 
 #pragma unroll
   for (int i = 0; i < kM * kOutK * 4; ++i)
-    dk_frag[i / (kOutK * 4)][i / 4 % kOutK][i % 4] *= problem.softmax_scale;
+    dk_frag[i / (kOutK * 4)][i / 4 % kOutK][i % 4] *= problem.softmax_scale * kept_times;
+#pragma unroll
+  for (int i = 0; kHasDropout && i < kM * kOutV * 4; ++i)
+    dv_frag[i / (kOutV * 4)][i / 4 % kOutV][i % 4] *= kept_times;
   const int kv_length =
       problem.kv_lengths ? problem.kv_lengths[batch] : static_cast<int>(problem.kv_len);
   const auto row_of = [&](int r) { return key_row(warp_row + r); };

@@ -27,6 +27,7 @@
 //          Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691).
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/pipeline.cuh"
+#include "cuda/device/score_rule.cuh"
 #include "cuda/device/softmax.cuh"
 
 namespace spattn {
@@ -55,7 +56,8 @@ struct Smem {
       kTileRows * StorePitch(kHeadDimV) * sizeof(T);  // takes q's place at the end
   static constexpr int kQ = RoundUp(kHasWgmma ? QTile::kBytes : Max(QTile::kBytes, kO), kTileAlign);
   static constexpr int kMask = kTileKV * MaskWords(kTileRows) * 4;
-  static constexpr int kStage = RoundUp(KTile::kBytes + VTile::kBytes + kMask, kTileAlign);
+  static constexpr int kWords = kTileKV * PanelRule<true, kM>::kWords * 4;
+  static constexpr int kStage = RoundUp(KTile::kBytes + VTile::kBytes + kMask + kWords, kTileAlign);
   static constexpr int kScratch = ScratchBytes<kSubKV>();
   static constexpr int kBytes = Max(kQ + kStages * kStage + kWarps * kScratch, kO);
 };
@@ -65,7 +67,7 @@ static_assert(Smem::kBytes == SPATTN_SHARED_MEMORY, "the host counts other bytes
 
 struct Stage {
   T *k, *v;
-  uint32_t* mask;
+  uint32_t *mask, *words;  // words: of the keys, for dropout
 };
 
 struct Warp {
@@ -76,12 +78,15 @@ struct Warp {
 // ---- kernel ----
 
 extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
-    attention_fwd(const __grid_constant__ SpattnCudaFwdParams params) {
+    attention_fwd(const __grid_constant__ Given<SpattnCudaFwdParams> given) {
   extern __shared__ __align__(128) unsigned char smem[];
+  const SpattnCudaFwdParams& params = CallOf(given);
+  const SpattnCudaRule& rule = RuleOf(given);
   const SpattnProblem& problem = params.problem;
   const SpattnTilePlan& plan = params.by_q;
 
-  const int tile = plan.tiles - 1 - static_cast<int>(blockIdx.x), head = blockIdx.y,
+  // A plan may have tiles that no query is in; the grid has not.
+  const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x), head = blockIdx.y,
             batch = blockIdx.z;
   const int kv_head =
       problem.heads == problem.kv_heads ? head : head / (problem.heads / problem.kv_heads);
@@ -91,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                    problem.kv_lengths ? problem.kv_lengths[batch] : problem.kv_len);
   const RowSpan k = RowSpan::Make(params.k, batch, kv_head),
                 v = RowSpan::Make(params.v, batch, kv_head);
-  const List list = List::Make(plan, plan.heads == 1 ? 0 : head, tile);
+  const List list = List::MakeLeft(plan, plan.heads == 1 ? 0 : head, tile, batch, rule.q_tile_ends);
   const Warp warp{static_cast<int>(threadIdx.x / 32), static_cast<int>(threadIdx.x % 32),
                   reinterpret_cast<float*>(smem + Smem::kQ + kStages * Smem::kStage +
                                            threadIdx.x / 32 * Smem::kScratch)};
@@ -99,15 +104,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const auto stage_of = [&](int buffer) {
     unsigned char* at = smem + Smem::kQ + buffer * Smem::kStage;
     return Stage{reinterpret_cast<T*>(at), reinterpret_cast<T*>(at + KTile::kBytes),
-                 reinterpret_cast<uint32_t*>(at + KTile::kBytes + VTile::kBytes)};
+                 reinterpret_cast<uint32_t*>(at + KTile::kBytes + VTile::kBytes),
+                 reinterpret_cast<uint32_t*>(at + KTile::kBytes + VTile::kBytes + Smem::kMask)};
   };
   const auto q_row = [&](int r) { return r < kTileQ ? q_rows.Row(tile * kTileQ + r) : -1; };
   const auto needs_mask = [&](const Blocks& blocks) {
     const int first = list.FirstPosition(blocks);
     return __any_sync(
         kFullWarp, warp.lane < List::kGather &&
-                       (first < 0 || blocks.mask_id >= 0 || !kv_rows.AllExist(first, List::kRun)));
+                       (first < 0 || blocks.IsPartial() || !kv_rows.AllExist(first, List::kRun)));
   };
+  const auto restriction = Restrict<true, List::kRun>(rule, problem, batch, head, q_row);
   const auto load = [&](auto masked, int buffer, const Blocks& blocks) {
     constexpr bool kMasked = decltype(masked)::kValue;
     const Stage stage = stage_of(buffer);
@@ -116,7 +123,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
           return kMasked ? kv_rows.Row(list.Position(blocks, r))
                          : kv_rows.ExistingRow(list.ExistingPosition(blocks, r));
         });
-    if (kMasked) LoadMask<kTileQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows);
+    if (kHasDropout) {
+      LoadKeyWords<kTileKV, kThreads>(stage.words, rule, problem, batch, head,
+                                      [&](int r) { return kv_rows.Row(list.Position(blocks, r)); });
+    }
+    if (kMasked) {
+      LoadMask<kTileQ, kThreads>(stage.mask, list, blocks, plan.mask_bits, kv_rows, restriction);
+    }
   };
   const auto zero_nonfinite = [&](int buffer) {
     return ZeroNonfiniteRows<kTileKV, kHeadDimV, kThreads>(stage_of(buffer).v);
@@ -134,6 +147,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const float scale = 1,
               first_scale = problem.softmax_scale;  // the largest score is not the largest <q, k>
 #endif
+  const float scale_exp = kChangesScores ? 1 : scale * kExpScale;
+  PanelRule<true, kM> panel_rule{rule, kv_rows};
+  panel_rule.Init(problem, batch, head, [&](int m, int h) {
+    return q_row(warp.index * kWarpRows + m * 16 + h * 8 + warp.lane / 4);
+  });
 
   using Scores = float[kM][kN][4];
   const auto scores = [&](Scores& s, const Stage& stage, int sub) {
@@ -141,11 +159,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
     const auto k_sub = SmemOperand::Make(stage.k + sub * KTile::kRowPitch);
     MatmulABt<KTile>(s, q_operand, k_sub, warp.scratch);
   };
-  const auto scaled = [&](Scores& s) {
+  const auto scaled = [&](Scores& s, const Blocks& blocks, int sub) {
+    if (kChangesScores) {
+      panel_rule.ApplyToScores(s, [&](int n) { return list.Column(blocks, sub + n * 8); });
+    }
 #pragma unroll
-    for (int i = 0; !SPATTN_SCALE_POSITIVE && i < kM * kN * 4; ++i) {
+    for (int i = 0; !kChangesScores && !SPATTN_SCALE_POSITIVE && i < kM * kN * 4; ++i) {
       s[i / (kN * 4)][i / 4 % kN][i % 4] *= first_scale;
     }
+  };
+  const auto drop = [&](Scores& p, const Stage& stage, int sub) {
+    if (kHasDropout) panel_rule.Drop(p, stage.words + sub);
   };
   const auto output = [&](const Scores& p, const Stage& stage, int sub) {
     const auto v_sub = SmemOperand::Make(stage.v + sub * VTile::kRowPitch);
@@ -154,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
 
   const auto step = [&](auto masked, int n, int buffer, bool has_nonfinite, auto prefetch) {
     const Stage stage = stage_of(buffer);
+    const Blocks blocks = kLooksAtDistances ? list.Fetch(n) : Blocks{};
     if (n == 0) q_operand.Load(q_smem, warp.index * kWarpRows);
     if constexpr (masked || !kHasWgmma) {
 #pragma unroll 1
@@ -162,9 +187,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         Scores s_frag;
         scores(s_frag, stage, sub);
         MatmulWait<0>(s_frag);
-        scaled(s_frag);
+        scaled(s_frag, blocks, sub);
         if (masked) ApplyMask<kTileRows>(s_frag, stage.mask, sub);
-        softmax.Update(s_frag, o_frag, scale * kExpScale);
+        softmax.Update(s_frag, o_frag, scale_exp);
+        drop(s_frag, stage, sub);
         output(s_frag, stage, sub);
         MatmulWait<0>(o_frag);
       }
@@ -183,8 +209,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
       for (int i = 0; i < kSubs; ++i) {
         if (!kAhead && i > 0) scores(s_frags[i], stage, i * kSubKV);
         MatmulWait<kAhead ? kSubs - 1 : 0>(s_frags[i]);
-        scaled(s_frags[i]);
-        softmax.Update(s_frags[i], o_frag, scale * kExpScale);
+        scaled(s_frags[i], blocks, i * kSubKV);
+        softmax.Update(s_frags[i], o_frag, scale_exp);
+        drop(s_frags[i], stage, i * kSubKV);
         output(s_frags[i], stage, i * kSubKV);
       }
       MatmulWait<0>(o_frag);
@@ -200,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   // ---- epilogue ----
 
   float lse[kM][2];
-  softmax.Finish(o_frag, lse);
+  softmax.Finish(o_frag, lse, kHasDropout ? rule.kept_times : 1);
   const int warp_row = warp.index * kWarpRows;
   if (warp.lane % 4 == 0) {
     float* to = params.lse + (static_cast<int64_t>(batch) * problem.heads + head) * problem.q_len;

@@ -42,6 +42,7 @@
 //          that a result could depend on.
 // After:   Shah et al. 2024 (arXiv:2407.08608): producer and consumers, turns, overlap in a group.
 // Measured: benchmarks/results/gpu_kernels_h100.txt, with what was tried.
+#include "cuda/device/score_rule.cuh"
 #include "cuda/device/softmax.cuh"
 #include "cuda/device/warpgroup.cuh"
 
@@ -133,6 +134,7 @@ constexpr int kFull = -1, kAbsent = -2;
 struct Gathered {
   int first[kGather];             // first position, or -1
   int mask_row[kLists][kGather];  // of mask_bits, for each plan tile of the part; kFull; kAbsent
+  int is_checked[kHasSegments ? kGather : 1];  // for segments
   int is_masked, is_last;
 };
 
@@ -142,18 +144,25 @@ struct UnionList {
   bool exists[kLists];          // whether the plan has the tile: its rows need no mask otherwise
   RowMap kv_rows;
   int kv_head, batch;
+  int64_t first_entry;  // where the lists that segments have left for the sequence begin
 
-  __forceinline__ void Init(const Part& part) {
+  __forceinline__ void Init(const Part& part, const SpattnCudaRule& rule) {
     const SpattnTilePlan& plan = part.params.by_q;
     const int plan_head = plan.heads == 1 ? 0 : part.head, first_tile = part.FirstPlanTile();
     const int i = threadIdx.x % 32;
     __syncwarp();  // no lane reads the last part's any more
     if (i == 0) kv_rows = KvRows(part), kv_head = part.kv_head, batch = part.batch;
+    if (kHasSegments && i == 0) first_entry = static_cast<int64_t>(part.batch) * plan.entries;
     if (i < kLists) {
       exists[i] = first_tile + i < plan.tiles;
       const int32_t* indptr = plan.indptr + plan_head * plan.tiles + first_tile + i;
       at[i] = exists[i] ? Min(Max(__ldg(indptr), 0), plan.entries) : 0;
-      end[i] = exists[i] ? Min(__ldg(indptr + 1), plan.entries) : 0;
+      const int32_t* ends = indptr + 1;
+      if (kHasSegments) {
+        ends = rule.q_tile_ends + static_cast<int64_t>(part.batch) * plan.heads * plan.tiles +
+               plan_head * plan.tiles + first_tile + i;
+      }
+      end[i] = exists[i] ? Min(__ldg(ends), plan.entries) : 0;
     }
     __syncwarp();
   }
@@ -165,12 +174,13 @@ struct UnionList {
     const int lane = Opaque(threadIdx.x) % 32;
     unsigned block[kLists];  // lane i: the list's block i from here on
     int mask_id[kLists], taken[kLists] = {};
+    const int64_t list_at = kHasSegments ? first_entry : 0;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
       const int from = at[i] + lane;
       const bool is_there = from < end[i];
-      block[i] = is_there ? __ldg(plan.indices + from) : kNone;
-      mask_id[i] = is_there ? __ldg(plan.mask_ids + from) : 0;
+      block[i] = is_there ? __ldg(plan.indices + list_at + from) : kNone;
+      mask_id[i] = is_there ? __ldg(plan.mask_ids + list_at + from) : 0;
     }
     // Lane g finds what block g of the tile is: the least block ahead, and where each list has it.
     unsigned my_block = kNone;
@@ -200,19 +210,22 @@ struct UnionList {
     }
     unsigned ahead[kLists];
     const bool is_last = least_ahead(ahead) == kNone;
-    bool is_masked = !(my_block < static_cast<unsigned>(plan.blocks));
+    bool is_masked = !(my_block < static_cast<unsigned>(plan.blocks)), is_checked = false;
     int first = is_masked ? -1 : static_cast<int>(my_block) * kPlanKV;
     int rows[kLists];
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      const int id = __shfl_sync(kFullWarp, mask_id[i], my_place[i] & 31);
+      const MaskId mask = MaskId::Of(__shfl_sync(kFullWarp, mask_id[i], my_place[i] & 31));
+      const int id = mask.id;
+      is_checked |= my_place[i] >= 0 && mask.is_checked;
       const bool is_valid = my_place[i] >= 0 && id >= -1 && id < plan.mask_blocks;
       rows[i] = !exists[i] || (is_valid && id < 0) ? kFull : is_valid ? id * kPlanKV : kAbsent;
       is_masked |= rows[i] != kFull;
     }
-    is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV);
+    is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV) || is_checked || kHasMask;
     if (lane < kGather) {
       to->first[lane] = first;
+      if (kHasSegments) to->is_checked[lane] = is_checked;
 #pragma unroll
       for (int i = 0; i < kLists; ++i) to->mask_row[i][lane] = rows[i];
     }
@@ -236,8 +249,9 @@ struct Smem {
   T o[kGroups * 4][16 * StorePitch(kHeadDimV)];
   // These three are written for masked tiles alone:
   uint32_t mask[kSlots][kTileKV * kMaskWords];
-  int key_rows[kSlots][kTileKV];  // -1: none
-  int has_nonfinite[kSlots];      // v
+  int key_rows[kSlots][kTileKV];                                            // -1: none
+  int has_nonfinite[kSlots];                                                // v
+  uint32_t key_words[kHasDropout ? kSlots : 1][kHasDropout ? kTileKV : 1];  // of every tile
   Gathered gathered[kSlots];
   UnionList list;
   Mbarrier k_arrived[kStages], k_released[kStages], v_arrived[kStages], v_released[kStages];
@@ -286,7 +300,7 @@ DEVICE int ReadMask(uint32_t (&words)[kMaskWords], const Gathered& tile, int key
 }
 
 // Warp 0. It alone reads the lists, so that all roles see the same tiles whoever writes to a plan.
-DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
+DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const SpattnCudaRule& rule) {
   const SpattnProblem& problem = mapped.call.problem;
   const SpattnTilePlan& plan = mapped.call.by_q;
   unsigned n = 0;
@@ -312,7 +326,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
       smem.v_released[stage].Wait(Parity(n) ^ 1);
       start(Number<kHeadDimV>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
     };
-    smem.list.Init(PartOfCta(mapped, i));
+    smem.list.Init(PartOfCta(mapped, i), rule);
     const unsigned first = n;
     unsigned end = kUnknown;
 #pragma unroll 1
@@ -333,18 +347,42 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
 }
 
 // Warps 1 to 3: the masks of tiles that need one, and v of these tiles without NaN and Inf.
-DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped) {
+DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const SpattnCudaRule& rule) {
   const int thread = threadIdx.x % kGroupThreads - 32;
   const auto write_mask = [&](unsigned n, int i) {
     const int slot = n % kSlots;
     smem.listed[slot].Wait(SlotParity(n));
+    if (kHasDropout) {
+      const Part part = PartOfCta(mapped, Opaque(i));
+      const RowMap kv_rows = KvRows(part);
+      const uint32_t* words =
+          rule.key_words +
+          (static_cast<int64_t>(part.batch) * mapped.call.problem.heads + part.head) *
+              rule.key_pitch;
+#pragma unroll 1
+      for (int key = thread; key < kTileKV; key += kMaskThreads) {
+        const int first = smem.gathered[slot].first[key / kPlanKV];
+        const int row = first < 0 ? -1 : kv_rows.Row(first + key % kPlanKV);
+        smem.key_words[slot][key] = row < 0 ? 0 : __ldg(words + row);
+      }
+    }
     if (smem.gathered[slot].is_masked) {
       const Part part = PartOfCta(mapped, Opaque(i));
       const RowMap kv_rows = KvRows(part);
+      const SpattnProblem& problem = mapped.call.problem;
+      const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
+      const auto restriction =
+          Restrict<true, kPlanKV>(rule, problem, part.batch, part.head,
+                                  [&](int r) { return q_rows.Row(part.index * kTileQ + r); });
 #pragma unroll 1
       for (int key = thread; key < kTileKV; key += kMaskThreads) {
         uint32_t words[kMaskWords];
-        smem.key_rows[slot][key] = ReadMask(words, smem.gathered[slot], key, part, kv_rows);
+        const Gathered& tile = smem.gathered[slot];
+        const int row = ReadMask(words, tile, key, part, kv_rows);
+        smem.key_rows[slot][key] = row;
+        if (kHasSegments || kHasMask) {  // whole warps
+          restriction.Apply(words, row, kHasSegments && tile.is_checked[key / kPlanKV]);
+        }
 #pragma unroll
         for (int w = 0; w < kMaskWords; ++w) smem.mask[slot][key * kMaskWords + w] = words[w];
       }
@@ -410,10 +448,11 @@ DEVICE void ScoresByWarp(float (&s)[1][kN][4], const T* q_smem, const T* k_smem)
   }
 }
 
-DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int group) {
+DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
+                     const SpattnCudaRule& rule, int group) {
   const SpattnProblem& problem = mapped.call.problem;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const float scale_exp = problem.softmax_scale * kExpScale;
+  const float scale_exp = kChangesScores ? 1 : problem.softmax_scale * kExpScale;
   const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
   const auto q_row = [&](const Part& part, int r) {
     return q_rows.Row(part.index * kTileQ + group * kGroupRows + r);
@@ -467,19 +506,37 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int gr
     __syncwarp();
     if (lane == 0) smem.v_released[n % kStages].Arrive();
   };
+  PanelRule<true, 1> panel_rule{rule,
+                                RowMap::Make(problem.kv_len, problem.row_stride, problem.kv_len)};
+  const auto columns_of = [&](unsigned n) {
+    return [&smem, n, lane](int column) {
+      return FragmentColumn{smem.gathered[n % kSlots].first[column * 8 / kPlanKV] + lane % 4 * 2,
+                            column * 8 % kPlanKV};
+    };
+  };
+  const auto apply_rule = [&](unsigned n) {
+    if (kChangesScores) panel_rule.ApplyToScores(s_frag, columns_of(n));
+  };
+  const auto drop = [&](unsigned n) {
+    if (kHasDropout) panel_rule.Drop(s_frag, smem.key_words[n % kSlots]);
+  };
   // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
   // part: it would compute too many of them twice.
   const auto exponentiate = [&](unsigned n) {
+    if (kHasDropout) smem.mask_written[n % kSlots].Wait(SlotParity(n));  // the words are there
+    apply_rule(n);
     if (may_try && !is_masked && softmax.HasShifts()) {
       may_try = softmax.TryUpdate(s_frag, scale_exp);
-      if (may_try) return;
+      if (may_try) return drop(n);
       ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
+      apply_rule(n);
     }
     if (is_masked) {
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
       ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
     }
     softmax.Update(s_frag, o_frag, scale_exp);
+    drop(n);
   };
 
   start_q(part_of(0));
@@ -492,6 +549,11 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int gr
     Clear(o_frag);
     softmax.Init();
     may_try = true;
+    if (kChangesScores || kHasDropout) {
+      const Part part = part_of(i);
+      panel_rule.Init(problem, part.batch, part.head,
+                      [&](int, int h) { return q_row(part, warp * 16 + h * 8 + lane / 4); });
+    }
 
     wait_for_k(n);
     queue_scores(n);
@@ -526,7 +588,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int gr
 
     const Part part = part_of(i);
     float lse[1][2];
-    softmax.Finish(o_frag, lse);
+    softmax.Finish(o_frag, lse, kHasDropout ? rule.kept_times : 1);
     if (lane % 4 == 0) {
       float* to = mapped.call.lse +
                   (static_cast<int64_t>(part.batch) * problem.heads + part.head) * problem.q_len;
@@ -546,7 +608,9 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped, int gr
 // ---- kernel ----
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    attention_fwd_sm90(const __grid_constant__ SpattnCudaMappedFwdParams mapped) {
+    attention_fwd_sm90(const __grid_constant__ Given<SpattnCudaMappedFwdParams> given) {
+  const SpattnCudaMappedFwdParams& mapped = CallOf(given);
+  const SpattnCudaRule& rule = RuleOf(given);
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   if (threadIdx.x == 0) {
@@ -570,13 +634,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (group == kGroups) {
     GiveRegisters<kCopyRegisters>();
     if (threadIdx.x / 32 % 4 == 0) {
-      Copy(smem, mapped);
+      Copy(smem, mapped, rule);
     } else {
-      Mask(smem, mapped);
+      Mask(smem, mapped, rule);
     }
   } else {
     TakeRegisters<kMathRegisters>();
-    Multiply(smem, mapped, group);
+    Multiply(smem, mapped, rule, group);
   }
 }
 

@@ -9,10 +9,15 @@
 //   SPATTN_ANEW         1 to derive addresses anew for each tile (Anew)
 //   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; dims in whole 64s;
 //                       passing and owned tiles of whole 64 rows)
+//   SPATTN_RULE         what of a score rule is in use (SpattnRuleParts, score_rule.cuh); none: not set
 #pragma once
 #include "cuda/device/params.h"
 
 #define DEVICE static __forceinline__
+
+#ifndef SPATTN_RULE
+#define SPATTN_RULE 0
+#endif
 
 namespace spattn {
 
@@ -232,6 +237,7 @@ struct RowMap {
   }
   // position / chunk: the estimate is at most one too small below 2^31.
   __forceinline__ int Residue(int position) const {
+    if (!SPATTN_ROW_STRIDED) return 0;
     const int estimate = static_cast<int>(__umulhi(static_cast<unsigned>(position), inverse));
     return position - estimate * chunk >= chunk ? estimate + 1 : estimate;
   }
@@ -363,11 +369,37 @@ DEVICE bool ZeroNonfiniteRows(T* tile) {
 
 // ---- block lists ----
 
+constexpr bool kHasSegments = SPATTN_RULE & SPATTN_RULE_SEGMENTS;
+constexpr bool kHasMask = SPATTN_RULE & SPATTN_RULE_MASK;
+
+// Beside a mask id of a list that score_rule_lists.cu has written: segments must be looked at.
+constexpr int kCheckSegments = 1 << 30;
+
+// An entry of mask_ids.
+struct MaskId {
+  int id;           // -1: FULL
+  bool is_checked;  // for segments
+
+  DEVICE MaskId Of(int32_t entry) {
+    if (!kHasSegments) return {entry, false};
+    return {(entry & (kCheckSegments - 1)) - 1, (entry & kCheckSegments) != 0};
+  }
+};
+
 // A passing tile of kTile positions is kGather plan blocks, or 1 / kSplit of one. Lane g of every
 // warp holds what block g of the tile is.
 struct Blocks {
   int block, mask_id;  // as read; block -1: none
   int sub;             // which part of the block, where kSplit > 1
+  bool is_checked;     // for segments
+
+  // Whether bits say which of its pairs are allowed.
+  __forceinline__ bool IsPartial() const { return kHasMask || is_checked || mask_id >= 0; }
+};
+
+// A position as that of a run of neighbours, which many columns share, and a constant.
+struct FragmentColumn {
+  int run, within;
 };
 
 template <int kTile, int kPlanBlock>
@@ -389,17 +421,29 @@ struct BlockList {
               end = Min(__ldg(plan.indptr + at + 1), plan.entries);
     return {plan.indices, plan.mask_ids, plan.blocks, plan.mask_blocks, begin, Max(begin, end)};
   }
+  // What segments have left of it for a sequence (SpattnCudaRule): `ends` of all lists.
+  DEVICE BlockList MakeLeft(const SpattnTilePlan& plan, int plan_head, int tile, int batch,
+                            const int32_t* ends) {
+    BlockList list = Make(plan, plan_head, tile);
+    if (!kHasSegments) return list;
+    const int64_t lists = static_cast<int64_t>(batch) * plan.heads * plan.tiles;
+    list.end = Min(__ldg(ends + lists + plan_head * plan.tiles + tile), plan.entries);
+    list.indices += static_cast<int64_t>(batch) * plan.entries;
+    list.mask_ids += static_cast<int64_t>(batch) * plan.entries;
+    return list;
+  }
   __forceinline__ int Tiles() const { return CeilDiv((end - begin) * kSplit, kGather); }
 
   // Reads the blocks of passing tile n; used one tile later, so that the reads have time to come
   // back.
   __forceinline__ Blocks Fetch(int n) const {
-    Blocks fetched{-1, -1, n % kSplit};
+    Blocks fetched{-1, -1, n % kSplit, false};
     const int lane = Anew(threadIdx.x) % 32;
     const int at = begin + (kSplit > 1 ? n / kSplit : n * kGather + lane);
     if (lane < kGather && at < end) {
       fetched.block = __ldg(indices + at);
-      fetched.mask_id = __ldg(mask_ids + at);
+      const MaskId mask = MaskId::Of(__ldg(mask_ids + at));
+      fetched.mask_id = mask.id, fetched.is_checked = mask.is_checked;
     }
     return fetched;
   }
@@ -415,7 +459,13 @@ struct BlockList {
     const int first = __shfl_sync(kFullWarp, FirstPosition(b), r / kRun);
     return first < 0 ? -1 : first + static_cast<int>(r % kRun);
   }
-  // The same, for a tile of which every block is known to be there.
+  // Where this lane's first column of a matrix fragment lies that begins at row r of the tile; of no
+  // use where the block is not there. Whole warps.
+  __forceinline__ FragmentColumn Column(const Blocks& b, unsigned r) const {
+    return {Position(b, r / kRun * kRun) + static_cast<int>(threadIdx.x % 4 * 2),
+            static_cast<int>(r % kRun)};
+  }
+  // The same as Position, for a tile of which every block is known to be there.
   __forceinline__ int ExistingPosition(const Blocks& b, unsigned r) const {
     return __shfl_sync(kFullWarp, b.block, r / kRun) * kPlanBlock + b.sub * kTile +
            static_cast<int>(r % kRun);
@@ -431,10 +481,10 @@ struct BlockList {
 constexpr int MaskWords(int tile_rows) { return Max(CeilDiv(tile_rows, 32), 1); }
 
 // Brings the bits of a passing tile: from the plan where a block is PARTIAL, all ones where it is
-// FULL, zeros where the row does not exist.
-template <int kPlanTile, int kThreads, typename List>
+// FULL, zeros where the row does not exist. `restriction` takes bits away, where there is a rule.
+template <int kPlanTile, int kThreads, typename List, typename Restriction>
 DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks,
-                     const uint8_t* mask_bits, const RowMap& rows) {
+                     const uint8_t* mask_bits, const RowMap& rows, const Restriction& restriction) {
   constexpr int kBytes = kPlanTile / 8, kWords = MaskWords(kPlanTile),
                 kTile = List::kRun * List::kGather;
   const unsigned thread = Anew(threadIdx.x);
@@ -445,8 +495,27 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
     if (r >= kTile) break;  // whole warps: kTile is a multiple of 32
     const int run_first = __shfl_sync(kFullWarp, first, r / List::kRun);
     const int run_mask = __shfl_sync(kFullWarp, mask_row, r / List::kRun);
-    const bool exists = run_first >= 0 && rows.Row(run_first + r % List::kRun) >= 0;
     uint32_t* to = mask_smem + r * kWords;
+    if constexpr (kHasSegments || kHasMask) {
+      const int row = run_first >= 0 ? rows.Row(run_first + r % List::kRun) : -1;
+      uint32_t words[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[w] = row >= 0 ? kFullWarp : 0;
+      if (row >= 0 && run_mask >= 0) {
+        const uint8_t* from = mask_bits + static_cast<int64_t>(run_mask + r % List::kRun) * kBytes;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          words[w] = kBytes >= 4   ? reinterpret_cast<const uint32_t*>(from)[w]
+                     : kBytes == 2 ? *reinterpret_cast<const uint16_t*>(from)
+                                   : *from;
+        }
+      }
+      restriction.Apply(words, row, __shfl_sync(kFullWarp, blocks.is_checked, r / List::kRun));
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) to[w] = words[w];
+      continue;
+    }
+    const bool exists = run_first >= 0 && rows.Row(run_first + r % List::kRun) >= 0;
     if (exists && run_mask >= 0) {
       const uint8_t* from = mask_bits + static_cast<int64_t>(run_mask + r % List::kRun) * kBytes;
       if constexpr (kBytes >= 4) {

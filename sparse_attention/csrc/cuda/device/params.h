@@ -65,4 +65,71 @@ typedef struct {
   float* delta;    // [batch, heads, q_len] rowsum(dO o O) - dlse
 } SpattnCudaBwdParams;
 
+// ---- score rules ----
+
+// A SpattnScoreRule as the kernels take it. Kernels without a rule are given none, so they are the
+// same with this as without; the others are given a SpattnCudaRuled.
+typedef struct {
+  float logit_softcap;
+  float kept_times;            // 1 / (1 - dropout_rate)
+  uint32_t dropout_threshold;  // bits of a weight that is kept are at least that
+  int32_t q_offset;
+  const float* alibi_slopes;                // [heads]
+  const float* relative_bias;               // [bias_heads, 2 * bias_reach - 1]
+  int32_t bias_heads, bias_reach;           // bias_heads 1: shared between heads
+  const int32_t *q_segments, *kv_segments;  // [batch, rows] or null: all are in segment 0
+  const uint8_t* kv_mask;  // [batch, rows] through its strides, or null; 0: in no segment
+  int64_t kv_mask_strides[2];
+  const uint8_t* mask;  // for SPATTN_RULE_MASK
+  int64_t mask_strides[4];
+  int32_t mask_is_aligned;  // 16 keys from a multiple of 16 on lie at a multiple of 16
+  // Workspace, written by the kernels score_rule_*:
+  uint32_t* key_words;             // [batch, heads, key_pitch]
+  uint32_t* query_words;           // [batch, heads, query_pitch, 2] multipliers and addends
+  int32_t key_pitch, query_pitch;  // rows, even
+  int32_t* kv_ranges;  // [batch, kv blocks, 2] first and last segment of a block; first is -1 where
+                       // a row is in none, last where all are
+  int32_t* q_ranges;   // [batch, q blocks, 2]
+  // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
+  // the list has m + 1, and kCheckSegments beside it where segments must be looked at.
+  const int32_t *q_tile_ends, *kv_tile_ends;  // [batch, plan heads * tiles]
+  // The gradient of relative_bias, of slices of the queries; sum_reach is more than any distance, or
+  // bias_reach if that is less. With dropout without the factor kept_times.
+  float* bias_sums;  // [slices, heads, 2 * sum_reach - 1]
+  int32_t slices, sum_reach;
+} SpattnCudaRule;
+
+template <class Call>
+struct SpattnCudaRuled {
+  Call call;
+  SpattnCudaRule rule;
+};
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnCudaRule rule;
+  const int64_t* dropout_seed;
+} SpattnCudaRuleWordsParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnCudaRule rule;
+  float* drelative_bias;  // [bias_heads, 2 * bias_reach - 1] written
+} SpattnCudaRuleBiasParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnCudaRule rule;
+  int32_t block_size, q_blocks, kv_blocks;
+} SpattnCudaRuleRangesParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnCudaRule rule;
+  SpattnTilePlan plan;  // as the caller gave it
+  int32_t is_by_kv;
+  int32_t block_size, tile;            // positions in a block and in a tile
+  int32_t *indices, *mask_ids, *ends;  // what is left, written: [batch, entries] and ends
+} SpattnCudaRuleListsParams;
+
 #endif  // SPARSE_ATTENTION_CUDA_DEVICE_PARAMS_H_

@@ -130,8 +130,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Divides o by the sums; returns lse of this lane's rows in nats.
-  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2]) {
+  // Divides o by the sums, and multiplies it with o_times; returns lse of this lane's rows in nats.
+  __forceinline__ void Finish(float (&o)[kM][kOut][4], float (&lse)[kM][2], float o_times) {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
@@ -139,13 +139,13 @@ struct OnlineSoftmax {
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
       // One rounding, not two, for float32: delta = <do, o> cancels against dp in the backward.
-      const float divisor = sum == 0 ? 1 : sum, inverse = 1 / divisor;
+      const float divisor = sum == 0 ? 1 : sum, inverse = o_times / divisor;
       lse[m][h] = sum == 0 ? -kInf : LogSumExp(shift[m][h], sum);
 #pragma unroll
       for (int n = 0; n < kOut; ++n) {
 #pragma unroll
         for (int j = h * 2; j < h * 2 + 2; ++j) {
-          o[m][n][j] = kIsExact ? o[m][n][j] / divisor : o[m][n][j] * inverse;
+          o[m][n][j] = kIsExact ? o[m][n][j] * o_times / divisor : o[m][n][j] * inverse;
         }
       }
     }

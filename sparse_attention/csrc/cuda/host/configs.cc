@@ -19,6 +19,11 @@ int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
 
+// Whether attention_bwd_dq adds up the gradient of relative_bias.
+bool SumsBias(const SpattnCudaShape& s, SpattnPhase phase) {
+  return phase == SPATTN_BWD_DQ && (s.rule & SPATTN_RULE_BIAS_SUMS);
+}
+
 // How a kernel works: it owns a tile of one side, and tiles of the other side pass it.
 struct Tiling {
   bool has_wgmma;
@@ -40,10 +45,13 @@ int CountSharedMemory(const SpattnCudaShape& s, SpattnPhase phase, int tile, con
   const int own = is_fwd ? rows * (t.has_wgmma ? pitch_k : std::max(pitch_k, padded_v))
                          : rows * (pitch_k + pitch_v);
   const int mask_words = std::max((rows + 31) / 32, 1);
-  const int stage = t.passing * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0));
+  const int words = !(s.rule & SPATTN_RULE_DROPOUT) ? 0 : is_dkv ? 8 : 4;
+  const int stage = t.passing * (pitch_k + pitch_v + 4 * mask_words + (is_dkv ? 8 : 0) + words);
   const int align = t.has_wgmma ? 1024 : 16;
   const int scratch = ScratchBytes(t.sub, s.dtype, s.arch);
-  const int total = RoundUp(own, align) + t.stages * RoundUp(stage, align) + t.warps * scratch;
+  const int sums = SumsBias(s, phase) ? RoundUp(rows * (t.sub + 1) * 4, 16) + 64 : 0;
+  const int total =
+      RoundUp(own, align) + t.stages * RoundUp(stage, align) + t.warps * scratch + sums;
   return is_fwd ? std::max(total, rows * padded_v) : total;
 }
 
@@ -65,11 +73,12 @@ Tiling ChooseTiling(const SpattnCudaShape& s, SpattnPhase phase, int tile) {
   if (t.has_wgmma) {
     // Two CTAs of 128 rows with head_dim 64, one with 128. Passing 128 rows at a time halves the
     // barriers (all, fwd: 6.1 for 6.7 ms) where shared memory allows two stages of them.
-    t.passing = tile == 64 || (widest > 64 && is_dkv) ? 64 : 128;
+    const bool is_short = tile == 64 || (widest > 64 && is_dkv) || SumsBias(s, phase);
+    t.passing = is_short ? 64 : 128;
     t.sub = 64;
   }
   t.min_ctas = t.has_wgmma && widest <= 64 && !is_dkv ? 2 : 1;
-  t.stages = t.has_wgmma && t.passing == 64 ? 3 : 2;
+  t.stages = t.has_wgmma && t.passing == 64 && !SumsBias(s, phase) ? 3 : 2;
   t.splits =
       is_dkv && widest * size > 256 ? 2 : 1;  // the accumulators are two: share their columns
   t.in_registers = (is_dkv ? t.has_wgmma : has_mma) && widest * size <= 128;
@@ -112,8 +121,9 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   const int queries =
       groups * 64 * (s.head_dim + s.head_dim_v + 8) * 2;        // q, and o with its padding
   const int stage = tile_kv * (s.head_dim + s.head_dim_v) * 2;  // k, v
-  const int slot = tile_kv * (groups * 8 + 4);                  // mask, rows of its keys
-  const int barriers = 2048;                                    // and lists
+  const int words = s.rule & SPATTN_RULE_DROPOUT ? 4 : 0;
+  const int slot = tile_kv * (groups * 8 + 4 + words);  // mask, rows of its keys
+  const int barriers = 2048;                            // and lists
   const int shared_memory = queries + stages * stage + 2 * stages * slot + barriers;
   SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
@@ -129,6 +139,18 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   define("ANEW", 1);
   define("WGMMA", 1);
   define("SHARED_MEMORY", shared_memory);
+  const int rule = s.rule & ~SPATTN_RULE_BIAS_SUMS;
+  if (rule != 0) define("RULE", rule);
+  return kernel;
+}
+
+// What prepares a rule depends on nothing but where rows lie.
+SpattnCudaKernel ConfigureRule(const SpattnCudaShape& s, const char* name, int rule) {
+  SpattnCudaKernel kernel = {"", "", 0, 256, 1};
+  snprintf(kernel.name, sizeof(kernel.name), "%s", name);
+  for (const char* zero : {"DTYPE", "TF32", "ANEW", "WGMMA"}) Define(&kernel, zero, 0);
+  Define(&kernel, "ROW_STRIDED", s.is_row_strided);
+  Define(&kernel, "RULE", rule);
   return kernel;
 }
 
@@ -156,7 +178,7 @@ bool RunsFwdSm90(const SpattnCudaShape& s) {
 
 // The accumulators of three groups fit the registers with head_dim 64 alone.
 int FwdSm90PartQueries(const SpattnCudaShape& s) {
-  return WidestDim(s) <= 64 && s.list_keys >= kLongestList ? 192 : 128;
+  return WidestDim(s) <= 64 && s.list_keys >= kLongestList && s.rule == 0 ? 192 : 128;
 }
 
 void ChooseTiles(SpattnCudaShape* shape) {
@@ -171,7 +193,20 @@ bool HasTf32(const SpattnCudaShape& s) { return s.dtype == SPATTN_FLOAT32 && s.a
 SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
   SpattnCudaShape s = shape;
   if (!HasTf32(s)) s.uses_tf32 = 0;
-  if (phase == SPATTN_BWD_DELTA) return ConfigureDelta(s);
+  switch (phase) {
+    case SPATTN_BWD_DELTA:
+      return ConfigureDelta(s);
+    case SPATTN_RULE_WORDS:
+      return ConfigureRule(s, "score_rule_words", SPATTN_RULE_DROPOUT);
+    case SPATTN_RULE_RANGES:
+      return ConfigureRule(s, "score_rule_ranges", SPATTN_RULE_SEGMENTS);
+    case SPATTN_RULE_LISTS:
+      return ConfigureRule(s, "score_rule_lists", SPATTN_RULE_SEGMENTS);
+    case SPATTN_RULE_BIAS_GRADIENT:
+      return ConfigureRule(s, "score_rule_bias", SPATTN_RULE_BIAS);
+    default:
+      break;
+  }
   if (phase == SPATTN_FWD && RunsFwdSm90(s)) return ConfigureFwdSm90(s);
   const bool is_dkv = phase == SPATTN_BWD_DKV;
   const Tiling t = ChooseTiling(s, phase, is_dkv ? s.tile_kv : s.tile_q);
@@ -199,6 +234,9 @@ SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
   define("MIN_CTAS", t.min_ctas);
   define("STAGES", t.stages);
   define("SHARED_MEMORY", t.shared_memory);
+  const int rule = s.rule & ~SPATTN_RULE_BIAS_SUMS;
+  if (rule != 0) define("RULE", rule);
+  if (SumsBias(s, phase)) define("BIAS_SUMS", 1);
   return kernel;
 }
 

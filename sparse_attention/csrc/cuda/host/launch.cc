@@ -2,10 +2,9 @@
 #include <algorithm>
 
 #include "abi/checks.h"
-#include "abi/score_rule.h"
 #include "cuda/device/params.h"
 #include "cuda/host/configs.h"
-#include "cuda/host/modules.h"
+#include "cuda/host/rule.h"
 
 namespace spattn {
 namespace {
@@ -15,14 +14,6 @@ namespace {
 // Limits of what the kernels count in 32 bits.
 constexpr int64_t kMaxPositions = (int64_t{1} << 31) - 256;
 constexpr int64_t kMaxEntries = int64_t{1} << 28;  // times the 4 tiles of a block of 128
-
-SpattnStatus RefuseRule(const SpattnScoreRule& rule) {
-  if (!HasRule(rule)) return Ok();
-  return Failed(SPATTN_UNSUPPORTED,
-                "a GPU has no logit_softcap, alibi_slopes, relative_bias, segment_ids, mask and "
-                "dropout yet; call block_sparse_attention under tf.device(\"CPU\") or in "
-                "sa.portable_graph()");
-}
 
 SpattnStatus CheckCudaProblem(const SpattnProblem& p) {
   SPATTN_RETURN_IF_ERROR(CheckProblem(p));
@@ -84,15 +75,12 @@ SpattnStatus CheckLimits(const SpattnProblem& problem, int64_t tiles, int tile_b
 
 SpattnStatus ReadPlan(SpattnTilePlan* to, const SpattnProblem& problem, const SpattnPlan& plan) {
   SPATTN_RETURN_IF_ERROR(CheckPlanSizes(problem, plan));
-  if (plan.q_tiles != CountTiles(problem.q_len, problem.row_stride, plan.tile_q) ||
-      plan.kv_blocks != CountTiles(problem.kv_len, problem.row_stride, plan.block_size)) {
-    return Failed(SPATTN_UNSUPPORTED,
-                  "a GPU needs a plan for q_len=%lld and kv_len=%lld, and takes no longer one yet; "
-                  "pad q, k and v to the plan's lengths and give kv_lengths",
-                  (LongLong)problem.q_len, (LongLong)problem.kv_len);
-  }
-  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, 1, plan.entries, plan.mask_blocks,
-                                     plan.block_size, plan.mask_bits));
+  SPATTN_RETURN_IF(plan.kv_blocks > kMaxPositions / plan.block_size,
+                   "kv_blocks of %d positions must be at most %lld on a GPU, got %lld",
+                   plan.block_size, (LongLong)(kMaxPositions / plan.block_size),
+                   (LongLong)plan.kv_blocks);
+  SPATTN_RETURN_IF_ERROR(CheckLimits(problem, plan.q_tiles, plan.tile_q, plan.entries,
+                                     plan.mask_blocks, plan.block_size, plan.mask_bits));
   to->heads = plan.heads;
   to->tiles = static_cast<int32_t>(plan.q_tiles);
   to->blocks = static_cast<int32_t>(plan.kv_blocks);
@@ -118,8 +106,12 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
                    plan.tile_kv);
   const int64_t q_blocks = CountTiles(problem.q_len, problem.row_stride, plan.block_size);
   const int64_t kv_blocks = CountTiles(problem.kv_len, problem.row_stride, plan.block_size);
-  SPATTN_RETURN_IF(plan.q_blocks != q_blocks, "q_blocks must be %lld for q_len=%lld, got %lld",
-                   (LongLong)q_blocks, (LongLong)problem.q_len, (LongLong)plan.q_blocks);
+  SPATTN_RETURN_IF_ERROR(
+      CheckCount(problem, {"q_blocks", plan.q_blocks}, q_blocks, {"q_len", problem.q_len}));
+  SPATTN_RETURN_IF(plan.q_blocks > kMaxPositions / plan.block_size,
+                   "q_blocks of %d positions must be at most %lld on a GPU, got %lld",
+                   plan.block_size, (LongLong)(kMaxPositions / plan.block_size),
+                   (LongLong)plan.q_blocks);
   const int tile_blocks = plan.tile_kv / plan.block_size;
   SPATTN_RETURN_IF(plan.kv_tiles * tile_blocks < kv_blocks,
                    "kv_tiles of tile_kv=%d must hold %lld kv blocks, got %lld", plan.tile_kv,
@@ -130,7 +122,7 @@ SpattnStatus ReadKvPlan(SpattnTilePlan* to, const SpattnProblem& problem,
                                      plan.mask_blocks, plan.block_size, plan.mask_bits));
   to->heads = plan.heads;
   to->tiles = static_cast<int32_t>(plan.kv_tiles);
-  to->blocks = static_cast<int32_t>(q_blocks);
+  to->blocks = static_cast<int32_t>(plan.q_blocks);
   to->entries = static_cast<int32_t>(plan.entries);
   to->mask_blocks = static_cast<int32_t>(plan.mask_blocks);
   to->tile_blocks = plan.tile_blocks;
@@ -165,7 +157,9 @@ int64_t SectionHeads(const SpattnProblem& p) {
 // What one call needs to reach the device: a stream, and what its kernels are specialised for.
 class Launcher {
  public:
-  SpattnStatus Init(const SpattnProblem& p, void* stream) {
+  SpattnStatus Init(const SpattnProblem& p, const RuleOnDevice& rule, void* stream) {
+    rule_ = rule.params();
+    shape_.rule = rule.parts();
     SPATTN_RETURN_IF_ERROR(stream_.Open(stream));
     shape_.arch = stream_.arch();
     if (p.dtype == SPATTN_BFLOAT16 && shape_.arch < 80) {
@@ -181,6 +175,8 @@ class Launcher {
     shape_.uses_tf32 = p.allow_tf32 != 0 && HasTf32(shape_);
     return Ok();
   }
+
+  const Stream& stream() const { return stream_; }
 
   // Kernels are found by the shape, so it holds what the next kernel depends on and no more.
   void UsePlan(const SpattnPlan& plan) {
@@ -240,12 +236,15 @@ class Launcher {
     if (tiles == 0 || batch == 0) return Ok();
     const LoadedKernel* kernel;
     SPATTN_RETURN_IF_ERROR(stream_.Find(shape_, phase, ConfigureFitting, &kernel));
-    return stream_.Launch(*kernel, &params, tiles * kernel->config.splits, heads, batch);
+    // A kernel without a rule takes the call alone.
+    const SpattnCudaRuled<Params> given = {params, rule_};
+    return stream_.Launch(*kernel, &given, tiles * kernel->config.splits, heads, batch);
   }
 
  private:
   Stream stream_;
   SpattnCudaShape shape_ = {};
+  SpattnCudaRule rule_;
 };
 
 // The number of CTAs of attention_bwd_delta, in which 2 to 32 lanes read a row in pieces of 16 bytes.
@@ -258,36 +257,67 @@ int64_t DeltaTiles(const SpattnProblem& p) {
 
 int64_t LseElements(const SpattnProblem& p) { return p.batch * p.heads * p.q_len; }
 
-SpattnStatus Forward(const SpattnFwdParams& params, void* stream) {
+// Tiles of queries that there are; the plan may have more.
+int64_t QTiles(const SpattnProblem& p, const SpattnPlan& plan) {
+  return CountTiles(p.q_len, p.row_stride, plan.tile_q);
+}
+
+// What the passes write between their kernels.
+struct Workspace {
+  RuleOnDevice rule;
+  float *lse_exp, *delta;  // of the backward pass
+
+  SpattnStatus Init(const SpattnFwdParams& params, DeviceArena* arena) {
+    return rule.Init(params.problem, params.rule, params.plan, nullptr, nullptr, arena);
+  }
+  SpattnStatus Init(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, DeviceArena* arena) {
+    lse_exp = arena->Take<float>(LseElements(params.problem));
+    delta = arena->Take<float>(LseElements(params.problem));
+    return rule.Init(params.problem, params.rule, params.plan, &by_kv, params.drelative_bias,
+                     arena);
+  }
+};
+
+SpattnStatus CheckFwd(const SpattnFwdParams& params, SpattnTilePlan* by_q) {
+  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(params.problem));
+  return ReadPlan(by_q, params.problem, params.plan);
+}
+
+SpattnStatus CheckBwd(const SpattnBwdParams& params, const SpattnKvPlan& plan, SpattnTilePlan* by_q,
+                      SpattnTilePlan* by_kv) {
+  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(params.problem));
+  SPATTN_RETURN_IF_ERROR(ReadPlan(by_q, params.problem, params.plan));
+  return ReadKvPlan(by_kv, params.problem, plan);
+}
+
+SpattnStatus Forward(const SpattnFwdParams& params, void* stream, void* workspace) {
   const SpattnProblem& problem = params.problem;
-  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(problem));
   SpattnCudaFwdParams kernel_params = {problem,  {},       params.q,  params.k,
                                        params.v, params.o, params.lse};
-  SPATTN_RETURN_IF_ERROR(ReadPlan(&kernel_params.by_q, problem, params.plan));
+  SPATTN_RETURN_IF_ERROR(CheckFwd(params, &kernel_params.by_q));
   SPATTN_RETURN_IF_ERROR(
       CheckTensors(problem, {{"q", params.q}, {"k", params.k}, {"v", params.v}, {"o", params.o}}));
+  DeviceArena arena(workspace);
+  Workspace space;
+  SPATTN_RETURN_IF_ERROR(space.Init(params, &arena));
   Launcher launcher;
-  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, stream));
+  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, space.rule, stream));
+  SPATTN_RETURN_IF_ERROR(space.rule.Prepare(launcher.stream(), &kernel_params.by_q, nullptr));
   launcher.UsePlan(params.plan);
   launcher.UseListKeys(params.plan.entries * params.plan.block_size /
                        std::max<int64_t>(params.plan.heads * params.plan.q_tiles, 1));
+  const int64_t q_tiles = QTiles(problem, params.plan);
   bool is_launched;
-  SPATTN_RETURN_IF_ERROR(launcher.LaunchFwdSm90(kernel_params, params.plan.q_tiles, &is_launched));
+  SPATTN_RETURN_IF_ERROR(launcher.LaunchFwdSm90(kernel_params, q_tiles, &is_launched));
   if (is_launched) return Ok();
-  return launcher.Launch(SPATTN_FWD, kernel_params, params.plan.q_tiles, problem.heads,
-                         problem.batch);
+  return launcher.Launch(SPATTN_FWD, kernel_params, q_tiles, problem.heads, problem.batch);
 }
 
 SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, void* stream,
-                      float* workspace) {
+                      void* workspace) {
   const SpattnProblem& problem = params.problem;
-  SPATTN_RETURN_IF_ERROR(CheckCudaProblem(problem));
-  SpattnCudaBwdParams kernel_params = {
-      problem,   {},         {},          params.q,  params.k,
-      params.v,  params.o,   params.dout, params.dq, params.dk,
-      params.dv, params.lse, params.dlse, workspace, workspace + LseElements(problem)};
-  SPATTN_RETURN_IF_ERROR(ReadPlan(&kernel_params.by_q, problem, params.plan));
-  SPATTN_RETURN_IF_ERROR(ReadKvPlan(&kernel_params.by_kv, problem, by_kv));
+  SpattnTilePlan tiles_by_q, tiles_by_kv;
+  SPATTN_RETURN_IF_ERROR(CheckBwd(params, by_kv, &tiles_by_q, &tiles_by_kv));
   SPATTN_RETURN_IF_ERROR(CheckTensors(problem, {{"q", params.q},
                                                 {"k", params.k},
                                                 {"v", params.v},
@@ -296,14 +326,26 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
                                                 {"dq", params.dq},
                                                 {"dk", params.dk},
                                                 {"dv", params.dv}}));
+  DeviceArena arena(workspace);
+  Workspace space;
+  SPATTN_RETURN_IF_ERROR(space.Init(params, by_kv, &arena));
   Launcher launcher;
-  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, stream));
+  SPATTN_RETURN_IF_ERROR(launcher.Init(problem, space.rule, stream));
+  SPATTN_RETURN_IF_ERROR(space.rule.Prepare(launcher.stream(), &tiles_by_q, &tiles_by_kv));
+  const SpattnCudaBwdParams kernel_params = {problem,     tiles_by_q,    tiles_by_kv, params.q,
+                                             params.k,    params.v,      params.o,    params.dout,
+                                             params.dq,   params.dk,     params.dv,   params.lse,
+                                             params.dlse, space.lse_exp, space.delta};
   SPATTN_RETURN_IF_ERROR(
       launcher.Launch(SPATTN_BWD_DELTA, kernel_params, DeltaTiles(problem), 1, 1));
-  if (params.dq.data != nullptr) {
-    launcher.UsePlan(params.plan);
-    SPATTN_RETURN_IF_ERROR(launcher.Launch(SPATTN_BWD_DQ, kernel_params, params.plan.q_tiles,
-                                           problem.heads, problem.batch));
+  launcher.UsePlan(params.plan);
+  if (space.rule.slices() > 0) {
+    SPATTN_RETURN_IF_ERROR(
+        launcher.Launch(SPATTN_BWD_DQ, kernel_params, space.rule.slices(), problem.heads, 1));
+    SPATTN_RETURN_IF_ERROR(space.rule.SumSlices(launcher.stream()));
+  } else if (params.dq.data != nullptr) {
+    SPATTN_RETURN_IF_ERROR(launcher.Launch(
+        SPATTN_BWD_DQ, kernel_params, QTiles(problem, params.plan), problem.heads, problem.batch));
   }
   if (params.dk.data == nullptr) return Ok();
   launcher.UsePlan(by_kv);
@@ -322,19 +364,32 @@ void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase, SpattnCudaK
   *kernel = spattn::Configure(*shape, static_cast<SpattnPhase>(phase));
 }
 
-SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream) {
-  SPATTN_RETURN_IF_ERROR(spattn::RefuseRule(params->rule));
-  return spattn::Forward(*params, stream);
+SpattnStatus spattn_fwd_cuda_workspace(const SpattnFwdParams* params, int64_t* bytes) {
+  SpattnTilePlan by_q;
+  SPATTN_RETURN_IF_ERROR(spattn::CheckFwd(*params, &by_q));
+  spattn::DeviceArena arena(nullptr);
+  spattn::Workspace space;
+  SPATTN_RETURN_IF_ERROR(space.Init(*params, &arena));
+  *bytes = arena.bytes();
+  return spattn::Ok();
 }
 
-SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, int64_t* bytes) {
-  SPATTN_RETURN_IF_ERROR(spattn::RefuseRule(params->rule));
-  SPATTN_RETURN_IF_ERROR(spattn::CheckCudaProblem(params->problem));
-  *bytes = 2 * spattn::LseElements(params->problem) * static_cast<int64_t>(sizeof(float));
+SpattnStatus spattn_fwd_cuda(const SpattnFwdParams* params, void* stream, void* workspace) {
+  return spattn::Forward(*params, stream, workspace);
+}
+
+SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, const SpattnKvPlan* by_kv,
+                                       int64_t* bytes) {
+  SpattnTilePlan tiles_by_q, tiles_by_kv;
+  SPATTN_RETURN_IF_ERROR(spattn::CheckBwd(*params, *by_kv, &tiles_by_q, &tiles_by_kv));
+  spattn::DeviceArena arena(nullptr);
+  spattn::Workspace space;
+  SPATTN_RETURN_IF_ERROR(space.Init(*params, *by_kv, &arena));
+  *bytes = arena.bytes();
   return spattn::Ok();
 }
 
 SpattnStatus spattn_bwd_cuda(const SpattnBwdParams* params, const SpattnKvPlan* by_kv, void* stream,
                              void* workspace) {
-  return spattn::Backward(*params, *by_kv, stream, static_cast<float*>(workspace));
+  return spattn::Backward(*params, *by_kv, stream, workspace);
 }

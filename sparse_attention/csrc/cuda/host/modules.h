@@ -43,7 +43,7 @@ struct LoadedKernel {
 
 // What tells one kernel from another: its number (a SpattnPhase, or kFirstBlocksKernel + a
 // SpattnBlocksOp) and the integers of the struct that specialises it.
-using KernelKey = std::array<int32_t, 12>;
+using KernelKey = std::array<int32_t, 13>;
 constexpr int kFirstBlocksKernel = 16;
 
 // A CUDA stream of the context that is current.

@@ -1,0 +1,61 @@
+// score_rule_lists.cu — the lists of a plan without the blocks whose segments do not meet a tile's, for
+// each sequence: what packing n documents costs is about 1 / n.
+//
+// Mapping: a warp for each (batch, plan head, tile); 32 entries of its list at a time.
+// Cost:    reads lists and ranges, writes what is left, for each sequence.
+// Numerics: the order of a list stays, so that sums do. Entries out of range are left out.
+#include "cuda/device/segments.cuh"
+
+namespace spattn {
+
+constexpr int kThreads = 256;
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    score_rule_lists(const __grid_constant__ SpattnCudaRuleListsParams params) {
+  const SpattnProblem& problem = params.problem;
+  const SpattnTilePlan& plan = params.plan;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const int lists = plan.heads * plan.tiles, lane = threadIdx.x % 32;
+  if (index >= problem.batch * lists) return;
+  const int batch = static_cast<int>(index / lists), at = static_cast<int>(index % lists);
+  const int tile = at % plan.tiles, plan_head = at / plan.tiles;
+  const Sides sides = Sides::Make(params.rule, problem, batch);
+  const int owned_blocks = params.tile / params.block_size;
+  const int group = problem.heads / problem.kv_heads;
+  const int32_t* owned =  // the blocks of a tile of keys
+      plan.tile_blocks +
+      (static_cast<int64_t>(plan_head / group) * plan.tiles + tile) * owned_blocks;
+  const SegmentRange own = sides.RangeOf(params.is_by_kv, params.tile, [&](int r) {
+    if (!params.is_by_kv) return tile * params.tile + r;
+    const int block = __ldg(owned + r / params.block_size);
+    const bool is_valid = block >= 0 && block <= sides.kv_rows.positions / params.block_size;
+    return is_valid ? block * params.block_size + r % params.block_size : -1;
+  });
+  const int32_t* ranges = (params.is_by_kv ? params.rule.q_ranges : params.rule.kv_ranges) +
+                          2 * static_cast<int64_t>(batch) * plan.blocks;
+  const int begin = Min(Max(__ldg(plan.indptr + at), 0), plan.entries),
+            end = Min(__ldg(plan.indptr + at + 1), plan.entries);
+  const int64_t sequence = static_cast<int64_t>(batch) * plan.entries;
+  int left = begin;
+  for (int entry = begin; entry < end; entry += 32) {
+    const bool exists = entry + lane < end;
+    const int block = exists ? __ldg(plan.indices + entry + lane) : -1;
+    const int mask_id = exists ? __ldg(plan.mask_ids + entry + lane) : -1;
+    bool is_left = static_cast<unsigned>(block) < static_cast<unsigned>(plan.blocks) &&
+                   mask_id >= -1 && mask_id < plan.mask_blocks;
+    SegmentRange range{0, -1};
+    if (is_left) range = {__ldg(ranges + 2 * block), __ldg(ranges + 2 * block + 1)};
+    is_left = is_left && own.Meets(range);
+    const uint32_t all_left = __ballot_sync(kFullWarp, is_left);
+    if (is_left) {
+      const int64_t to = sequence + left + __popc(all_left & ((1u << lane) - 1));
+      const bool is_checked = !own.IsOne() || !range.IsOne();
+      params.indices[to] = block;
+      params.mask_ids[to] = (mask_id + 1) | (is_checked ? kCheckSegments : 0);
+    }
+    left += __popc(all_left);
+  }
+  if (lane == 0) params.ends[static_cast<int64_t>(batch) * lists + at] = left;
+}
+
+}  // namespace spattn
