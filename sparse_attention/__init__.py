@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from .ops.attention import block_sparse_attention
     from .ops.plan_tensors import clear_plans
     from .ops.portable import portable_graph
+    from .ops.positions import alibi_slopes, rotary_embedding
     from .ops.recompute import recomputable
 
 __version__ = "0.1.0"
@@ -107,6 +108,7 @@ _TENSORFLOW_NAMES = {
     "MultiHeadAttention": "keras.attention_layers",
     "SparseSelfAttention": "keras.layers",
     "SparseTransformer": "keras.model",
+    "alibi_slopes": "ops.positions",
     "attention_impl": "compat.attention",
     "block_sparse_attention": "ops.attention",
     "blocksparse_attention_impl": "compat.attention",
@@ -123,6 +125,7 @@ _TENSORFLOW_NAMES = {
     "merge_states": "compat.attention",
     "portable_graph": "ops.portable",
     "recomputable": "ops.recompute",
+    "rotary_embedding": "ops.positions",
     "shape_list": "compat.attention",
     "sparsify": "keras.sparsify",
     "split_heads": "compat.attention",

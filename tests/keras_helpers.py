@@ -25,16 +25,41 @@ def normal(*shape, seed=0):
     return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
 
 
-def layer_by_hand(layer, x, target, dtype, kv_lengths=None):
+PROJECTIONS = ("query", "key", "value", "output_dense")
+
+
+def weights_of(layer):
+    """list of arrays: of each projection the kernel and, as one more row, the bias; then
+    what is added to scores, as `attention_bwd` orders it."""
+    pairs = (getattr(layer, name).get_weights() for name in PROJECTIONS)
+    arrays = [np.concatenate([kernel, bias[None]]) for kernel, bias in pairs]
+    names = [w.name.split("/")[-1].split(":")[0] for w in layer.weights]
+    found = dict(zip(names, layer.get_weights()))
+    return arrays + [found[n] for n in ("relative_bias", "sinks") if n in found]
+
+
+def gradients_by_fit(model, layer, x, target):
+    """The gradients of the mean squared error, by a step of `fit`, as `weights_of`."""
+    before = weights_of(layer)
+    rate = 2.0**16  # so high that the weights before a step hide nothing of it
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    model.fit(x, target, batch_size=len(target), shuffle=False, verbose=0)
+    return [(a - b) / np.float32(rate) for a, b in zip(before, weights_of(layer))]
+
+
+def layer_by_hand(layer, x, target, dtype, kv_lengths=None, rotary=None, **rule):
     """What the layer gives, and its weights' gradients of the mean squared error.
 
     Args:
       layer: A built `SparseSelfAttention`, with biases.
       dtype: "float64": the oracle. Another: plain code, every result rounded to it.
+      rotary: The base; None: nothing is turned.
+      rule: `mask`, which the plan is combined with, and arguments of `reference.Rule`.
 
     Returns:
-      list of arrays: the output, then for each projection the gradients of its kernel
-      and, as one more row, of its bias. (The key's bias alone has none but rounding.)
+      list of arrays: the output, then the gradients in the order of `weights_of`, the
+      plain ones of the latter as pairs with the sums of sizes. (The key's bias has none
+      but rounding.)
     """
     is_oracle = dtype == "float64"
     fwd, bwd = (
@@ -49,24 +74,37 @@ def layer_by_hand(layer, x, target, dtype, kv_lengths=None):
     def rounded(array):
         return narrow(array).astype(np.float64 if is_oracle else np.float32)
 
+    def turned(array, sign=1):  # as complex numbers, two halves of a head
+        if rotary is None:
+            return array
+        half = array.shape[3] // 2
+        angles = np.outer(np.arange(time), float(rotary) ** (-np.arange(half) / half))
+        wide = array.astype(np.float64 if is_oracle else np.float32)
+        z = wide[..., :half] + 1j * wide[..., half:]
+        z = z * np.exp(sign * 1j * angles)[:, None].astype(z.dtype)
+        return narrow(np.concatenate([z.real, z.imag], axis=3))
+
     batch, time, _ = x.shape
     x, target = rounded(x), rounded(target)
-    *qkv_weights, w_out, b_out = (rounded(w) for w in layer.get_weights())
-    options = {"mask": layer.block_mask.to_dense(), "kv_lengths": kv_lengths}
-    qkv = [
-        narrow(rounded(x @ w) + b).reshape(batch, time, -1, layer.head_dim)
-        for w, b in zip(qkv_weights[::2], qkv_weights[1::2])
-    ]
+    *qkv_weights, last = (rounded(w) for w in weights_of(layer)[:4])
+    mask = layer.block_mask.to_dense() & rule.pop("mask", True)
+    options = {"mask": mask, "kv_lengths": kv_lengths, **rule}
+    q, k, v = (
+        narrow(rounded(x @ w[:-1]) + w[-1]).reshape(batch, time, -1, layer.head_dim)
+        for w in qkv_weights
+    )
+    qkv = turned(q), turned(k), v
     o = rounded(fwd(*qkv, **options)[0]).reshape(batch, time, -1)
-    y = rounded(rounded(o @ w_out) + b_out)
+    y = rounded(rounded(o @ last[:-1]) + last[-1])
     dy = rounded(2 * (y - target) / y.size)
-    do = narrow(dy @ w_out.T).reshape(qkv[0].shape)
+    do = narrow(dy @ last[:-1].T).reshape(qkv[0].shape)
+    dq, dk, dv, *others = bwd(*qkv, do=do, **options)
     gradients = []
-    for read, d in [*((x, d) for d in bwd(*qkv, do=do, **options)), (o, dy)]:
+    for read, d in [(x, turned(dq, -1)), (x, turned(dk, -1)), (x, dv), (o, dy)]:
         read = read.reshape(batch * time, -1)
         read = np.concatenate([read, np.ones_like(read[:, :1])], axis=1)
         gradients.append(read.T @ rounded(d).reshape(batch * time, -1))
-    return [narrow(y), *map(narrow, gradients)]
+    return [narrow(y), *map(narrow, gradients), *others]
 
 
 def model_by_hand(model, x, dtype, attention):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import assert_close
-from keras_helpers import functional, layer_by_hand, normal
+from keras_helpers import functional, gradients_by_fit, layer_by_hand, normal
 from tensorflow import keras
 from tf_helpers import assert_same_bits, run_script
 
@@ -53,14 +53,9 @@ def test_a_step_of_fit_equals_the_oracle(attn_mode, time, is_known):
     x, target = normal(3, time, WIDTH, seed=8), normal(3, time, WIDTH, seed=9)
     oracle = layer_by_hand(twin, x, target, "float64")
     plain = layer_by_hand(twin, x, target, "float32")
-    before = layer.get_weights()
     assert_close(model.predict(x), oracle[0], plain[0], 2)
-    rate = 2.0**16  # so high that the weights before a step hide nothing of it
-    model.compile(keras.optimizers.SGD(rate), "mse")
-    model.fit(x, target, batch_size=3, verbose=0)
-    steps = [(a - b) / np.float32(rate) for a, b in zip(before, layer.get_weights())]
-    for i, (want, by_hand) in enumerate(zip(oracle[1:], plain[1:])):
-        got = np.concatenate([steps[2 * i], steps[2 * i + 1][None]])
+    steps = gradients_by_fit(model, layer, x, target)
+    for got, want, by_hand in zip(steps, oracle[1:], plain[1:]):
         assert_close(got, want, by_hand, 3)
 
 
@@ -117,25 +112,37 @@ def test_keras_hands_the_mask_in_and_on():
     assert_close(model.predict(tokens), means64, means, 2)
 
 
-def test_a_token_after_padding_is_an_error():
-    model = padded_model()
-    tokens = np.ones([2, TIME], np.int32)
-    tokens[1, 5] = 0
-    message = "every True before every False"
-    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        model.predict(tokens)
-    model.compile("sgd", "mse")
-    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        model.fit(tokens, normal(2, WIDTH), verbose=0)
-
-
 @pytest.mark.parametrize(
-    "shape, dtype", [([2, TIME, TIME], "bool"), ([2, TIME], "int32")]
+    "name, shape, dtype, error",
+    [
+        ("mask", [2, TIME, TIME], "bool", r"mask must be \[batch, time\], got shape"),
+        ("mask", [2, TIME], "int32", "mask must be bool, True = a token, got int32"),
+        ("segment_ids", [2, TIME + 1], "int32", r"segment_ids must be \[batch, time\]"),
+        (
+            "segment_ids",
+            [2, TIME],
+            "float32",
+            "segment_ids must be integers, got float",
+        ),
+        (
+            "attention_mask",
+            [2, TIME],
+            "bool",
+            "attention_mask must be bool .* got bool",
+        ),
+        ("attention_mask", [2, TIME, 2], "bool", "where the time is 40"),
+        (
+            "attention_mask",
+            [2, TIME, TIME],
+            "int32",
+            "attention_mask must be bool .* int",
+        ),
+    ],
 )
-def test_a_mask_of_another_kind_is_an_error(shape, dtype):
+def test_masks_and_ids_of_another_kind_are_errors(name, shape, dtype, error):
     layer = attention()
-    with pytest.raises(ValueError, match=r"mask must be bool \[batch, time\], got"):
-        layer(tf.zeros([2, TIME, WIDTH]), mask=tf.zeros(shape, dtype))
+    with pytest.raises((ValueError, TypeError), match=error):
+        layer(tf.zeros([2, TIME, WIDTH]), **{name: tf.zeros(shape, dtype)})
 
 
 # ---- configuration ----
@@ -318,7 +325,7 @@ def test_what_needs_keras_3_says_so(monkeypatch):
 def test_a_mask_of_another_length_is_refused(time):
     layer = attention()
     with pytest.raises(
-        ValueError, match=f"mask must be bool .* where the time is {TIME}"
+        ValueError, match=rf"mask must be \[batch.* where the time is {TIME}"
     ):
         layer(tf.ones([2, TIME, WIDTH]), mask=np.ones([2, time], bool))
 

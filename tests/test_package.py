@@ -86,6 +86,7 @@ TENSORFLOW_NAMES = [
     "MultiHeadAttention",
     "SparseSelfAttention",
     "SparseTransformer",
+    "alibi_slopes",
     "attention_impl",
     "block_sparse_attention",
     "blocksparse_attention_impl",
@@ -102,6 +103,7 @@ TENSORFLOW_NAMES = [
     "merge_states",
     "portable_graph",
     "recomputable",
+    "rotary_embedding",
     "shape_list",
     "sparsify",
     "split_heads",
@@ -125,6 +127,7 @@ def test_every_name_is_there():
         "ops.attention",
         "ops.plan_tensors",
         "ops.portable",
+        "ops.positions",
         "ops.recompute",
     ],
 )

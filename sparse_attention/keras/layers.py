@@ -5,19 +5,22 @@ Runs on Keras 3 with the TensorFlow backend and on TensorFlow's own Keras 2.
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import tensorflow as tf
 
 from ..native import loader
 from ..ops.attention import MAX_HEAD_DIM, block_sparse_attention
+from ..ops.positions import rotary_embedding
 from ..ops.signature import TensorLike
 from ..plan.block_mask import BlockMask
-from ..plan.checks import as_ints, check_positive
+from ..plan.checks import as_ints, check_integer, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import pattern_block_mask
-from .backend import NotQuantized, keras
+from .backend import IS_KERAS_3, NotQuantized, keras
 from .registration import PACKAGE
+from .score_options import SCORE_OPTIONS, base_of, rate, score_options, slopes_of
 from .xla import Dense
 
 
@@ -55,10 +58,11 @@ class CompiledWhereXlaCan:
 
 @serializable
 class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer):
-    """Causal self-attention: each position attends to earlier ones that a pattern allows.
+    """Self-attention, causal unless a `block_mask` is given that looks both ways.
 
-    It attends to itself, too. With a `block_mask`, that alone says who attends to whom,
-    in both directions if it is made so.
+    A position attends to itself and to the earlier ones that a pattern allows. With a
+    `block_mask`, that alone says who attends to whom: for everyone to everyone,
+    `BlockMask(dense_layout(time, 32), None, 32, time, time)`.
 
         q, k, v = query(x), key(x), value(x)
         output_dense(block_sparse_attention(q, k, v, block_mask, heads, kv_heads))
@@ -80,24 +84,41 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
       use_bias: Whether the projections add a bias.
       kernel_initializer: Initializer of the query, key and value projections.
       output_initializer: Initializer of the output projection.
+      dropout: The fraction of the attention weights that is dropped in training.
+      seed: int, of the dropout; None: one that `keras.utils.set_random_seed` determines.
+      alibi: True: `alibi_slopes(heads)` times the distance is taken from the scores. Or
+        the slopes themselves, a float for each head.
+      logit_softcap: Scores s become logit_softcap * tanh(s / logit_softcap).
+      sinks: Whether each head has a score more, a trained weight [heads] that begins with
+        zeros: what of a softmax goes to it, no position gets.
+      relative_positions: R: a trained weight [heads, 2 R - 1], which begins with zeros,
+        is added to the scores: the element at clip(i - j, 1 - R, R - 1) + R - 1.
+      rotary: True: `rotary_embedding` turns queries and keys, with the base 10000. Or the
+        base itself.
       **kwargs: What every layer takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
       x: float [batch, time, width]. The time is known when the layer is built, unless a
         `block_mask` tells it; later x may be shorter, or of a time that is known only
         when the graph runs. Keys past its end do not exist.
-      mask: bool [batch, time], as Keras passes it on: True = a token. All tokens come
-        before the padding, whose keys then do not exist. None: there is no padding.
+      mask: bool [batch, time], as Keras passes it on: True = a token. What is none is
+        padding, anywhere in a row, and nobody attends to it. None: there is no padding.
+      segment_ids: int [batch, time]: a position attends to those of its own id alone,
+        and to none if that is negative. None: all ids are equal.
+      attention_mask: bool [batch, time, time], [batch, heads, time, time], or with ones
+        for any of these: True = the query, of the first time, may attend to the key.
+      training: Whether weights are dropped; None: what Keras says.
+      dropout_seed: int [2], for this call alone; None: the layer draws one.
 
     Returns:
       Like x.
 
     Raises:
-      TypeError: If `block_mask` is no `BlockMask`.
-      ValueError: If an argument is not positive or does not fit the others, or x.
+      TypeError: If an argument is of another kind than said here.
+      ValueError: If an argument is not in its range or does not fit the others, or x.
       NotImplementedError: From `quantize`; a model around it leaves it as it is.
-      InvalidArgumentError: If a mask has a token after padding, or x or a mask is of a
-        wrong time that is known only when the graph runs.
+      InvalidArgumentError: If x, a mask or ids are of a wrong time that is known only
+        when the graph runs.
 
     Numerics: As `block_sparse_attention`, in the policy's compute dtype. XLA compiles a
       model with this layer from TensorFlow 2.20 on (`supports_jit`).
@@ -117,6 +138,14 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
         output_initializer: Any = "glorot_uniform",
+        *,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        alibi: Any = False,
+        logit_softcap: float | None = None,
+        sinks: bool = False,
+        relative_positions: int | None = None,
+        rotary: bool | float = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -154,6 +183,20 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
             raise ValueError(
                 f"attn_mode must be left out beside a block_mask, got {attn_mode!r}"
             )
+        options = score_options(
+            self.heads, alibi, logit_softcap, sinks, relative_positions, rotary
+        )
+        for name, value in options.items():  # Keras 2 would wrap a list.
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        self.dropout = rate("dropout", dropout)
+        if seed is not None:
+            check_integer(seed=seed)
+        self.seed = seed if seed is None else int(seed)
+        if self.dropout:
+            if IS_KERAS_3:
+                self.seed_generator = keras.random.SeedGenerator(seed)
+            else:
+                self._op_seed = random.randrange(2**31) if seed is None else seed
 
     def build(self, input_shape: Any) -> None:
         _, time, width = tf.TensorShape(input_shape).with_rank(3).as_list()
@@ -204,7 +247,19 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
         self.output_dense = self._projection(
             "output_dense", inner, width, self.output_initializer
         )
+        if self.sinks:
+            self.sink_scores = self._score_weight("sinks", [self.heads])
+        if self.relative_positions is not None:
+            shape = [self.heads, 2 * self.relative_positions - 1]
+            self.relative_bias = self._score_weight("relative_bias", shape)
         self.built = True
+
+    def _score_weight(self, name, shape):
+        """A weight that is added to scores: in its own dtype, as they are float32."""
+        autocast = "autocast" if IS_KERAS_3 else "experimental_autocast"
+        return self.add_weight(
+            name=name, shape=shape, initializer="zeros", **{autocast: False}
+        )
 
     def _projection(self, name, input_width, width, initializer):
         dense = Dense(
@@ -220,27 +275,79 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
             dense.build([None, None, input_width])
         return dense
 
-    def call(self, x: TensorLike, mask: TensorLike | None = None) -> Any:
+    def call(
+        self,
+        x: TensorLike,
+        mask: TensorLike | None = None,
+        segment_ids: TensorLike | None = None,
+        attention_mask: TensorLike | None = None,
+        training: Any = None,
+        dropout_seed: TensorLike | None = None,
+    ) -> Any:
         time = self.block_mask.q_len
         length = length_up_to(time, x, "x")
-        lengths = None if mask is None else _lengths(mask, length)
+        rule = self._score_rule()
+        if mask is not None or segment_ids is not None:
+            ids = _segment_ids(mask, segment_ids, tf.shape(x)[0], length)
+            rule["segment_ids"] = tuple(_padded(x, length, time, -1) for x in ids)
+        if attention_mask is not None:
+            rule["mask"] = _pairs(attention_mask, length, time)
         is_whole = isinstance(length, int) and length == time
         if not is_whole:
-            if lengths is None:
-                lengths = tf.fill(tf.shape(x)[:1], length)
-            width = x.shape[2]
-            x = tf.pad(x, [[0, 0], [0, time - length], [0, 0]])
-            x.set_shape([None, time, width])
-        o = block_sparse_attention(
-            self.query(x),
-            self.key(x),
-            self.value(x),
-            self.block_mask,
-            self.heads,
-            self.kv_heads,
-            kv_lengths=lengths,
-        )
+            rule["kv_lengths"] = tf.fill(tf.shape(x)[:1], length)
+            x = _padded(x, length, time)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.rotary is not False:
+            base = base_of(self.rotary)
+            q = rotary_embedding(q, self.heads, base=base)
+            k = rotary_embedding(k, self.kv_heads, base=base)
+
+        def attend(**dropout):
+            return block_sparse_attention(
+                *(q, k, v, self.block_mask, self.heads, self.kv_heads),
+                **rule,
+                **dropout,
+            )
+
+        o = self._attend(attend, training, dropout_seed)
         return self.output_dense(o if is_whole else o[:, :length])
+
+    def _score_rule(self):
+        """dict: arguments of `block_sparse_attention` that are the layer's own."""
+        rule: dict = {"logit_softcap": self.logit_softcap}
+        if self.alibi is not False:
+            rule["alibi_slopes"] = slopes_of(self.alibi, self.heads)
+        if self.sinks:
+            rule["sinks"] = self.sink_scores
+        if self.relative_positions is not None:
+            rule["relative_bias"] = self.relative_bias
+        return rule
+
+    def _attend(self, attend, training, seed):
+        """What `attend(dropout_rate, dropout_seed)` gives; in training with dropout."""
+        if training is None and tf.__version__.startswith("1."):
+            training = keras.backend.learning_phase()  # newer ones pass it on
+        if not self.dropout or training is None:
+            return attend()
+
+        def attend_to_some():
+            own = self._draw_seed() if seed is None else seed
+            return attend(dropout_rate=self.dropout, dropout_seed=own)
+
+        if tf.is_tensor(training):  # only the run of TensorFlow 1's graph can tell
+            return tf.cond(tf.cast(training, tf.bool), attend_to_some, attend)
+        return attend_to_some() if training else attend()
+
+    def _draw_seed(self):
+        """A seed that no other call and no other replica has: int64 [2]."""
+        if IS_KERAS_3:
+            seed = self.seed_generator.next()
+        else:
+            limit = tf.int32.max
+            seed = tf.random.uniform([2], 0, limit, tf.int32, seed=self._op_seed)
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group if context else 0
+        return tf.cast(seed, tf.int64) + tf.cast(replica, tf.int64) * 2**32
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -256,11 +363,15 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
             "vertsize",
             "kv_heads",
             "use_bias",
+            "dropout",
+            "seed",
+            *SCORE_OPTIONS,
         )
         is_pattern = self.attn_mode is not None
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in names},
+            "alibi": self.alibi if isinstance(self.alibi, bool) else list(self.alibi),
             "block_mask": None if is_pattern else self.block_mask.get_config(),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "output_initializer": keras.initializers.serialize(self.output_initializer),
@@ -291,34 +402,67 @@ def length_up_to(time, x, name):
     return length
 
 
-def _lengths(mask, time):
-    """Counts the tokens before the padding: int32 [batch].
+def _segment_ids(mask, segment_ids, batch, length):
+    """The ids of queries and of keys, int32 [batch, length], which say what both do.
 
-    It is an error if a token comes after the padding.
-
-    Args:
-      time: Of x, an int or an int32 tensor.
+    Padding is of no document: -1 among the keys. Its queries stay, and attend to tokens.
     """
-    mask = tf.convert_to_tensor(mask)
-    fits = mask.shape.is_compatible_with(
-        [None, time if isinstance(time, int) else None]
-    )
-    if mask.dtype != tf.bool or not fits:
+    if segment_ids is None:
+        ids = tf.zeros([batch, length], tf.int32)
+    else:
+        ids = tf.convert_to_tensor(segment_ids, name="segment_ids")
+        if not ids.dtype.is_integer:
+            raise TypeError(f"segment_ids must be integers, got {ids.dtype.name}")
+        ids = tf.cast(_by_position("segment_ids", ids, length), tf.int32)
+    if mask is None:
+        return ids, ids
+    mask = tf.convert_to_tensor(mask, name="mask")
+    if mask.dtype != tf.bool:
+        raise TypeError(f"mask must be bool, True = a token, got {mask.dtype.name}")
+    mask = _by_position("mask", mask, length)
+    return ids, tf.compat.v1.where_v2(mask, ids, -1)
+
+
+def _by_position(name, x, length):
+    """`x`, if it is [batch, length]; an error otherwise."""
+    known = length if isinstance(length, int) else None
+    if not x.shape.is_compatible_with([None, known]):
         raise ValueError(
-            f"mask must be bool [batch, time], got {mask.dtype.name} {mask.shape} where "
-            f"the time is {time}"
+            f"{name} must be [batch, time], got shape {x.shape} where the time is {length}"
         )
-    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
-    mask_time = tf.shape(mask)[1]
-    is_padded_right = tf.reduce_all(
-        tf.equal(mask, tf.sequence_mask(lengths, mask_time))
-    )
-    order = "mask must have every True before every False (padding on the right), got"
-    checks = [
-        tf.debugging.assert_equal(
-            mask_time, time, message="mask must be [batch, time] with the time of x"
-        ),
-        tf.debugging.Assert(is_padded_right, [order, mask]),
-    ]
-    with tf.control_dependencies([check for check in checks if check is not None]):
-        return tf.identity(lengths)
+    message = f"{name} must be [batch, time] with the time of x"
+    check = tf.debugging.assert_equal(tf.shape(x)[1], length, message=message)
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(x)
+
+
+def _pairs(mask, length, time):
+    """An attention mask as the op takes it, with False for what x is padded with."""
+    mask = tf.convert_to_tensor(mask, name="attention_mask")
+    if mask.shape.rank == 3:
+        mask = mask[:, None]
+    times = mask.shape.as_list()[2:] if mask.shape.rank == 4 else [0]
+    known = length if isinstance(length, int) else None
+    fit = known is None or all(size in (None, 1, known) for size in times)
+    if mask.dtype != tf.bool or mask.shape.rank != 4 or not fit:
+        raise ValueError(
+            "attention_mask must be bool [batch, time, time] or [batch, heads, time, "
+            f"time], got {mask.dtype.name} {mask.shape} where the time is {length}"
+        )
+    for axis, size in zip((2, 3), times):
+        if size != 1:
+            mask = _padded(mask, length, time, False, axis)
+    return mask
+
+
+def _padded(x, length, time, value=0, axis=1):
+    """`x` with `value` behind its positions: `time` along an axis that has `length`."""
+    if isinstance(length, int) and length == time:
+        return x
+    paddings = [[0, 0] for _ in x.shape]
+    paddings[axis] = [0, time - length]
+    shape = x.shape.as_list()
+    shape[axis] = time
+    x = tf.pad(x, paddings, constant_values=value)
+    x.set_shape(shape)
+    return x
