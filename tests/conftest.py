@@ -16,7 +16,7 @@ NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
         "attention_layers check_numerics flash_attention generation gpu_training "
-        "keras_3 models new_pattern optimizer portable recompute_layers train_lm xla"
+        "keras_3 model_rules models new_pattern optimizer portable recompute_layers train_lm xla"
     ).split()
 ]
 collect_ignore = NEWER_TESTS if sys.version_info < (3, 8) else []

@@ -74,15 +74,8 @@ def layer_by_hand(layer, x, target, dtype, kv_lengths=None, rotary=None, **rule)
     def rounded(array):
         return narrow(array).astype(np.float64 if is_oracle else np.float32)
 
-    def turned(array, sign=1):  # as complex numbers, two halves of a head
-        if rotary is None:
-            return array
-        half = array.shape[3] // 2
-        angles = np.outer(np.arange(time), float(rotary) ** (-np.arange(half) / half))
-        wide = array.astype(np.float64 if is_oracle else np.float32)
-        z = wide[..., :half] + 1j * wide[..., half:]
-        z = z * np.exp(sign * 1j * angles)[:, None].astype(z.dtype)
-        return narrow(np.concatenate([z.real, z.imag], axis=3))
+    def turned(array, sign=1):
+        return array if rotary is None else narrow(turn(rounded(array), rotary, sign))
 
     batch, time, _ = x.shape
     x, target = rounded(x), rounded(target)
@@ -107,13 +100,24 @@ def layer_by_hand(layer, x, target, dtype, kv_lengths=None, rotary=None, **rule)
     return [narrow(y), *map(narrow, gradients), *others]
 
 
-def model_by_hand(model, x, dtype, attention):
+def turn(x, base, sign=1):
+    """x [batch, time, heads, head_dim] by its positions: halves as complex numbers."""
+    half = x.shape[3] // 2
+    angles = np.outer(np.arange(x.shape[1]), base ** (-np.arange(half) / half))
+    z = x[..., :half] + 1j * x[..., half:]
+    z = z * np.exp(sign * 1j * angles)[:, None].astype(z.dtype)
+    return np.concatenate([z.real, z.imag], axis=3)
+
+
+def model_by_hand(model, x, dtype, attention, rotary=None, **rule):
     """Logits of a `SparseTransformer`: the paper's section 5, written out.
 
     Args:
       x: int [batch, time], the tokens.
       dtype: np.float64: the oracle. np.float32: plain code.
       attention: `attention_fwd` or `plain_attention_fwd`.
+      rotary: The base; None: nothing is turned.
+      rule: Arguments of `reference.Rule`, besides what the layers train.
     """
 
     def dense(layer, x):
@@ -133,7 +137,17 @@ def model_by_hand(model, x, dtype, attention):
             dense(projection, h).reshape(*x.shape[:2], -1, layer.head_dim)
             for projection in (layer.query, layer.key, layer.value)
         ]
-        o = attention(*qkv, layer.block_mask.to_dense())[0].reshape(x.shape)
+        if rotary is not None:
+            qkv = [turn(qkv[0], rotary), turn(qkv[1], rotary), qkv[2]]
+        trained = {
+            name: weight.numpy()
+            for weight in layer.weights
+            for name in ("sinks", "relative_bias")
+            if weight.name == name
+        }
+        options = {**rule, **trained}
+        o = attention(*qkv, layer.block_mask.to_dense(), **options)[0]
+        o = o.reshape(x.shape)
         x = x + dense(layer.output_dense, o)
         h = dense(block.expand, norm(block.norm_feed_forward, x))
         x = x + dense(block.contract, h / (1 + np.exp(dtype(-1.702) * h)))

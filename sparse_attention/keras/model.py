@@ -16,7 +16,11 @@ from ..plan.masks import VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
 from .backend import NotQuantized, keras, require_keras_3
 from .layers import SparseSelfAttention, length_up_to, serializable
+from .score_options import SCORE_OPTIONS, rate, score_options
 from .xla import Dense, fused_on_gpu
+
+# What weights of one configuration may differ in from those of another.
+ANY_WHEN_LOADED = ("dropout", "attention_dropout", "recompute")
 
 
 def gelu(x):
@@ -44,6 +48,8 @@ class Embedding(NotQuantized, keras.layers.Embedding):
 class SparseTransformerBlock(NotQuantized, keras.layers.Layer):
     """Attention and a feed-forward network, each added to what it reads.
 
+    It is causal if the attention is.
+
         x = x + dropout(attention(norm_attention(x)))
         x = x + dropout(contract(expand(norm_feed_forward(x))))  # expand ends in gelu
 
@@ -57,7 +63,9 @@ class SparseTransformerBlock(NotQuantized, keras.layers.Layer):
 
     Call arguments:
       x: float [batch, time, width].
-      seeds: int32 [2, 2], a seed for each of the two dropouts; None: nothing is dropped.
+      seeds: int32 [3, 2], a seed for each of the two dropouts and for the attention's;
+        None: nothing is dropped.
+      segment_ids: As for the attention.
 
     Returns:
       Like x.
@@ -93,26 +101,35 @@ class SparseTransformerBlock(NotQuantized, keras.layers.Layer):
             layer.build(input_shape)
         self.contract.build([*input_shape[:-1], 4 * self.width])
 
-    def call(self, x, seeds=None):
-        return self._residuals(x, seeds, recompute=self.recompute)
+    def call(self, x, seeds=None, segment_ids=None):
+        return self._residuals(x, seeds, segment_ids, recompute=self.recompute)
 
     @recomputable("block")
-    def _residuals(self, x, seeds):
-        x = self._add(x, self.attention(self.norm_attention(x)), seeds, 0)
+    def _residuals(self, x, seeds, segment_ids):
+        h = self.attention(
+            self.norm_attention(x),
+            segment_ids=segment_ids,
+            training=seeds is not None,
+            dropout_seed=None if seeds is None else seeds[2],
+        )
+        x = self._add(x, h, seeds, 0)
         return self._add(x, self.feed_forward(self.norm_feed_forward(x)), seeds, 1)
 
     def feed_forward(self, x):
         return self.contract(self.expand(x))
 
     def _add(self, x, h, seeds, i):
-        if seeds is not None:
+        if seeds is not None and self.dropout:
             h = tf.nn.experimental.stateless_dropout(h, self.dropout, seeds[i])
         return x + h
 
 
 @serializable
 class SparseTransformer(NotQuantized, keras.Model):
-    """A language model: which token comes next, at every position of a long sequence.
+    """A causal language model: which token comes next, at every position.
+
+    For attention in both directions, build a model of `SparseSelfAttention` with a
+    `block_mask`, or of `MultiHeadAttention`.
 
     >>> model = SparseTransformer(256, time=128, layers=2, width=64, heads=4,
     ...                           attention="local,strided", local_attn_ctx=32)
@@ -137,11 +154,17 @@ class SparseTransformer(NotQuantized, keras.Model):
       dropout: The fraction dropped of what a block adds.
       recompute: Whether the backward pass computes each block again from what it reads,
         so that nothing else of it is kept.
+      attention_dropout: The fraction dropped of the attention weights.
+      alibi, logit_softcap, sinks, relative_positions, rotary: As for
+        `SparseSelfAttention`, in each layer; beside the position embeddings.
       **kwargs: What every model takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
       tokens: int [batch, time] or shorter, which costs as much. The caller shifts them:
         targets are one position ahead.
+      training: Whether anything is dropped.
+      segment_ids: int [batch, time], or as short as the tokens: a position attends to
+        those of its own id alone, and to none if that is negative. None: one document.
 
     Returns:
       logits: float32 [batch, time, vocab_size], or as short as the tokens.
@@ -174,6 +197,13 @@ class SparseTransformer(NotQuantized, keras.Model):
         vertsize: int = VERTSIZE,
         dropout: float = 0.0,
         recompute: bool = False,
+        *,
+        attention_dropout: float = 0.0,
+        alibi: Any = False,
+        logit_softcap: float | None = None,
+        sinks: bool = False,
+        relative_positions: int | None = None,
+        rotary: bool | float = False,
         **kwargs: Any,
     ) -> None:
         require_keras_3("SparseTransformer")
@@ -194,8 +224,13 @@ class SparseTransformer(NotQuantized, keras.Model):
             raise ValueError(
                 f"width must be a multiple of 8 * heads = {8 * heads}, got {width}"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        rates = {
+            "dropout": rate("dropout", dropout),
+            "attention_dropout": rate("attention_dropout", attention_dropout),
+        }
+        options = score_options(
+            heads, alibi, logit_softcap, sinks, relative_positions, rotary
+        )
         attn_modes = layer_patterns(attention)
         for attn_mode in attn_modes:  # Errors are raised now, and the plans are cached.
             _, settings = resolve(attn_mode, time, heads, **pattern)
@@ -205,12 +240,14 @@ class SparseTransformer(NotQuantized, keras.Model):
             **sizes,
             "attention": attention,
             **pattern,
-            "dropout": float(dropout),
+            **rates,
             "recompute": bool(recompute),
+            **options,
         }
         self.vocab_size = vocab_size
         self.time = time
-        self.dropout = dropout
+        self.dropout = rates["dropout"]
+        self.has_dropout = any(rates.values())
         policy = self.dtype_policy
         residual_scale = (2 * layers) ** -0.5
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
@@ -221,6 +258,8 @@ class SparseTransformer(NotQuantized, keras.Model):
                     heads,
                     attn_mode=attn_mode,
                     **pattern,
+                    **options,
+                    dropout=rates["attention_dropout"],
                     kernel_initializer=_normal(1.0),
                     output_initializer=_normal(residual_scale),
                     dtype=policy,
@@ -228,7 +267,7 @@ class SparseTransformer(NotQuantized, keras.Model):
                 ),
                 width,
                 residual_scale,
-                dropout,
+                rates["dropout"],
                 recompute,
                 dtype=policy,
                 name=f"block_{i}",
@@ -255,18 +294,23 @@ class SparseTransformer(NotQuantized, keras.Model):
             aggregation="only_first_replica",
         )
 
-    def call(self, tokens: TensorLike, training: bool = False) -> Any:
+    def call(
+        self,
+        tokens: TensorLike,
+        training: bool = False,
+        segment_ids: TensorLike | None = None,
+    ) -> Any:
         if len(tokens.shape) != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
         length = length_up_to(self.time, tokens, "tokens")
-        seeds = self._draw_seeds() if training and self.dropout else None
+        seeds = self._draw_seeds() if training and self.has_dropout else None
         # The position embedding is added without a look-up. With several replicas, the
         # gradient of a look-up lists each row once for each of them, and Adam of Keras
         # 3.15 does not add these up.
         positions = self.position_embedding.embeddings[:length]
         x = self.token_embedding(tokens) + positions
         for i, block in enumerate(self.blocks):
-            x = block(x, seeds if seeds is None else seeds[i])
+            x = block(x, seeds if seeds is None else seeds[i], segment_ids)
         return self.logits(x)
 
     def logits(self, x: TensorLike) -> Any:
@@ -276,12 +320,12 @@ class SparseTransformer(NotQuantized, keras.Model):
         return tf.tensordot(self.final_norm(x), embeddings, [[-1], [1]])
 
     def _draw_seeds(self):
-        """Seeds that no two calls and no two devices share: int32 [layers, 2, 2]."""
+        """Seeds that no two calls and no two devices share: int32 [layers, 3, 2]."""
         self.dropout_calls.assign_add(1)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         seed = tf.stack([self.dropout_calls.value, replica])
-        seeds = tf.random.split(seed, 2 * len(self.blocks))
-        return tf.reshape(seeds, [-1, 2, 2])
+        seeds = tf.random.split(seed, 3 * len(self.blocks))
+        return tf.reshape(seeds, [-1, 3, 2])
 
     # The next two methods do what Keras 3.15 lacks to fit a model under
     # MultiWorkerMirroredStrategy.
@@ -298,7 +342,7 @@ class SparseTransformer(NotQuantized, keras.Model):
             return {name: tf.reshape(value, [1]) for name, value in metrics.items()}
         return metrics
 
-    def compute_output_spec(self, tokens, training=False):
+    def compute_output_spec(self, tokens, training=False, segment_ids=None):
         return keras.KerasTensor((*tokens.shape, self.vocab_size), "float32")
 
     def count_params(self) -> int:
@@ -317,11 +361,20 @@ class SparseTransformer(NotQuantized, keras.Model):
         store["config"] = np.frombuffer(config, np.uint8)
 
     def load_own_variables(self, store):
-        saved = json.loads(np.asarray(store["config"]).tobytes())
+        try:
+            config = store["config"]
+        except KeyError:
+            raise ValueError(
+                "the weights must be those that a SparseTransformer has saved, beside "
+                "its configuration, which is not there; to give it others, call "
+                "set_weights"
+            ) from None
+        saved = json.loads(np.asarray(config).tobytes())
+        saved = {**SCORE_OPTIONS, **saved}  # earlier versions had no options
         differences = [
             f"{name} = {saved[name]} there, {value} here"
             for name, value in self._config.items()
-            if name not in ("dropout", "recompute") and saved[name] != value
+            if name not in ANY_WHEN_LOADED and saved[name] != value
         ]
         if differences:
             raise ValueError(
