@@ -119,13 +119,13 @@ def test_each_pair_has_the_same_gradients_under_recompute(pair):
         assert np.abs(want).max() > 0
 
 
-def fitted(dtype="float32", epochs=2, **options):
+def fitted(dtype="float32", epochs=2, jit_compile=False, **options):
     """The losses and the weights of a fit on documents, through Keras's own inputs."""
     model = transformer(dtype=dtype, **options)
     inputs = [keras.Input([TIME], dtype="int32") for _ in "xs"]
     outer = keras.Model(inputs, model(inputs[0], segment_ids=inputs[1]))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    outer.compile(sa.Adam(1e-2), loss)
+    outer.compile(sa.Adam(1e-2), loss, jit_compile=jit_compile)
     data, ids = tokens(), documents(BATCH, TIME)
     history = outer.fit(
         [data, ids], np.roll(data, -1, 1), epochs=epochs, batch_size=BATCH, verbose=0
@@ -159,6 +159,14 @@ def test_attention_dropout_alone_drops_in_training():
     assert_same_bits(model(x).numpy(), plain(x).numpy())
     first, second = (model(x, training=True).numpy() for _ in range(2))
     assert (first != second).any()
+
+
+def test_xla_trains_with_all_options_as_tensorflow_does():
+    """The weights that are dropped are the same; sums are rounded otherwise."""
+    (compiled, *_), (plain, *_) = (
+        fitted(jit_compile=j, **EVERY) for j in (True, False)
+    )
+    np.testing.assert_allclose(compiled, plain, rtol=1e-5)
 
 
 def test_the_layers_of_a_model_drop_others():

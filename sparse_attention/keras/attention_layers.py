@@ -232,12 +232,13 @@ KerasGroupQueryAttention = _keras_class("GroupQueryAttention")
 
 @serializable
 class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,valid-type]
-    """Keras's layer, with fused attention over what a pattern or a plan computes.
+    """Keras's layer, fused: it looks both ways, but with a pattern or a causal mask or plan.
 
         x = sa.MultiHeadAttention(8, 64, attn_mode="local", local_attn_ctx=256)(x, x)
 
     Weights, their names, config, LoRA and quantization are Keras's, so files of weights
-    of either load into the other. What is computed may be chosen beside them:
+    of either load into the other. What is computed may be chosen beside them; for both
+    directions, leave `attn_mode` and `use_causal_mask` out:
 
     Args:
       *args, **kwargs: As for `keras.layers.MultiHeadAttention`, and by name:
@@ -265,7 +266,7 @@ class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,
 
 @partial(serializable, name="GroupQueryAttention")
 class GroupedQueryAttention(Sparse, KerasGroupQueryAttention):  # type: ignore[misc,valid-type]
-    """Keras's layer of that name, with fused attention over what a plan computes.
+    """Keras's layer of that name, fused, and causal where `sa.MultiHeadAttention` is.
 
         layer = sa.GroupQueryAttention(64, 8, 2, attn_mode="local", local_attn_ctx=256)
 

@@ -137,6 +137,38 @@ def test_keras_layer_takes_masks_and_policies():
     assert same.all()
 
 
+def test_keras_layer_takes_what_stands_before_the_softmax(tmp_path):
+    from tensorflow import keras
+
+    layer = sa.SparseSelfAttention(
+        *(2, None, "local", 16, 8),
+        dropout=0.3,
+        alibi=True,
+        logit_softcap=20.0,
+        sinks=True,
+        relative_positions=9,
+        rotary=True,
+    )
+    inputs = keras.Input([LENGTH, 32]), keras.Input([LENGTH], dtype="int32")
+    outputs = layer(inputs[0], mask=inputs[1] > 0, segment_ids=inputs[1])
+    model = keras.Model(inputs, outputs)
+    random = np.random.RandomState(0)
+    x = random.normal(size=[4, LENGTH, 32]).astype(np.float32)
+    ids = random.randint(0, 3, [4, LENGTH]).astype(np.int32)
+    first, second = (layer(x, training=True).numpy() for _ in range(2))
+    assert (first != second).any()
+    before = layer.get_weights()
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    losses = model.fit([x, ids], -x, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert all((a != b).any() for a, b in zip(before, layer.get_weights()))
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    here, again = (m.predict([x, ids], verbose=0) for m in (model, loaded))
+    assert here.tobytes() == again.tobytes()
+
+
 def test_keras_own_layer_runs_by_the_fused_op_or_the_error_says_what_is_needed():
     from tensorflow import keras
 
