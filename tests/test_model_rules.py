@@ -263,6 +263,24 @@ def test_wrong_options_are_errors_at_once(options, error, message):
         transformer(**options)
 
 
+@pytest.mark.parametrize(
+    "name", ["alibi", "logit_softcap", "sinks", "relative_positions", "rotary"]
+)
+def test_what_decoding_cannot_follow_is_an_error(name):
+    model = transformer(**OPTIONS[name])
+    with pytest.raises(ValueError, match=f"none of its options {name}=.* be decoded"):
+        sa.generate(model, [[1, 2]], 3)
+    with pytest.raises(ValueError, match=f"none of its options {name}="):
+        sa.Decoder(model, 1)
+
+
+def test_attention_dropout_is_no_matter_to_decoding():
+    model, plain = transformer(attention_dropout=0.5), transformer()
+    plain.set_weights(model.get_weights())
+    got, want = (sa.generate(m, [[1, 2]], 3, temperature=0)[0] for m in (model, plain))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_ids_of_another_length_are_an_error():
     with pytest.raises(ValueError, match=r"segment_ids must be \[batch, time\], got"):
         transformer()(tokens(), segment_ids=np.zeros([BATCH, TIME - 1], int))

@@ -13,6 +13,7 @@ from ..compat.attention import split_heads
 from ..ops.attention import block_sparse_attention
 from ..ops.signature import TensorLike
 from ..plan.checks import check_positive
+from .model import options_in_use
 
 # What `generate` measures, for each sequence of the batch.
 GenerationStatistics = collections.namedtuple(
@@ -42,6 +43,10 @@ class Decoder:
     Attributes:
       bytes_read: Bytes of k and v that the latest step gathered for each sequence.
 
+    Raises:
+      ValueError: If the batch is not positive, or the model has an option that a step
+        cannot follow yet: alibi, logit_softcap, sinks, relative_positions or rotary.
+
     Numerics: Scores, softmax and weighted sum in float32; all else in the model's
       dtypes.
     Cost: Memory for 2 * layers * time * kv_heads * head_dim elements a sequence. What
@@ -50,6 +55,12 @@ class Decoder:
 
     def __init__(self, model: Any, batch: int) -> None:
         check_positive(batch=batch)
+        options = ", ".join(f"{k}={v!r}" for k, v in options_in_use(model).items())
+        if options:
+            raise ValueError(
+                f"model must have none of its options {options} to be decoded, as a step "
+                "cannot follow them yet; run the whole model on each prefix instead"
+            )
         self.model, self.batch = model, batch
         if not model.built:
             model.build([batch, model.time])
@@ -238,8 +249,8 @@ def generate(
 
     Raises:
       TypeError: If the prompt holds no integers.
-      ValueError: If an argument is not in its range, or prompt and continuation are
-        longer than the model's time.
+      ValueError: If an argument is not in its range, prompt and continuation are longer
+        than the model's time, or the model has an option that `Decoder` cannot follow.
     """
     prompt = _check_prompt(model, prompt)
     check_positive(length=length)
