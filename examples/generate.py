@@ -42,6 +42,7 @@ def main(argv=None):
             args.top_k,
             args.seed,
             on_token=show,
+            top_p=args.top_p,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -66,6 +67,9 @@ def argument_parser():
         "--temperature", type=float, default=1.0, help="0: the likeliest"
     )
     parser.add_argument("--top-k", type=int, help="draw from so many bytes only")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest bytes of this probability"
+    )
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     return parser
 

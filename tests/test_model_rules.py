@@ -263,17 +263,6 @@ def test_wrong_options_are_errors_at_once(options, error, message):
         transformer(**options)
 
 
-@pytest.mark.parametrize(
-    "name", ["alibi", "logit_softcap", "sinks", "relative_positions", "rotary"]
-)
-def test_what_decoding_cannot_follow_is_an_error(name):
-    model = transformer(**OPTIONS[name])
-    with pytest.raises(ValueError, match=f"none of its options {name}=.* be decoded"):
-        sa.generate(model, [[1, 2]], 3)
-    with pytest.raises(ValueError, match=f"none of its options {name}="):
-        sa.Decoder(model, 1)
-
-
 def test_attention_dropout_is_no_matter_to_decoding():
     model, plain = transformer(attention_dropout=0.5), transformer()
     plain.set_weights(model.get_weights())

@@ -25,7 +25,8 @@ def train() -> dict:
     sa.load_ops(blocksparse_ops=True)
     layer = sa.SparseSelfAttention(heads=4, attn_mode="local", local_attn_ctx=32)
     model = sa.SparseTransformer(256, time=128, layers=2, width=64, heads=4)
-    tokens, statistics = sa.generate(model, [[1, 2, 3]], length=5, top_k=10)
+    decoder = sa.Decoder(model, batch=2)
+    tokens, statistics = sa.generate(decoder, [[1, 2, 3], [4]], length=5, top_p=0.9)
     sa.enable_flash_attention()
     sa.disable_flash_attention()
     with sa.flash_attention(), sa.portable_graph():

@@ -286,7 +286,7 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
     ) -> Any:
         time = self.block_mask.q_len
         length = length_up_to(time, x, "x")
-        rule = self._score_rule()
+        rule = self.score_rule()
         if mask is not None or segment_ids is not None:
             ids = _segment_ids(mask, segment_ids, tf.shape(x)[0], length)
             rule["segment_ids"] = tuple(_padded(x, length, time, -1) for x in ids)
@@ -296,11 +296,7 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
         if not is_whole:
             rule["kv_lengths"] = tf.fill(tf.shape(x)[:1], length)
             x = _padded(x, length, time)
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.rotary is not False:
-            base = base_of(self.rotary)
-            q = rotary_embedding(q, self.heads, base=base)
-            k = rotary_embedding(k, self.kv_heads, base=base)
+        q, k, v = self.project(x)
 
         def attend(**dropout):
             return block_sparse_attention(
@@ -312,7 +308,20 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
         o = self._attend(attend, training, dropout_seed)
         return self.output_dense(o if is_whole else o[:, :length])
 
-    def _score_rule(self):
+    def project(self, x: TensorLike, positions: TensorLike | None = None) -> tuple:
+        """q, k, v of x [batch, time, width], turned if `rotary` says so.
+
+        Args:
+          positions: int [time] or [batch, time]; None: 0 ... time - 1.
+        """
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.rotary is not False:
+            base = base_of(self.rotary)
+            q = rotary_embedding(q, self.heads, positions, base)
+            k = rotary_embedding(k, self.kv_heads, positions, base)
+        return q, k, v
+
+    def score_rule(self) -> dict:
         """dict: arguments of `block_sparse_attention` that are the layer's own."""
         rule: dict = {"logit_softcap": self.logit_softcap}
         if self.alibi is not False:

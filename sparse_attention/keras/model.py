@@ -383,16 +383,6 @@ class SparseTransformer(NotQuantized, keras.Model):
         super().load_own_variables({"0": store["0"]})
 
 
-def options_in_use(model: SparseTransformer) -> dict:
-    """Those of `SCORE_OPTIONS` that the model was made with, and their values."""
-    config = model.get_config()
-    return {
-        name: config[name]
-        for name, nothing in SCORE_OPTIONS.items()
-        if config[name] != nothing
-    }
-
-
 def _spans_workers(strategy):
     is_multi_worker = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     return is_multi_worker and strategy.extended._in_multi_worker_mode()

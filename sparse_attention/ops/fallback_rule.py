@@ -22,6 +22,31 @@ def exist_for_any(exists, rule):
     return exists
 
 
+def scores(rule, s, head, apart, heads):
+    """Scores under the soft cap and the biases of a `ScoreRule`.
+
+    Args:
+      s: float32, of any shape.
+      head: int, the head of each query; s and it broadcast.
+      apart: int, the row of each query less that of the key; s and it broadcast.
+      heads: Query heads.
+    """
+    cap, inputs = rule.logit_softcap, rule.inputs
+    head, apart = tf.cast(head, tf.int32), tf.cast(apart, tf.int32)
+    if cap:
+        s = cap * tf.tanh(s / cap)
+    if "alibi_slopes" in inputs:
+        slopes = tf.gather(inputs["alibi_slopes"], head)
+        s -= slopes * tf.cast(tf.abs(apart), tf.float32)
+    if "relative_bias" in inputs:
+        bias = inputs["relative_bias"] + tf.zeros([heads, 1])
+        last = tf.shape(bias)[1] - 1
+        index = tf.clip_by_value(apart + last // 2, 0, last)
+        index, head = index + tf.zeros_like(head), head + tf.zeros_like(index)
+        s += tf.gather_nd(bias, tf.stack([head, index], axis=-1))
+    return s
+
+
 class PlacedRule:
     """A `ScoreRule` where the scores are [n, batch, tile_q, block_size].
 
@@ -61,22 +86,9 @@ class PlacedRule:
 
     def scores(self, s):
         """Scores under the soft cap and the biases."""
-        cap = self.rule.logit_softcap
-        if cap:
-            s = cap * tf.tanh(s / cap)
         apart = self.q_rows[..., None] + self.rule.q_offset - self.kv_rows[:, None]
-        if "alibi_slopes" in self.inputs:
-            slopes = tf.gather(self.inputs["alibi_slopes"], self.head)
-            s -= slopes[:, None, None, None] * np.abs(apart).astype(np.float32)[:, None]
-        if "relative_bias" in self.inputs:
-            bias = self.inputs["relative_bias"] + tf.zeros([self.heads, 1])
-            last = tf.shape(bias)[1] - 1
-            index = tf.clip_by_value(apart + last // 2, 0, last)
-            head = np.broadcast_to(self.head[:, None, None], apart.shape)
-            s += tf.gather_nd(bias, tf.stack([head.astype(np.int32), index], axis=-1))[
-                :, None
-            ]
-        return s
+        head = self.head[:, None, None, None]
+        return scores(self.rule, s, head, apart[:, None], self.heads)
 
     def drop(self, p):
         """Weights after dropout: `plan.dropout.kept_weights` in 64-bit integers."""
