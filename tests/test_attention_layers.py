@@ -193,7 +193,7 @@ def test_a_keras_mask_hides_the_padding(name):
 def test_dropout_in_training_stays_in_the_pattern(name, path):
     layer = layer_of(name, dropout=0.5, **PATTERNS["local"])
     x = tf.constant(normal(2, TIME, WIDTH))
-    with counted(fused=1):
+    with counted(**path):
         plain = layer(x, x).numpy()
     with counted(**path):
         dropped = layer(x, x, training=True).numpy()
