@@ -13,7 +13,7 @@ CXX_SOURCES = $(shell find sparse_attention/csrc -type f ! -name '*.md')
 
 VERSIONS = 2.12 2.13 2.14 2.15 2.16 2.17 2.18 2.19 2.20 2.21 tf_keras
 
-.PHONY: example test test-tf1 test-keras-hub test-versions test-numpy test-cuda test-sanitized \
+.PHONY: example test test-tf1 test-keras-hub test-versions test-matrix test-numpy test-cuda test-sanitized \
   fuzz-sanitized lint format docs release
 
 # The pages, in build/docs. A warning is an error, also of a link that leads nowhere.
@@ -55,6 +55,13 @@ test-versions: $(VERSIONS:%=test-version-%)
 
 test-version-%: .venv-versions/%/ready
 	$(if $(filter tf_keras,$*),TF_USE_LEGACY_KERAS=1) .venv-versions/$*/bin/python $(PYTEST) tests/versions
+
+# The op's, the layer's, SavedModels' and recompute's tests on each TensorFlow, Keras, Python, NumPy
+# and compiler of tools/version_matrix.py, which takes an hour; then the table in the docs.
+#   make test-matrix ARGS="2.15 keras-3.12"
+test-matrix: .venv/ready
+	.venv/bin/python tools/version_matrix.py run $(ARGS)
+	.venv/bin/python tools/version_matrix.py write
 
 test-numpy: .venv-numpy/ready
 	.venv-numpy/bin/python $(PYTEST) $(NUMPY_TESTS)
