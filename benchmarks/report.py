@@ -145,7 +145,7 @@ def draw(report, path):
         axis.set_ylabel(PHASES[phase] + ", ms")
         axis.set_ylim(bottom=0.6 * min(r["ms"] for r in rows if r["phase"] == phase))
     for axis in axes[-1]:
-        axis.set_xlabel("sequence length")
+        axis.set_xlabel(x_label(report["shape"]["batch"]))
     figure.legend(
         lines.values(), lines, loc="outside lower center", ncols=6, frameon=False
     )
@@ -153,6 +153,11 @@ def draw(report, path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def x_label(batch):
+    """str: of the axis; where the batch is not a number it depends on the length."""
+    return "sequence length" + (f"; batch {batch}" if isinstance(batch, str) else "")
 
 
 def _draw_panel(axis, rows, dtypes):

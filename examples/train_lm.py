@@ -14,7 +14,8 @@ to validate and 5 % to test. Each pattern has a folder in --output, which holds
 The same command goes on from there after Ctrl-C or a kill, to the same weights as without:
 the batch of a step depends on nothing but the seed and the step, and TensorFlow is told to
 add in the same order each time. With more --steps a run goes on after its end, at the
-learning rates of a run of so many steps. The curves of all patterns are drawn into curves.png.
+learning rates of a run of so many steps. The curves of all patterns of one data and model are
+drawn into curves.png.
 
 Several devices: --strategy mirrored takes all GPUs of this machine, or else cuts its CPU in
 two; --strategy multiworker the machines that the environment variable TF_CONFIG lists,
@@ -35,8 +36,8 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import draw_curves  # noqa: E402
 import keras  # noqa: E402
-import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
@@ -113,7 +114,10 @@ def main(argv=None):
         for name, config in runs.items():
             train(name, config, data, args.output / name, strategy)
             if is_chief(strategy):
-                draw_curves(args.output)
+                data_name = (
+                    args.data.name if args.data else draw_curves.STANDARD_LIBRARY
+                )
+                draw_all(args.output, config, data_name)
     except KeyboardInterrupt:
         print(
             f"\nstopped; the same command goes on from the checkpoint in {args.output}"
@@ -223,15 +227,10 @@ def check_folder(folder, config):
     if not (folder / "config.json").exists():
         return
     saved = json.loads((folder / "config.json").read_text())
-    differences = [
-        f"{name} = {saved[part].get(name)} there, {value} here"
-        for part in config
-        for name, value in config[part].items()
-        if name not in MAY_CHANGE and saved[part].get(name) != value
-    ]
-    if differences:
+    found = differences(saved, config, but=MAY_CHANGE)
+    if found:
         raise ValueError(
-            f"{folder} holds a run of another configuration: {'; '.join(differences)}; "
+            f"{folder} holds a run of another configuration: {'; '.join(found)}; "
             "choose another --output"
         )
     curve, steps = read_curve(folder), config["training"]["steps"]
@@ -240,6 +239,16 @@ def check_folder(folder, config):
             f"steps must be at least {curve[-1]['step']}, which the run in {folder} has "
             f"behind it, got {steps}; choose another --output"
         )
+
+
+def differences(saved, config, but):
+    """[str]: the settings in which two configurations differ, apart from some."""
+    return [
+        f"{name} = {saved[part].get(name)} there, {value} here"
+        for part in config
+        for name, value in config[part].items()
+        if name not in but and saved[part].get(name) != value
+    ]
 
 
 def read_curve(folder):
@@ -417,26 +426,14 @@ def sharded(dataset):
 # ---- curves ----
 
 
-def draw_curves(folder):
-    """Bits per byte of all patterns found there, against steps and against seconds."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+def draw_all(folder, config, data):
+    """Draws the patterns that have a run there of this data and model, named `data`."""
+    curves = {}
     for path in sorted(folder.glob("*/curve.json")):
-        curve = json.loads(path.read_text())
-        for axis, unit in zip(axes, ("step", "seconds")):
-            x = [row[unit] for row in curve]
-            (line,) = axis.plot(
-                x, [row["valid"] for row in curve], label=path.parent.name
-            )
-            axis.plot(x, [row["train"] for row in curve], ":", color=line.get_color())
-            axis.set_xlabel(unit)
-            axis.grid(alpha=0.3)
-    axes[0].set_ylabel("bits per byte (dotted: in training)")
-    axes[1].legend()
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=100)
+        there = json.loads((path.parent / "config.json").read_text())
+        if not differences(there, config, but=(*MAY_CHANGE, "attention")):
+            curves[path.parent.name] = json.loads(path.read_text())
+    draw_curves.draw(curves, config, data, folder / "curves.png")
 
 
 if __name__ == "__main__":

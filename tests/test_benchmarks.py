@@ -1,5 +1,6 @@
 """The benchmarks run, and their figures mean what they say."""
 
+import glob
 import importlib
 import json
 import os
@@ -133,6 +134,15 @@ def test_gpu_groups_wait_once(cpu, monkeypatch, ms, functions, groups):
     row = gpu_tensorflow.timed(run, [None] * 16)
     assert row["ms"] == pytest.approx(ms + 5 / functions / 16)
     assert runs == 2 * ["run", "wait"] + groups * [*functions * ["run"], "wait"]
+
+
+def test_the_axis_says_that_the_batch_shrinks_as_the_length_grows(cpu):
+    report = importlib.import_module("report")
+    (path,) = glob.glob(os.path.join(FOLDER, "results", "gpu_nvidia_*_kernels.json"))
+    with open(path) as file:
+        batch = json.load(file)["shape"]["batch"]
+    assert report.x_label(batch) == "sequence length; batch 65,536 / length"
+    assert report.x_label(1) == "sequence length"
 
 
 PART = """

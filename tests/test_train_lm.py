@@ -121,6 +121,54 @@ def test_it_learns_and_leaves_curves(uninterrupted):
     assert picture.startswith(b"\x89PNG") and len(picture) > 10000
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls a function that draws, and returns the figure, which it does not close."""
+    from matplotlib import pyplot
+
+    def drawn(draw, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(pyplot, "close", lambda figure: None)
+            draw(*arguments)
+        return pyplot.gcf()
+
+    yield drawn
+    pyplot.close("all")
+
+
+def test_curves_say_what_they_show(train_lm, drawn, tmp_path):
+    """The picture of the docs: title, axes, a legend in each panel, no tracing in seconds."""
+    draw_curves = importlib.import_module("draw_curves")
+    path = os.path.join(FOLDER, "../benchmarks/results/train_lm_h100.json")
+    figure = drawn(draw_curves.main, path, str(tmp_path / "curves.png"))
+    title = figure.get_suptitle()
+    assert "standard library, 10.7 MB, on one NVIDIA H100" in title
+    assert "12 layers of width 512, 8 heads, 12,288 positions" in title
+    names = ["dense", "fixed", "strided"]
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == names
+    steps, seconds = figure.axes
+    assert "since step 20, so without TensorFlow's tracing" in seconds.get_xlabel()
+    assert all(line.get_xdata()[0] == 20 for line in steps.lines)
+    assert all(line.get_xdata()[0] == 0 for line in seconds.lines)
+    dense = json.loads(open(path).read())["curves"]["dense"]
+    took = dense[-1]["seconds"] - dense[0]["seconds"]
+    assert seconds.lines[0].get_xdata()[-1] == pytest.approx(took)
+
+
+def test_curves_of_another_model_are_not_drawn_beside(train_lm, uninterrupted, drawn):
+    config = json.loads((uninterrupted / "fixed/config.json").read_text())
+    figure = drawn(train_lm.draw_all, uninterrupted, config, "a text")
+    assert len(figure.axes[0].lines) == 4 and "Bits per byte of a text, " in str(
+        figure.get_suptitle()
+    )
+    other = dict(config, model=dict(config["model"], width=64))
+    (uninterrupted / "dense/config.json").write_text(json.dumps(other))
+    figure = drawn(train_lm.draw_all, uninterrupted, config, "a text")
+    assert len(figure.axes[0].lines) == 2
+    (uninterrupted / "dense/config.json").write_text(json.dumps(config))
+
+
 def test_ctrl_c_and_a_kill_change_nothing(uninterrupted, data, tmp_path):
     process = start(tmp_path, data)
     wait_for_epochs(process, tmp_path, 1)
