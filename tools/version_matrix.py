@@ -94,11 +94,13 @@ CELLS = [
 
 # Printed by each environment: what it has, and that the compiled op is what ran.
 FACTS = """
-import json, platform
+import json, os, platform
 import numpy, tensorflow
 from sparse_attention.keras.backend import VERSION
 from sparse_attention.native import libraries, loader
-ops = loader.attention_ops()
+if VERSION == "2":  # it does not say which
+    from importlib import metadata
+    VERSION = metadata.version("tf_keras" if "TF_USE_LEGACY_KERAS" in os.environ else "keras")
 print(json.dumps({
     "python": platform.python_version(), "numpy": numpy.__version__,
     "tensorflow": tensorflow.__version__, "keras": VERSION,
