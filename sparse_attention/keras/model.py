@@ -30,7 +30,11 @@ def gelu(x):
 
 @fused_on_gpu
 def layer_norm(x, gamma, beta):
-    return keras.ops.layer_normalization(x, gamma, beta, axis=-1, epsilon=1e-5)
+    """`keras.ops.layer_normalization`, which Keras has from 3.11 on; in float32 at least."""
+    dtype = keras.backend.result_type(x.dtype, "float32")
+    x, gamma, beta = (tf.cast(value, dtype) for value in (x, gamma, beta))
+    mean, variance = keras.ops.moments(x, -1, keepdims=True)
+    return tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-5)
 
 
 class LayerNorm(NotQuantized, keras.layers.LayerNormalization):
