@@ -1,5 +1,6 @@
 # Every target first makes the virtual environment it needs, once: .venv with TensorFlow 2,
-# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint, .venv-docs;
+# .venv-tf1 with TensorFlow 1.15, .venv-numpy without either, .venv-lint, .venv-docs,
+# .venv-release;
 # .venv-versions/ has one for each other TensorFlow, and .venv-keras-hub is .venv with KerasHub.
 #
 #   make example                       the example on this machine's CPU or GPU
@@ -22,17 +23,28 @@ docs: .venv-docs/ready
 	.venv-docs/bin/sphinx-build -q -W --keep-going -c docs . build/docs
 
 # What is released, in dist/: the sources, and a wheel with the compiled ops for TensorFlow 1.15
-# and each that has an environment in .venv-versions. Each wheel is installed and tested where
-# there is no compiler, the sources by each test, too.   make release RELEASE="2.20 2.21"
+# and each that has an environment in .venv-versions, and with the CUDA kernels of KERNELS.
+# auditwheel gives each the manylinux tag that holds where it was compiled. Each wheel is installed
+# and tested where there is neither a compiler nor NVRTC, the sources by each test, too.
+#   make release RELEASE="2.20 2.21"
 RELEASE = 1.15 $(filter-out tf_keras,$(patsubst .venv-versions/%/ready,%,$(wildcard .venv-versions/*/ready)))
+KERNEL_SIZES = --arch sm_70,sm_75,sm_80,sm_86,sm_89,sm_90a --head-dim 32,64,128
+# Blocks of 32 are the default, and of 64 those of sa.enable_flash_attention().
+KERNELS = $(KERNEL_SIZES) --block-size 32; $(KERNEL_SIZES) --block-size 64 --pattern all
 
-release: .venv/ready .venv-tf1/ready
-	rm -rf dist
+release: .venv/ready .venv-tf1/ready .venv-numpy/ready .venv-release/ready
+	rm -rf dist build/kernels build/wheels
+	echo "$(KERNELS)" | tr ';' '\n' | while read -r sizes; do \
+	  .venv-numpy/bin/python -m sparse_attention.build $$sizes --out build/kernels || exit; done
 	.venv/bin/python setup.py -q sdist
 	set -e; for version in $(RELEASE); do \
 	  case $$version in 1.15) python=.venv-tf1/bin/python ;; *) python=.venv-versions/$$version/bin/python ;; esac; \
-	  $$python setup.py -q egg_info --tag-build +tf$$version bdist_wheel; \
-	  SPARSE_ATTENTION_WHEEL=$$(ls dist/*+tf$$version-*.whl) $$python $(PYTEST) -q tests/test_wheel.py; \
+	  $$python setup.py -q egg_info --tag-build +tf$$version bdist_wheel --dist-dir build/wheels \
+	    --kernels build/kernels; \
+	  PATH=$(CURDIR)/.venv-release/bin:$$PATH auditwheel repair --exclude 'libtensorflow*' \
+	    --wheel-dir dist build/wheels/*+tf$$version-*.whl; \
+	  SPARSE_ATTENTION_WHEEL=$$(ls dist/*+tf$$version-*.whl) SPARSE_ATTENTION_KERNELS="$(KERNELS)" \
+	    $$python $(PYTEST) -q tests/test_wheel.py; \
 	done
 	ls -sh dist
 
@@ -95,7 +107,7 @@ format: .venv-lint/ready
 
 .venv/ready: PYTHONS = 3.13 3.12 3.11 3.10
 .venv-tf1/ready: PYTHONS = 3.7
-.venv-numpy/ready .venv-lint/ready .venv-docs/ready: PYTHONS = 3.14 3.13 3.12 3.11
+.venv-numpy/ready .venv-lint/ready .venv-docs/ready .venv-release/ready: PYTHONS = 3.14 3.13 3.12 3.11
 
 .venv-versions/%/ready: requirements/versions.txt
 	rm -rf $(@D)
@@ -119,7 +131,8 @@ format: .venv-lint/ready
 .venv-numpy/ready: requirements/numpy.txt
 .venv-lint/ready: requirements/lint.txt
 .venv-docs/ready: requirements/docs.txt
-.venv/ready .venv-tf1/ready .venv-numpy/ready .venv-lint/ready .venv-docs/ready:
+.venv-release/ready: requirements/release.txt
+.venv/ready .venv-tf1/ready .venv-numpy/ready .venv-lint/ready .venv-docs/ready .venv-release/ready:
 	rm -rf $(@D)
 	python=$$(tools/find_python.sh $(PYTHONS)) && "$$python" -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<

@@ -2,7 +2,12 @@
 
 `python setup.py bdist_wheel` compiles the ops into the wheel, for the minor version of
 TensorFlow that it finds here; such a wheel needs no compiler. Without TensorFlow or a
-compiler the wheel holds the sources alone, and the first op call compiles them.
+compiler the wheel holds the sources alone, and the first op call compiles them. With
+`--kernels FOLDER` the wheel also ships the CUDA kernels that
+
+    python -m sparse_attention.build --arch sm_80,sm_90a --out FOLDER
+
+put there; they need no NVRTC.
 """
 
 import ast
@@ -24,12 +29,28 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class BdistWheelWithOps(bdist_wheel):
+    user_options = [
+        *bdist_wheel.user_options,
+        (
+            "kernels=",
+            None,
+            "folder of CUDA kernels to ship, see sparse_attention.build",
+        ),
+    ]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.kernels = None
+
     def run(self):
         build_lib = self.get_finalized_command("build").build_lib
         # A file that the package no longer has would go into the wheel, and the libraries
         # are known by the files that they were made of.
         shutil.rmtree(build_lib, ignore_errors=True)
-        has_ops = ship_ops(os.path.join(build_lib, "sparse_attention", "prebuilt"))
+        prebuilt = os.path.join(build_lib, "sparse_attention", "prebuilt")
+        has_ops = ship_ops(prebuilt)
+        if self.kernels is not None:
+            shutil.copytree(self.kernels, os.path.join(prebuilt, "kernels"))
         if has_ops and not self.plat_name_supplied:
             # The ops depend on the platform, and on no version of Python.
             self.plat_name, self.plat_name_supplied = sysconfig.get_platform(), True

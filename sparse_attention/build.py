@@ -4,7 +4,8 @@
 
 compiles the ops and, for GPUs of those architectures, the kernels that the patterns run,
 those of the three ops among them. It needs NVRTC, but no GPU. A machine to which the cache is
-copied needs neither NVRTC nor a compiler to run the kernels.
+copied needs neither NVRTC nor a compiler to run the kernels. With --out they are copied into a
+folder too, which `python setup.py bdist_wheel --kernels FOLDER` ships.
 """
 
 import argparse
@@ -37,12 +38,17 @@ def main(arguments=None):
         parser.add_argument(
             f"--{name}", type=_list_of(parse), default=default, help=said
         )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="a folder to copy the kernels into"
+    )
     options = parser.parse_args(arguments)
     try:
         attention, blocksparse = _cores()
         for arch in options.arch:
             for kernel, macros in _kernels(attention, blocksparse, arch, options):
-                kernels.compiled(kernel, macros, name_of(arch))
+                path = kernels.compiled(kernel, macros, name_of(arch))
+                if options.out is not None:
+                    kernels.copy(path, options.out)
     except (RuntimeError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

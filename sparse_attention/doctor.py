@@ -24,7 +24,7 @@ import numpy as np
 import sparse_attention
 
 from .native import cache, libraries
-from .native.cuda import devices, nvrtc
+from .native.cuda import devices, kernels, nvrtc
 from .plan import reference
 from .plan.patterns import pattern_block_mask
 
@@ -164,11 +164,16 @@ def _gpus():
             yield Fact("NVRTC", f"{found.version} for {arch}, {found.path}")
         except RuntimeError as error:
             yield Fact("NVRTC", f"none for {arch}", str(error))
-    kernels = sum(
-        len(glob.glob(os.path.join(glob.escape(folder), "*-nvrtc*", "*.bin")))
-        for folder in cache.cache_folders()
+    shipped, cached = (
+        sum(
+            len(glob.glob(os.path.join(glob.escape(folder), "*-nvrtc*", "*.bin")))
+            for folder in folders
+        )
+        for folders in ([kernels.SHIPPED], cache.cache_folders())
     )
-    yield Fact("GPU kernels", f"{kernels} in the cache")
+    yield Fact(
+        "GPU kernels", f"{shipped} shipped in the package, {cached} in the cache"
+    )
     if archs and sys.modules.get("tensorflow") and not devices.visible_archs():
         yield Fact(
             "TensorFlow's GPUs",

@@ -466,11 +466,12 @@ def test_float32_takes_tf32_where_it_may_and_can(machine, arch, allow_tf32, runs
     assert f"-DSPATTN_DTYPE=0 -DSPATTN_TF32={runs}" in code.replace("\n", " ")
 
 
-def build_ahead(core):
+def build_ahead(core, more=()):
     sys.modules["tensorflow"] = None  # does not import
     libraries.build_core = lambda: core.library._name
     return build.main(
         "--arch sm_80,sm_90a --dtype float16 --block-size 32 --pattern fixed".split()
+        + list(more)
     )
 
 
@@ -486,6 +487,33 @@ def launch_all_again(core):
     call = Call(core)
     call.fwd()
     call.bwd()
+
+
+def build_for_a_wheel(core, folder):
+    return build_ahead(core, ["--out", folder])
+
+
+def launch_with_shipped(core, folder):
+    kernels.SHIPPED = folder
+    launch_all_again(core)
+    return [fact.text for fact in doctor._gpus() if fact.subject == "GPU kernels"]
+
+
+def test_kernels_that_a_wheel_ships_are_found_before_nvrtc(machine, tmp_path):
+    folder, machine.cache = str(tmp_path / "shipped"), tmp_path / "of the builder"
+    machine.run(build_for_a_wheel, folder, libraries=["nvrtc"])
+    machine.cache = tmp_path / "of the user"
+    told = machine.run(launch_with_shipped, folder)
+    assert machine.runs() == 34 and machine.said == ""
+    assert told == ["34 shipped in the package, 0 in the cache"]
+    # What is damaged, or was made of other sources, is compiled as ever.
+    for code in (tmp_path / "shipped").glob("*/attention_fwd*.bin"):
+        code.write_bytes(b"")
+    for code in (tmp_path / "shipped").glob("*/attention_bwd_dkv.bin"):
+        code.parent.rename(str(code.parent.parent / "0123456789abcdef-nvrtc12.9"))
+        break
+    assert machine.run(launch_with_shipped, folder)[0].endswith(" in the cache")
+    assert machine.runs() > 34
 
 
 def test_build_names_what_it_does_not_know(capsys):
@@ -510,7 +538,7 @@ def test_doctor_tells_what_there_is(machine):
         ["NVIDIA driver", "CUDA 12.4", None],
         ["GPU", "Fake GPU, sm_90a", None],
         ["NVRTC", "12.9 for sm_90a, libnvrtc.so.12", None],
-        ["GPU kernels", "1 in the cache", None],
+        ["GPU kernels", "0 shipped in the package, 1 in the cache", None],
     ]
     lines = machine.run(doctors_lines, libraries=["driver"])
     assert lines[2][1:] == [
@@ -519,7 +547,7 @@ def test_doctor_tells_what_there_is(machine):
     ]
     assert machine.run(doctors_lines, libraries=[]) == [
         ["NVIDIA driver", "none", None],
-        ["GPU kernels", "1 in the cache", None],
+        ["GPU kernels", "0 shipped in the package, 1 in the cache", None],
     ]
 
 

@@ -1,6 +1,8 @@
 """A wheel and a source distribution, installed far from the checkout, without a compiler.
 
-SPARSE_ATTENTION_WHEEL names a wheel to test; otherwise one is built.
+SPARSE_ATTENTION_WHEEL names a wheel to test, and SPARSE_ATTENTION_KERNELS the CUDA kernels in
+it: arguments of `sparse_attention.build`, with semicolons between those of several runs.
+Otherwise a wheel is built, which ships what stands for a kernel.
 """
 
 import os
@@ -57,7 +59,7 @@ class Environment:
         if not given:
             dist = folder / "dist"
             self.run(
-                *(sys.executable, "setup.py", command, "--dist-dir", str(dist)),
+                *(sys.executable, "setup.py", *command, "--dist-dir", str(dist)),
                 cwd=self.source,
             )
             (self.built,) = dist.iterdir()
@@ -88,12 +90,10 @@ class Environment:
         assert process.returncode == 0, process.stdout
         return process.stdout
 
-    def run_without_compiler(self, *arguments):
+    def run_without_compiler(self, *arguments, **changes):
         cache = str(self.folder / "cache")
-        return self.run(
-            *(self.python, *arguments),
-            **{"PATH": "", "CXX": "/nothing", "SPARSE_ATTENTION_CACHE_DIR": cache},
-        )
+        nothing = {"PATH": "", "CXX": "/nothing", "SPARSE_ATTENTION_CACHE_DIR": cache}
+        return self.run(self.python, *arguments, **nothing, **changes)
 
     def sources(self):
         """{str}: the package's files, as they lie in the checkout."""
@@ -109,12 +109,16 @@ class Environment:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     given = os.environ.get("SPARSE_ATTENTION_WHEEL")
-    return Environment(tmp_path_factory.mktemp("wheel"), "bdist_wheel", given)
+    kernels = tmp_path_factory.mktemp("kernels")
+    (kernels / "0123456789abcdef-nvrtc12.9").mkdir()
+    (kernels / "0123456789abcdef-nvrtc12.9" / "attention_fwd.bin").write_bytes(b"")
+    command = ["bdist_wheel", "--kernels", str(kernels)]
+    return Environment(tmp_path_factory.mktemp("wheel"), command, given)
 
 
 @pytest.fixture(scope="module")
 def from_source(tmp_path_factory):
-    return Environment(tmp_path_factory.mktemp("sdist"), "sdist")
+    return Environment(tmp_path_factory.mktemp("sdist"), ["sdist"])
 
 
 def test_wheel_holds_every_source(installed):
@@ -122,7 +126,7 @@ def test_wheel_holds_every_source(installed):
         in_wheel = {name for name in wheel.namelist() if name.endswith(SOURCES)}
     assert in_wheel == installed.sources()
     assert "sparse_attention/csrc/cuda/device/attention_fwd.cu" in in_wheel
-    assert "-py3-none-linux_" in installed.built.name
+    assert re.search(r"-py3-none-(linux|manylinux_\d+_\d+)_", installed.built.name)
 
 
 def test_source_distribution_holds_every_source(from_source):
@@ -175,6 +179,7 @@ def test_doctor_finds_the_ops_that_the_wheel_brought(installed):
     assert ("attention_xla     shipped" in out) == (version >= (2, 20))
     assert "kernels of " + os.path.realpath(installed.packages) in out
     assert "compiling" not in out
+    assert re.search(r"^GPU kernels +[1-9]\d* shipped in the package", out, re.M)
 
 
 def test_op_and_layer_run(installed):
@@ -184,6 +189,10 @@ def test_op_and_layer_run(installed):
     assert "op True 0.5" in out
 
 
-def test_build_command_runs(installed):
-    out = installed.run_without_compiler("-m", "sparse_attention.build")
-    assert "compil" not in out
+def test_build_command_finds_all_that_was_shipped(installed):
+    for arguments in os.environ.get("SPARSE_ATTENTION_KERNELS", "").split(";"):
+        out = installed.run_without_compiler(
+            *("-m", "sparse_attention.build", *arguments.split()),
+            SPARSE_ATTENTION_NO_JIT="1",  # so that an NVRTC of this machine is not asked
+        )
+        assert "compil" not in out

@@ -1,7 +1,8 @@
-"""Compiled CUDA kernels: from the cache, or made by NVRTC.
+"""Compiled CUDA kernels: shipped in the package, from the cache, or made by NVRTC.
 
 The kernels in csrc/cuda/device are compiled for exactly the GPU and the shapes at hand, when the
-core first needs one: it asks here (`SpattnCudaCode` in csrc/abi/core.h). A cubin lies in the
+core first needs one: it asks here (`SpattnCudaCode` in csrc/abi/core.h). A wheel may have
+brought it (`prebuilt/kernels/`), and then NVRTC is not looked for. Otherwise a cubin lies in the
 cache beside the libraries, under the rules of `native/cache.py`: one process compiles it while
 others wait, and a damaged one is not used. Where there is no NVRTC, or with
 SPARSE_ATTENTION_NO_JIT, those that `python -m sparse_attention.build` made are used,
@@ -11,16 +12,20 @@ whichever NVRTC made them.
 import ctypes
 import glob
 import os
+import shutil
 
 import sparse_attention
 
 from .. import cache
 from ..abi import UNSUPPORTED, Kernel, Status
-from ..libraries import CSRC
+from ..libraries import CSRC, PACKAGE
 from .devices import name_of
 from .nvrtc import find_nvrtc
 
 SOURCES = "cuda/device"  # in csrc
+SHIPPED = os.path.join(
+    PACKAGE, "prebuilt", "kernels"
+)  # of a wheel, laid out as the cache
 
 # NVRTC has no headers of the C library, and core.h includes this one.
 STDINT = b"""#pragma once
@@ -78,18 +83,19 @@ def compiled(kernel, macros, arch):
     Raises:
       RuntimeError: If it is not there and cannot be compiled; it says why.
     """
-    nvrtc, why = _nvrtc(arch)
     flags, files = options(macros, arch), sources(kernel)
     parts = [sparse_attention.__version__, *flags, *files]
     key = cache.hash_of(parts + [text.decode() for text in files.values()])[:16]
+    path = _find([SHIPPED], f"{key}-nvrtc*", kernel)
+    if path is not None:
+        cache.say(f"{kernel} for {arch}: shipped in the package, {path}")
+        return path
+    nvrtc, why = _nvrtc(arch)
     place = f"{key}-nvrtc{nvrtc.version if nvrtc else '*'}"
-    for folder in cache.cache_folders():
-        for path in glob.glob(
-            os.path.join(glob.escape(folder), place, kernel + ".bin")
-        ):
-            if cache.is_intact(path):
-                cache.say(f"{kernel} for {arch}: cached, {path}")
-                return path
+    path = _find(cache.cache_folders(), place, kernel)
+    if path is not None:
+        cache.say(f"{kernel} for {arch}: cached, {path}")
+        return path
     if nvrtc is None:
         raise RuntimeError(
             f"{kernel} is not compiled for {arch} and cannot be: {why}; where it can, "
@@ -105,6 +111,24 @@ def compiled(kernel, macros, arch):
 
     path = os.path.join(cache.cache_folders()[-1], place, kernel + ".bin")
     return cache.make_once(path, make)
+
+
+def _find(folders, place, kernel):
+    """The path of a kernel that is whole, in the first of the folders; or None."""
+    for folder in folders:
+        pattern = os.path.join(glob.escape(folder), place, kernel + ".bin")
+        for path in sorted(glob.glob(pattern)):
+            if cache.is_intact(path):
+                return path
+    return None
+
+
+def copy(path, folder):
+    """Copies a kernel and its record into a folder that a wheel ships as SHIPPED."""
+    place = os.path.join(folder, os.path.basename(os.path.dirname(path)))
+    os.makedirs(place, exist_ok=True)
+    for name in (path, path + ".json"):
+        shutil.copy(name, place)
 
 
 def options(macros, arch):
