@@ -18,7 +18,7 @@ sys.path.insert(0, HERE)
 CHAPTERS = {
     "Guides": "docs/choosing docs/patterns docs/score-rules docs/keras docs/training "
     "docs/generation docs/moving",
-    "Facts": "docs/numerics docs/performance docs/limits",
+    "Facts": "docs/numerics docs/performance docs/versions docs/limits",
     "API": "docs/api/attention docs/api/keras docs/api/plans docs/api/patterns "
     "docs/api/openai",
     "Project": "docs/developing CONTRIBUTING sparse_attention/csrc/cpu/README "

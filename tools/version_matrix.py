@@ -14,6 +14,7 @@ import concurrent.futures
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -236,8 +237,7 @@ def cells_of(row):
     """[str]: a line of the table."""
     if "not_run" in row:
         return [row["name"], *["–"] * 5, f"not run: {row['not_run']}"]
-    words = row["compiler"].replace("(", "").split()
-    number = next(w for w in reversed(words) if w[0].isdigit())
+    number = re.findall(r"\d+\.\d+\.\d+", row["compiler"])[-1]
     kind = "clang++" if "clang" in row["compiler"].lower() else "g++"
     told = [f"{row['passed']} passed"]
     told += [f"{row[key]} {key}" for key in ("failed", "skipped") if row[key]]
@@ -248,8 +248,12 @@ def cells_of(row):
 
 
 def table(rows):
-    """Markdown of the results."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells_of, rows)]
+    """Markdown of the results; a cell that has none was not run."""
+    found = {row["name"]: row for row in rows}
+    for cell in CELLS:
+        found.setdefault(cell.name, {"name": cell.name, "not_run": "no result yet"})
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [cells_of(found[cell.name]) for cell in CELLS]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
