@@ -172,9 +172,7 @@ class Bench:
         batch, length = self.shape[:2]
 
         def blocks(mask_mod, batch):
-            return create_block_mask(
-                mask_mod, batch, None, length, length, "cuda"
-            )
+            return create_block_mask(mask_mod, batch, None, length, length, "cuda")
 
         causal = blocks(lambda b, h, i, j: i >= j, None)
 

@@ -20,6 +20,7 @@
 // Numerics: as attention_fwd; p and ds are rounded to T before their second product. The heads of a
 //          group and the list are walked in order by the one CTA that owns the rows: bitwise
 //          deterministic, no atomics.
+// Rules:   score_rule.cuh; p before dv, and what ds is made of (Probabilities).
 // After:   Dao et al. 2022 (arXiv:2205.14135), appendix B.
 // Measured: benchmarks/results/gpu_kernels_h100.txt
 #include "cuda/device/matmul.cuh"

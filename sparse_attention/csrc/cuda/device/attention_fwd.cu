@@ -23,6 +23,7 @@
 //          rows, no atomics. A masked key cannot leak, NaN and Inf included: its score is replaced,
 //          and non-finite v are taken out of masked tiles and given back to the rows that do attend
 //          to them.
+// Rules:   score_rule.cuh; scores change after q kT, weights are dropped before p v.
 // After:   Child et al. 2019 (arXiv:1904.10509); Milakov & Gimelshein 2018 (arXiv:1805.02867);
 //          Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691).
 // Measured: benchmarks/results/gpu_kernels_h100.txt
@@ -147,7 +148,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const float scale = 1,
               first_scale = problem.softmax_scale;  // the largest score is not the largest <q, k>
 #endif
-  const float scale_exp = kChangesScores ? 1 : scale * kExpScale;
   PanelRule<true, kM> panel_rule{rule, kv_rows};
   panel_rule.Init(problem, batch, head, [&](int m, int h) {
     return q_row(warp.index * kWarpRows + m * 16 + h * 8 + warp.lane / 4);
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         MatmulWait<0>(s_frag);
         scaled(s_frag, blocks, sub);
         if (masked) ApplyMask<kTileRows>(s_frag, stage.mask, sub);
-        softmax.Update(s_frag, o_frag, scale_exp);
+        softmax.Update(s_frag, o_frag, kChangesScores ? 1 : scale * kExpScale);
         drop(s_frag, stage, sub);
         output(s_frag, stage, sub);
         MatmulWait<0>(o_frag);
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         if (!kAhead && i > 0) scores(s_frags[i], stage, i * kSubKV);
         MatmulWait<kAhead ? kSubs - 1 : 0>(s_frags[i]);
         scaled(s_frags[i], blocks, i * kSubKV);
-        softmax.Update(s_frags[i], o_frag, scale_exp);
+        softmax.Update(s_frags[i], o_frag, kChangesScores ? 1 : scale * kExpScale);
         drop(s_frags[i], stage, i * kSubKV);
         output(s_frags[i], stage, i * kSubKV);
       }

@@ -17,6 +17,9 @@
 // Lists:   three groups own one and a half tiles of the plan. The part takes the union of both
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
+// Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
+//          for dropout. Two groups: the registers of three hold no more.
+//
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
 //
 //   tensor cores  s(n) = q k(n)T | o += p(n-1) v(n-1) |   products of the other two groups    | ...

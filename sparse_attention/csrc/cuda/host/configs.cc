@@ -176,7 +176,7 @@ bool RunsFwdSm90(const SpattnCudaShape& s) {
          IsWholePanels(s.head_dim_v);
 }
 
-// The accumulators of three groups fit the registers with head_dim 64 alone.
+// The accumulators of three groups fit the registers with head_dim 64 alone, and with no rule beside them.
 int FwdSm90PartQueries(const SpattnCudaShape& s) {
   return WidestDim(s) <= 64 && s.list_keys >= kLongestList && s.rule == 0 ? 192 : 128;
 }
