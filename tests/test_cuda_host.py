@@ -293,6 +293,9 @@ def test_rules_that_a_gpu_cannot_count_are_refused(machine):
     for rule in ({"q_offset": 2**30 + 1}, {"q_offset": -(2**30) - 1}):
         error = machine.run(rule_error, {"alibi_slopes": 0x4000, **rule})
         assert "q_offset must be at most 2^30 on a GPU, got 1073741825" in error
+    assert "must be given both, got kv_segments alone" in machine.run(
+        rule_error, {"kv_segments": 0x4000}
+    )
     assert "dropout_rate must be in [0, 1), got 1" in machine.run(
         rule_error, {"dropout_rate": 1.0}
     )

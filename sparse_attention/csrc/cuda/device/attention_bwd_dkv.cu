@@ -132,7 +132,9 @@ DEVICE void Probabilities(float (&s)[kM][kN][4], float (&weights)[kM][kN][4], fl
           float& weight = weights[m][n][h * 2 + j];
           weight = at;
           if (kHasSoftcap) at = is_allowed ? at * cap_slopes[m][h * 2 + j] : 0;
-          if (kHasDropout && !rule.Keeps(m, h, columns, j)) weight = 0, at = -at;
+          if (kHasDropout && !rule.Keeps(m, h, columns, j)) {
+            weight = at * 0, at = -at;  // NaN stays
+          }
         }
       }
     }

@@ -108,6 +108,8 @@ DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&s)[kM][kN][4], c
           }
           at = is_allowed ? ds : 0;
           if (kSumsBias) {
+            // Nothing may come by a row that is not there, NaN of k and v neither.
+            if (rows.lse_exp[m][h] == kInf) at = 0;
             sums.template Put<kWarpRows>(the_case, at, rule.Distance(m, h, columns, j), m, h, n, j);
           }
           if (kHasSoftcap) at = is_allowed ? at * cap_slopes[m][h * 2 + j] : 0;
@@ -258,8 +260,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
                 kTileQ);
     sums.Init<kThreads>(smem + Smem::kBytes - Smem::kSums, rule, params.problem.heads, head);
 #pragma unroll 1
-    for (int i = blockIdx.x; i < tiles * batch; i += gridDim.x) {
-      PassTile(smem, params, rule, tiles - 1 - i / batch, head, i % batch, sums);
+    for (int64_t i = blockIdx.x; i < static_cast<int64_t>(tiles) * batch; i += gridDim.x) {
+      PassTile(smem, params, rule, tiles - 1 - static_cast<int>(i / batch), head,
+               static_cast<int>(i % batch), sums);
       __syncthreads();  // dq has left through shared memory
     }
     sums.Finish<kThreads>();

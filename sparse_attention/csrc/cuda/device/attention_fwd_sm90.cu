@@ -59,6 +59,7 @@ constexpr int kPlanKV = SPATTN_PLAN_KV;  // keys of a plan block
 constexpr int kGroups = SPATTN_GROUPS;   // that multiply
 constexpr int kStages = SPATTN_STAGES;
 constexpr int kSlots = 2 * kStages;
+static_assert(kSlots >= kStages + 2, "slots outlive what the multiplying groups read of them");
 constexpr int kThreads = (kGroups + 1) * kGroupThreads, kMaskThreads = 3 * 32;
 constexpr int kGroupRows = 64, kTileQ = kGroups * kGroupRows, kMaskWords = kTileQ / 32;
 constexpr int kTileKV = 128;
@@ -250,7 +251,7 @@ struct Smem {
   T k[kStages][kTileKV * kHeadDim];
   T v[kStages][kTileKV * kHeadDimV];
   T o[kGroups * 4][16 * StorePitch(kHeadDimV)];
-  // These three are written for masked tiles alone:
+  // These are written for masked tiles alone, key_words for all:
   uint32_t mask[kSlots][kTileKV * kMaskWords];
   int key_rows[kSlots][kTileKV];                                            // -1: none
   int has_nonfinite[kSlots];                                                // v
@@ -336,7 +337,9 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
     for (;; ++n) {
       if (n != end) {
         const int stage = n % kStages, slot = n % kSlots;
-        smem.v_checked[slot].Wait(SlotParity(n) ^ 1);  // nobody looks at the slot any more
+        // Mask does not look at the slot any more. Nor do the multiplying groups: this tile's
+        // predecessor has waited for v of tile n - 2 - kStages, which is kSlots ago or later.
+        smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
         smem.list.Take(&smem.gathered[slot], plan);
         if (smem.gathered[slot].is_last) end = n + 1;
         if (threadIdx.x % 32 == 0) smem.listed[slot].Arrive();

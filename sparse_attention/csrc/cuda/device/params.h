@@ -88,7 +88,7 @@ typedef struct {
   uint32_t* query_words;           // [batch, heads, query_pitch, 2] multipliers and addends
   int32_t key_pitch, query_pitch;  // rows, even
   int32_t* kv_ranges;  // [batch, kv blocks, 2] first and last segment of a block; first is -1 where
-                       // a row is in none, last where all are
+                       // a row is in none, last where all are; {2^31 - 1, -1} of no row at all
   int32_t* q_ranges;   // [batch, q blocks, 2]
   // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
   // the list has m + 1, and kCheckSegments beside it where segments must be looked at.

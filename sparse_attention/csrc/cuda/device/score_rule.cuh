@@ -230,9 +230,9 @@ struct Case {
 
 // Two neighbouring columns of a fragment: their rows on the passing side, and their words for dropout.
 struct ColumnPair {
-  int row;                            // of a run of neighbours, of queries with q_offset
-  float row_as_float;                 // exact below 2^24
-  int ahead[2];                       // of the columns, from there on
+  int row;             // of the run's first column for this lane; of queries plus q_offset
+  float row_as_float;  // exact below 2^24
+  int ahead[2];        // of the columns, from there on
   uint32_t multiplier[2], addend[2];  // of queries; of keys the multiplier alone
 };
 
@@ -373,7 +373,9 @@ struct PanelRule {
       float& at = x[m][i % 4];
       at *= scale;
       if (kHasSoftcap) {
-        at = kCase == kSmallLogits ? TanhOfSmall(at) : Tanh(at);
+        // Each by itself, as if its fragment were small: no score may depend on another's.
+        const bool is_small = kCase == kSmallLogits || (!kIsExact && fabsf(at) < kSmallLogit);
+        at = is_small ? TanhOfSmall(at) : Tanh(at);
         cap_slopes[m][i % 4] = fmaf(-at, at, 1);
         at *= cap;
       }

@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     score_rule_words(const __grid_constant__ SpattnCudaRuleWordsParams params) {
   const SpattnProblem& problem = params.problem;
   const SpattnCudaRule& rule = params.rule;
-  const int rows = rule.query_pitch + rule.key_pitch;
+  const int64_t rows = int64_t{rule.query_pitch} + rule.key_pitch;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= problem.batch * problem.heads * rows) return;
   const int64_t head_at = index / rows;

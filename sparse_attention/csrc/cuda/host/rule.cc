@@ -20,8 +20,7 @@ constexpr int64_t kSumCtas = 264;
 // i + q_offset - j is an int in the kernels.
 constexpr int64_t kMaxRuleLen = int64_t{1} << 30;
 
-SpattnStatus CheckCudaRule(const SpattnProblem& p, const SpattnScoreRule& rule) {
-  SPATTN_RETURN_IF_ERROR(CheckRule(p, rule));
+SpattnStatus CheckRuleLimits(const SpattnProblem& p, const SpattnScoreRule& rule) {
   for (const auto& [name, size] :
        {Named{"q_len", p.q_len}, Named{"kv_len", p.kv_len}, Named{"q_offset", rule.q_offset},
         Named{"-q_offset", -rule.q_offset}, Named{"the reach of relative_bias", rule.bias_reach}}) {
@@ -48,13 +47,19 @@ int PartsOf(const SpattnProblem& p, const SpattnScoreRule& rule) {
   return parts;
 }
 
+// Words are read two at a time, and row 0's also where there is no row.
+int32_t PitchOf(int64_t rows) {
+  return static_cast<int32_t>(std::max<int64_t>((rows + 1) / 2 * 2, 2));
+}
+
 }  // namespace
 
 SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreRule& rule,
                                 const SpattnPlan& by_q, const SpattnKvPlan* by_kv,
                                 float* drelative_bias, DeviceArena* arena) {
+  SPATTN_RETURN_IF_ERROR(CheckRule(problem, rule));
   if (!HasRule(rule)) return Ok();
-  SPATTN_RETURN_IF_ERROR(CheckCudaRule(problem, rule));
+  SPATTN_RETURN_IF_ERROR(CheckRuleLimits(problem, rule));
   problem_ = problem;
   parts_ = PartsOf(problem, rule);
   rule_.kept_times = 1;
@@ -80,8 +85,8 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
     dropout_seed_ = rule.dropout_seed;
     rule_.dropout_threshold = DropoutThreshold(rule.dropout_rate);
     rule_.kept_times = 1 / (1 - rule.dropout_rate);
-    rule_.query_pitch = static_cast<int32_t>((problem.q_len + 1) / 2 * 2);
-    rule_.key_pitch = static_cast<int32_t>((problem.kv_len + 1) / 2 * 2);
+    rule_.query_pitch = PitchOf(problem.q_len);
+    rule_.key_pitch = PitchOf(problem.kv_len);
     const int64_t heads = problem.batch * problem.heads;
     rule_.query_words = arena->Take<uint32_t>(heads * rule_.query_pitch * 2);
     rule_.key_words = arena->Take<uint32_t>(heads * rule_.key_pitch);
@@ -136,7 +141,8 @@ SpattnStatus RuleOnDevice::Launch(const Stream& stream, int phase, const Params&
   const LoadedKernel* kernel;
   SPATTN_RETURN_IF_ERROR(stream.Find<SpattnCudaShape>(shape, phase, configure, &kernel));
   const int64_t ctas = (threads + kThreads - 1) / kThreads;
-  SPATTN_RETURN_IF(ctas > kMaxGridX, "batch * heads * (q_len + kv_len) is too much for a GPU: %lld",
+  SPATTN_RETURN_IF(ctas > kMaxGridX,
+                   "a score rule needs too many threads for a GPU to prepare it: %lld",
                    (LongLong)threads);
   return stream.Launch(*kernel, &params, ctas, 1, 1);
 }
