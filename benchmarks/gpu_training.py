@@ -199,7 +199,7 @@ class Benchmark:
 def tensorflow_attention():
     """The layer's op replaced by TensorFlow's own, for as long as a model is traced."""
 
-    def attention(q, k, v, block_mask, heads, kv_heads, kv_lengths):
+    def attention(q, k, v, block_mask, heads, kv_heads, **no_rule):
         return sa.attention_impl(q, k, v, heads, "all")
 
     layer = sa.SparseSelfAttention.call.__globals__

@@ -35,8 +35,14 @@ STRUCTS = {
     "SpattnBlocksMask": blocks_abi.Mask,
     "SpattnCudaBlocksShape": abi.BlocksShape,
 }
-# These are not mirrored: the one is the driver's, the other is made and read in C++ alone.
-OPAQUE = {"SpattnTensorMap", "SpattnCudaSoftmaxParams"}
+# These are not mirrored: the first is the driver's, the others are made and read in C++ alone.
+OPAQUE = {
+    *("SpattnTensorMap", "SpattnCudaSoftmaxParams", "SpattnCudaRule"),
+    *(
+        f"SpattnCudaRule{kernel}Params"
+        for kernel in ("Words", "Ranges", "Lists", "Bias")
+    ),
+}
 ALIGNMENTS = {"SpattnCudaMappedFwdParams": 64}  # bytes; that of a CUtensorMap
 HEADERS = [
     *("abi/core.h", "abi/blocksparse.h"),
@@ -85,5 +91,6 @@ def test_every_struct_of_the_headers_is_compared():
         with open(os.path.join(libraries.CSRC, header)) as file:
             ends = [line for line in file if line.startswith("} Spattn")]
         named.update(line[2:].split(";")[0] for line in ends)
-    enums = {n for n in named if n.endswith(("Code", "Dtype", "Phase", "BlocksOp"))}
+    kinds = "Code", "Dtype", "Phase", "BlocksOp", "RuleParts"
+    enums = {name for name in named if name.endswith(kinds)}
     assert named - enums - OPAQUE == set(STRUCTS)

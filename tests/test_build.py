@@ -27,7 +27,7 @@ PARTS = (
     len(libraries.ISAS) + 2
 )  # runs of the compiler for the stand-in: kernels, core, link
 STAND_IN = {"spattn_core": ("core.cc", "cpu/kernels.cc")}
-OP_PARTS = PARTS + 6  # and for the op: isa.cc, cuda/ and the binding too
+OP_PARTS = PARTS + 7  # and for the op: isa.cc, cuda/ and the binding too
 
 
 class Compiler:
