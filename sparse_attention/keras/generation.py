@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import numbers
 import time
 from operator import is_
 from typing import Any, Callable
@@ -15,7 +14,7 @@ from ..compat.attention import split_heads
 from ..ops.attention import block_sparse_attention
 from ..ops.one_query import attention_of_one_query
 from ..ops.signature import TensorLike
-from ..plan.checks import check_integer, check_positive
+from ..plan.checks import check_integer, check_positive, is_number
 
 # What `generate` measures, for each sequence of the batch, and where each ends.
 GenerationStatistics = collections.namedtuple(
@@ -526,16 +525,12 @@ def _check_prompt_lengths(prompt_lengths, most):
 
 
 def _check_sampling(temperature, top_k, top_p):
-    if not (_is_number(temperature) and 0 <= temperature < np.inf):
+    if not (is_number(temperature) and 0 <= temperature < np.inf):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature!r}")
     if top_k is not None:
         check_positive(top_k=top_k)
-    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-
-
-def _is_number(x):
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def _check_ends(model, eos_token, pad_token):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 
-from ..ops.positions import alibi_slopes
-from ..plan.checks import as_ints, check_positive
+from ..ops.positions import ROTARY_BASE, alibi_slopes
+from ..plan.checks import as_ints, check_positive, is_number
 
 # Each option, and its value where there is nothing of the kind.
 SCORE_OPTIONS = {
@@ -18,7 +17,6 @@ SCORE_OPTIONS = {
     "relative_positions": None,
     "rotary": False,
 }
-ROTARY_BASE = 10000.0
 
 
 def score_options(
@@ -69,7 +67,7 @@ def base_of(rotary: bool | float) -> float:
 
 def rate(name: str, x: Any) -> float:
     """`x` as a float in [0, 1), the fraction that is dropped."""
-    if not _is_number(x):
+    if not is_number(x):
         raise TypeError(f"{name} must be a number, got {x!r}")
     if not 0 <= x < 1:
         raise ValueError(f"{name} must be at least 0 and below 1, got {x}")
@@ -90,7 +88,7 @@ def _slopes(alibi, heads):
 
 
 def _positive(name, x, expected):
-    if not _is_number(x):
+    if not is_number(x):
         raise TypeError(f"{name} must be {expected}, got {x!r}")
     if not 0 < x < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {x}")
@@ -99,7 +97,3 @@ def _positive(name, x, expected):
 
 def _is_bool(x):
     return isinstance(x, (bool, np.bool_))
-
-
-def _is_number(x):
-    return isinstance(x, numbers.Real) and not _is_bool(x)

@@ -11,6 +11,8 @@ from ..plan.checks import check_positive
 from .attention import not_converted
 from .signature import TensorLike
 
+ROTARY_BASE = 10000.0
+
 
 def alibi_slopes(heads: int) -> np.ndarray:
     """The slopes of attention with linear biases, one for each head.
@@ -50,7 +52,7 @@ def rotary_embedding(
     x: TensorLike,
     heads: int,
     positions: TensorLike | None = None,
-    base: float = 10000.0,
+    base: float = ROTARY_BASE,
 ) -> Any:
     """Turns the queries or the keys by their positions, so that scores tell distances.
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from ..plan.checks import is_number
+
 
 class ScoreRule(NamedTuple):
     """The rule of a call: attributes of the op, and its inputs by their names."""
@@ -113,7 +115,7 @@ def as_floats(name: str, x: Any, shape: list | None, expected: str) -> tf.Tensor
 
 
 def _number(name, x):
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+    if not is_number(x):
         raise TypeError(f"{name} must be a number, got {x!r}")
     return float(x)
 

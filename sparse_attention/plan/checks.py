@@ -108,6 +108,11 @@ def _is_integer(size: Any) -> bool:
     return isinstance(size, numbers.Integral) and not isinstance(size, bool)
 
 
+def is_number(x: Any) -> bool:
+    """Whether `x` is a real number of Python or NumPy, and not a truth."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
 def as_truth(name: str, values: Any) -> np.ndarray:
     """The same values as booleans: integers are True unless they are 0.
 
