@@ -105,17 +105,12 @@ template <bool kMasked, typename ColumnOf>
 DEVICE void Probabilities(float (&s)[kM][kN][4], float (&weights)[kM][kN][4], float scale_exp,
                           const ColumnStats& lse_exp, const uint32_t* mask_smem, int first_query,
                           PanelRule<false, kM>& rule, const uint32_t* words, ColumnOf column_of) {
-  const auto column_or_none = [&](int n) {
-    return kLooksAtDistances ? column_of(n) : FragmentColumn{};
-  };
-  rule.ByCase(s, column_or_none, [&](auto the_case) {
+  rule.ByCase(s, column_of, [&](auto the_case) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const ColumnPair columns = rule.Columns(column_or_none(n), words, n);
+      const ColumnPair columns = rule.Columns(column_of, words, n);
       float scores[kM][4], cap_slopes[kM][4];
-#pragma unroll
-      for (int i = 0; i < kM * 4; ++i) scores[i / 4][i % 4] = s[i / 4][n][i % 4];
-      if (kChangesScores) rule.Scores(the_case, scores, columns, cap_slopes);
+      rule.Scores(the_case, s, n, columns, scores, cap_slopes);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint32_t allowed =
@@ -248,9 +243,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         CopyAsync<4>(stage.lse_exp + r, params.lse_exp + stats_at + Max(row, 0), row >= 0);
         CopyAsync<4>(stage.delta + r, params.delta + stats_at + Max(row, 0), row >= 0);
         if (kHasDropout) {
-          const uint32_t* words =
-              rule.query_words +
-              (static_cast<int64_t>(batch) * problem.heads + head) * rule.query_pitch * 2;
+          const uint32_t* words = QueryWords(rule, problem, batch, head);
           CopyAsync<8>(stage.words + r * 2, words + Max(row, 0) * 2, row >= 0);
         }
       }

@@ -77,18 +77,13 @@ DEVICE void ScoreGradient(float (&dp)[kM][kN][4], const float (&s)[kM][kN][4], c
                           float scale_exp, const uint32_t* mask_smem, int first_key,
                           PanelRule<true, kM>& rule, const uint32_t* words, ColumnOf column_of,
                           Sums& sums) {
-  const auto column_or_none = [&](int n) {
-    return kLooksAtDistances ? column_of(n) : FragmentColumn{};
-  };
-  rule.ByCase(s, column_or_none, [&](auto the_case) {
+  rule.ByCase(s, column_of, [&](auto the_case) {
     sums.Begin(the_case);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const ColumnPair columns = rule.Columns(column_or_none(n), words, n);
+      const ColumnPair columns = rule.Columns(column_of, words, n);
       float scores[kM][4], cap_slopes[kM][4];
-#pragma unroll
-      for (int i = 0; i < kM * 4; ++i) scores[i / 4][i % 4] = s[i / 4][n][i % 4];
-      if (kChangesScores) rule.Scores(the_case, scores, columns, cap_slopes);
+      rule.Scores(the_case, s, n, columns, scores, cap_slopes);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint32_t allowed =

@@ -361,10 +361,7 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
     if (kHasDropout) {
       const Part part = PartOfCta(mapped, Opaque(i));
       const RowMap kv_rows = KvRows(part);
-      const uint32_t* words =
-          rule.key_words +
-          (static_cast<int64_t>(part.batch) * mapped.call.problem.heads + part.head) *
-              rule.key_pitch;
+      const uint32_t* words = KeyWords(rule, mapped.call.problem, part.batch, part.head);
 #pragma unroll 1
       for (int key = thread; key < kTileKV; key += kMaskThreads) {
         const int first = smem.gathered[slot].first[key / kPlanKV];

@@ -236,12 +236,22 @@ struct ColumnPair {
   uint32_t multiplier[2], addend[2];  // of queries; of keys the multiplier alone
 };
 
+// The words of a head's rows: one of each key, two of each query.
+DEVICE const uint32_t* KeyWords(const SpattnCudaRule& rule, const SpattnProblem& problem, int batch,
+                                int head) {
+  return rule.key_words + (static_cast<int64_t>(batch) * problem.heads + head) * rule.key_pitch;
+}
+DEVICE const uint32_t* QueryWords(const SpattnCudaRule& rule, const SpattnProblem& problem,
+                                  int batch, int head) {
+  return rule.query_words +
+         (static_cast<int64_t>(batch) * problem.heads + head) * rule.query_pitch * 2;
+}
+
 // Brings the words of a passing tile of keys; row_of(r): a row or -1. Whole warps.
 template <int kRows, int kThreads, typename RowOf>
 DEVICE void LoadKeyWords(uint32_t* to, const SpattnCudaRule& rule, const SpattnProblem& problem,
                          int batch, int head, RowOf row_of) {
-  const uint32_t* from =
-      rule.key_words + (static_cast<int64_t>(batch) * problem.heads + head) * rule.key_pitch;
+  const uint32_t* from = KeyWords(rule, problem, batch, head);
   const unsigned thread = Opaque(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < CeilDiv(kRows, kThreads); ++i) {
@@ -277,9 +287,8 @@ struct PanelRule {
       const int64_t at = rule.bias_heads == 1 ? 0 : head;
       bias = rule.relative_bias + at * (2 * rule.bias_reach - 1);
     }
-    const int64_t head_at = static_cast<int64_t>(batch) * problem.heads + head;
-    const uint32_t* keys = rule.key_words + head_at * rule.key_pitch;
-    const uint32_t* queries = rule.query_words + head_at * rule.query_pitch * 2;
+    const uint32_t* keys = KeyWords(rule, problem, batch, head);
+    const uint32_t* queries = QueryWords(rule, problem, batch, head);
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2, row = Max(owned_row(m, h), 0);
@@ -291,32 +300,43 @@ struct PanelRule {
     }
   }
 
-  // Two columns from `column` on; of no use where no block is there. words: those of the sub-tile's
-  // rows, in shared memory.
-  template <typename HasWords = True>
-  __forceinline__ ColumnPair Columns(const FragmentColumn& column, const uint32_t* words, int n,
-                                     HasWords has_words = {}) const {
-    ColumnPair pair = {};
-    if (kHasDropout && has_words) {
-      words += (n * 8 + threadIdx.x % 4 * 2) * kWords;
-      if (kOwnsQueries) {
-        const uint2 at = *reinterpret_cast<const uint2*>(words);
-        pair.multiplier[0] = at.x, pair.multiplier[1] = at.y;
-      } else {
-        const uint4 at = *reinterpret_cast<const uint4*>(words);
-        pair.multiplier[0] = at.x, pair.addend[0] = at.y;
-        pair.multiplier[1] = at.z, pair.addend[1] = at.w;
-      }
-    }
-    if (!kLooksAtDistances) return pair;
-    const int first = Max(column.run, 0) + column.within, end = passing_rows.positions - 1;
-    const int row = passing_rows.ExistingRow(Min(first, end));
-    const int next_row = passing_rows.ExistingRow(Min(first + 1, end));
-    pair.row = (SPATTN_ROW_STRIDED ? row : column.run) + (kOwnsQueries ? 0 : rule.q_offset);
-    pair.row_as_float = static_cast<float>(pair.row);
-    pair.ahead[0] = SPATTN_ROW_STRIDED ? 0 : column.within;
-    pair.ahead[1] = SPATTN_ROW_STRIDED ? next_row - row : column.within + 1;
+  // Two columns of fragment n. words: those of the sub-tile's rows, in shared memory. column_of(n):
+  // where this lane's first column of it lies; it is not asked where nothing depends on distances.
+  template <typename ColumnOf>
+  __forceinline__ ColumnPair Columns(ColumnOf column_of, const uint32_t* words, int n) const {
+    ColumnPair pair = PlacedColumns(column_of, n);
+    ReadWords(&pair, words, n);
     return pair;
+  }
+
+  // The same without words; of no use where no block is there.
+  template <typename ColumnOf>
+  __forceinline__ ColumnPair PlacedColumns(ColumnOf column_of, int n) const {
+    ColumnPair pair = {};
+    if constexpr (kLooksAtDistances) {
+      const FragmentColumn column = column_of(n);
+      const int first = Max(column.run, 0) + column.within, end = passing_rows.positions - 1;
+      const int row = passing_rows.ExistingRow(Min(first, end));
+      const int next_row = passing_rows.ExistingRow(Min(first + 1, end));
+      pair.row = (SPATTN_ROW_STRIDED ? row : column.run) + (kOwnsQueries ? 0 : rule.q_offset);
+      pair.row_as_float = static_cast<float>(pair.row);
+      pair.ahead[0] = SPATTN_ROW_STRIDED ? 0 : column.within;
+      pair.ahead[1] = SPATTN_ROW_STRIDED ? next_row - row : column.within + 1;
+    }
+    return pair;
+  }
+
+  __forceinline__ void ReadWords(ColumnPair* pair, const uint32_t* words, int n) const {
+    if (!kHasDropout) return;
+    words += (n * 8 + threadIdx.x % 4 * 2) * kWords;
+    if (kOwnsQueries) {
+      const uint2 at = *reinterpret_cast<const uint2*>(words);
+      pair->multiplier[0] = at.x, pair->multiplier[1] = at.y;
+    } else {
+      const uint4 at = *reinterpret_cast<const uint4*>(words);
+      pair->multiplier[0] = at.x, pair->addend[0] = at.y;
+      pair->multiplier[1] = at.z, pair->addend[1] = at.w;
+    }
   }
 
   // Calls work(Case<...>) with what all of a warp's fragment is.
@@ -337,7 +357,7 @@ struct PanelRule {
       int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        const ColumnPair columns = Columns(column_of(n), nullptr, n, False{});
+        const ColumnPair columns = PlacedColumns(column_of, n);
         first = Min(first, columns.row + columns.ahead[0]);
         last = Max(last, columns.row + columns.ahead[1]);
       }
@@ -362,13 +382,16 @@ struct PanelRule {
     }
   }
 
-  // Products <q, k> of two columns become scores, in the exponents' base. cap_slopes: the derivatives
-  // of the soft cap.
-  template <FragmentCase kCase>
-  __forceinline__ void Scores(Case<kCase>, float (&x)[kM][4], const ColumnPair& columns,
+  // x: the products <q, k> of two columns, columns n of s; with a rule for them, scores in the exponents'
+  // base. cap_slopes: the derivatives of the soft cap.
+  template <int kN, FragmentCase kCase>
+  __forceinline__ void Scores(Case<kCase>, const float (&s)[kM][kN][4], int n,
+                              const ColumnPair& columns, float (&x)[kM][4],
                               float (&cap_slopes)[kM][4]) const {
 #pragma unroll
-    for (int i = 0; i < kM * 4; ++i) {
+    for (int i = 0; i < kM * 4; ++i) x[i / 4][i % 4] = s[i / 4][n][i % 4];
+#pragma unroll
+    for (int i = 0; kChangesScores && i < kM * 4; ++i) {
       const int m = i / 4, h = i / 2 % 2, j = i % 2;
       float& at = x[m][i % 4];
       at *= scale;
@@ -415,10 +438,7 @@ struct PanelRule {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         float x[kM][4], cap_slopes[kM][4];
-#pragma unroll
-        for (int i = 0; i < kM * 4; ++i) x[i / 4][i % 4] = s[i / 4][n][i % 4];
-        const FragmentColumn column = kLooksAtDistances ? column_of(n) : FragmentColumn{};
-        Scores(the_case, x, Columns(column, nullptr, n, False{}), cap_slopes);
+        Scores(the_case, s, n, PlacedColumns(column_of, n), x, cap_slopes);
 #pragma unroll
         for (int i = 0; i < kM * 4; ++i) s[i / 4][n][i % 4] = x[i / 4][i % 4];
       }
@@ -430,7 +450,8 @@ struct PanelRule {
   __forceinline__ void Drop(float (&p)[kM][kN][4], const uint32_t* words) const {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const ColumnPair columns = Columns({}, words, n, True{});
+      ColumnPair columns = {};
+      ReadWords(&columns, words, n);
 #pragma unroll
       for (int i = 0; i < kM * 4; ++i) {
         if (!Keeps(i / 4, i / 2 % 2, columns, i % 2)) p[i / 4][n][i % 4] = 0;

@@ -115,6 +115,12 @@ int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
 // With head_dim 128 it is faster for all of them: local 128 0.325 | 0.251, all 4.956 | 3.116.
 constexpr int kLongList = 1024, kLongestList = 2048;
 
+// A kernel without a rule is compiled as if there were no rules.
+void DefineRule(SpattnCudaKernel* kernel, const SpattnCudaShape& s) {
+  const int parts = s.rule & ~SPATTN_RULE_BIAS_SUMS;
+  if (parts != 0) Define(kernel, "RULE", parts);
+}
+
 SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   const int groups = FwdSm90PartQueries(s) / 64, stages = WidestDim(s) <= 64 ? 4 : 2;
   const int tile_kv = 128;
@@ -139,8 +145,7 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   define("ANEW", 1);
   define("WGMMA", 1);
   define("SHARED_MEMORY", shared_memory);
-  const int rule = s.rule & ~SPATTN_RULE_BIAS_SUMS;
-  if (rule != 0) define("RULE", rule);
+  DefineRule(&kernel, s);
   return kernel;
 }
 
@@ -234,8 +239,7 @@ SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
   define("MIN_CTAS", t.min_ctas);
   define("STAGES", t.stages);
   define("SHARED_MEMORY", t.shared_memory);
-  const int rule = s.rule & ~SPATTN_RULE_BIAS_SUMS;
-  if (rule != 0) define("RULE", rule);
+  DefineRule(&kernel, s);
   if (SumsBias(s, phase)) define("BIAS_SUMS", 1);
   return kernel;
 }
