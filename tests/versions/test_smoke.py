@@ -127,13 +127,14 @@ def test_keras_loads_a_layer_that_is_not_named(first, last, suffix, tmp_path):
 
 def test_keras_layer_takes_masks_and_policies():
     x = np.random.RandomState(0).normal(size=[2, LENGTH, 32]).astype(np.float32)
-    mask = np.arange(LENGTH) < np.array([[LENGTH], [40]])
+    mask = np.arange(LENGTH) >= np.array([[0], [20]])
     layer = sa.SparseSelfAttention(2, block_size=8, dtype="mixed_float16")
     y = layer(x, mask=mask)
     assert y.dtype == tf.float16
     assert {str(tf.as_dtype(w.dtype).name) for w in layer.weights} == {"float32"}
-    shorter = layer(x[:, :40])
-    same = np.array(y[:, :40]) == np.array(shorter)
+    # Not a shorter x: TensorFlow's matrix products add in an order that depends on the shape.
+    other_padding = layer(np.where(mask[..., None], x, 3 - x), mask=mask)
+    same = np.array(y)[mask] == np.array(other_padding)[mask]
     assert same.all()
 
 
