@@ -6,8 +6,9 @@
 
 The model is the paper's for enwik8: 12,288 positions, width 512, 8 heads, l = 128, blocks
 of 32, in mixed_bfloat16, recomputed block by block as in the paper. A step is what Keras
-`fit` runs: forward, backward, Adam. "TensorFlow dense" is the same model with
-`attention_impl`, which computes every score, in place of our op.
+`fit` runs: forward, backward and Adam, compiled by XLA unless `--uncompiled` is given.
+"TensorFlow dense" is the same model with `attention_impl`, which computes every score, in
+place of our op.
 
     speed    seconds a step of 30 layers, as the paper has; median, waiting for each step
     memory   the peak at some lengths, batch 1, 12 layers: weights, Adam, activations
@@ -32,7 +33,6 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
-from sparse_attention.keras import xla  # noqa: E402
 from sparse_attention.plan.patterns import PAPERS_MODELS  # noqa: E402
 
 ATTENTION = {
@@ -41,6 +41,7 @@ ATTENTION = {
     "strided": PAPERS_MODELS["strided"],
     "TensorFlow dense": PAPERS_MODELS["dense"],
 }
+OPTIMIZERS = {"sa.Adam": sa.Adam, "keras.optimizers.Adam": keras.optimizers.Adam}
 PAPER = {"dense": 1.31, "fixed": 0.55, "strided": 0.35}  # s/step on V100s
 LENGTHS = [16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144]
 
@@ -77,7 +78,8 @@ class Benchmark:
         details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
         self.head = {
             "device": details[0]["device_name"] if gpus else None,
-            "unfused": options.unfused,
+            "compiled_by_xla": not options.uncompiled,
+            "optimizer": options.optimizer,
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
             "paper_seconds_a_step": PAPER,
@@ -186,7 +188,9 @@ class Benchmark:
         model.build((None, row["length"]))
         self.variables = list(model.trainable_variables)
         model.compile(
-            sa.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            OPTIMIZERS[self.head["optimizer"]](),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=self.head["compiled_by_xla"],
         )
         model.optimizer.build(model.trainable_variables)
         tokens = np.random.randint(0, 256, [row["batch"], row["length"] + 1], np.int32)
@@ -235,14 +239,13 @@ def main(arguments=None):
     parts = ["speed", "memory", "length"]
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--attention", nargs="*", choices=ATTENTION, default=ATTENTION)
-    parser.add_argument("--unfused", action="store_true", help="without XLA")
+    parser.add_argument("--uncompiled", action="store_true", help="without XLA")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sa.Adam")
     parser.add_argument("--seconds", type=float, default=340)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     benchmark = Benchmark(options)
-    if options.unfused:
-        xla.sees_gpu = bool
     for part in options.parts:
         getattr(benchmark, part)()
 

@@ -21,7 +21,6 @@ from ..plan.patterns import pattern_block_mask
 from .backend import IS_KERAS_3, NotQuantized, keras
 from .registration import PACKAGE
 from .score_options import SCORE_OPTIONS, base_of, rate, score_options, slopes_of
-from .xla import Dense
 
 
 def serializable(cls, name=None):
@@ -37,6 +36,10 @@ def serializable(cls, name=None):
     # TensorFlow 2.12 refuses to register where the stand-in is.
     keras.utils.get_custom_objects().pop(f"{PACKAGE}>{name}", None)
     return register(package=PACKAGE, name=name)(cls)
+
+
+class Dense(NotQuantized, keras.layers.Dense):
+    """Keras's, as it is."""
 
 
 class CompiledWhereXlaCan:

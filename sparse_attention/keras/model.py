@@ -15,9 +15,8 @@ from ..plan.checks import as_ints, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
 from .backend import NotQuantized, keras, require_keras_3
-from .layers import SparseSelfAttention, length_up_to, serializable
+from .layers import Dense, SparseSelfAttention, length_up_to, serializable
 from .score_options import SCORE_OPTIONS, rate, score_options
-from .xla import Dense, fused_on_gpu
 
 # What weights of one configuration may differ in from those of another.
 ANY_WHEN_LOADED = ("dropout", "attention_dropout", "recompute")
@@ -28,21 +27,8 @@ def gelu(x):
     return x * tf.sigmoid(1.702 * x)
 
 
-@fused_on_gpu
-def layer_norm(x, gamma, beta):
-    """`keras.ops.layer_normalization`, which Keras has from 3.11 on; in float32 at least."""
-    dtype = keras.backend.result_type(x.dtype, "float32")
-    x, gamma, beta = (tf.cast(value, dtype) for value in (x, gamma, beta))
-    mean, variance = keras.ops.moments(x, -1, keepdims=True)
-    return tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-5)
-
-
 class LayerNorm(NotQuantized, keras.layers.LayerNormalization):
-    """Keras's LayerNormalization, compiled by XLA where it runs on a GPU."""
-
-    def call(self, x):
-        gamma, beta = (tf.convert_to_tensor(w) for w in (self.gamma, self.beta))
-        return tf.cast(layer_norm(x, gamma, beta), self.compute_dtype)
+    """Keras's, as it is."""
 
 
 class Embedding(NotQuantized, keras.layers.Embedding):
