@@ -10,8 +10,6 @@ import sys
 
 import matplotlib
 
-STANDARD_LIBRARY = "the source files of Python's standard library"
-
 
 def draw(curves, config, data, path, device=None):
     """Draws the curves of some patterns, which had the same data and model.

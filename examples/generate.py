@@ -9,13 +9,13 @@ values it read, beside what dense attention would have read.
 
 import argparse
 import codecs
-import json
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np  # noqa: E402
+from runs import load_model  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
 
@@ -72,26 +72,6 @@ def argument_parser():
     )
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     return parser
-
-
-def load_model(folder):
-    config_file, weights = folder / "config.json", folder / "checkpoint.weights.h5"
-    for file in config_file, weights:
-        if not file.exists():
-            raise ValueError(
-                f"{folder} must hold a run of train_lm.py, has no {file.name}"
-            )
-    config = json.loads(config_file.read_text())["model"]
-    model = sa.SparseTransformer(**config)
-    model.build([None, model.time])
-    try:
-        model.load_weights(weights)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{weights} holds a model of another configuration than {config_file}: {reason}"
-        ) from error
-    return model
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Trains a language model on bytes, and compares attention patterns.
 
-    python examples/train_lm.py                                   2 minutes on 2 CPU cores
+    python examples/train_lm.py                                   5 minutes on 2 CPU cores
     python examples/train_lm.py --attention dense,fixed,strided   one after the other
     python examples/train_lm.py --preset gpu --data enwik8        12,288 positions
+    python examples/train_lm.py --start-from train_lm/fixed --data mine.txt --output mine
 
 The data are the source files of Python's standard library, or a file: 90 % to train, 5 %
-to validate and 5 % to test. Each pattern has a folder in --output, which holds
-
-    config.json              what was asked for
-    checkpoint.weights.h5    model and optimizer as of the last epoch
-    curve.json               steps, seconds and bits per byte of each epoch
+to validate and 5 % to test. Each pattern has a folder in --output, which runs.py describes.
 
 The same command goes on from there after Ctrl-C or a kill, to the same weights as without:
-the batch of a step depends on nothing but the seed and the step, and TensorFlow is told to
-add in the same order each time. With more --steps a run goes on after its end, at the
+the batch of a step depends on nothing but the seed and the step, and XLA and TensorFlow are
+told to add in the same order each time. With more --steps a run goes on after its end, at the
 learning rates of a run of so many steps. The curves of all patterns of one data and model are
 drawn into curves.png.
+
+--start-from takes the weights from the folder of another run, and its sizes; another
+--attention, --time, --dropout or --dtype may be given.
 
 Several devices: --strategy mirrored takes all GPUs of this machine, or else cuts its CPU in
 two; --strategy multiworker the machines that the environment variable TF_CONFIG lists,
@@ -30,8 +30,6 @@ import argparse
 import json
 import os
 import sys
-import sysconfig
-import time
 import zlib
 from pathlib import Path
 
@@ -40,6 +38,22 @@ import draw_curves  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from runs import (  # noqa: E402
+    MAY_CHANGE,
+    Keeper,
+    check_folder,
+    differences,
+    load_model,
+    read_config,
+)
+from text import (  # noqa: E402
+    STANDARD_LIBRARY,
+    batches,
+    bits_per_byte_of_others,
+    eval_batches,
+    read_data,
+    split,
+)
 
 import sparse_attention as sa  # noqa: E402
 from sparse_attention.plan.masks import NUM_VERTS, VERTSIZE  # noqa: E402
@@ -55,14 +69,16 @@ PRESETS = {
         "block_size": 32,
         "num_verts": NUM_VERTS,
         "vertsize": VERTSIZE,
+        "rotary": True,
         "dropout": 0.0,
         "recompute": False,
         "dtype": "float32",
-        "batch": 4,
-        "steps": 240,
-        "steps_per_epoch": 30,
-        "eval_batches": 4,
-        "learning_rate": 3e-3,
+        "batch": 2,
+        "steps": 2000,
+        "steps_per_epoch": 100,
+        "eval_batches": 16,
+        "optimizer": "muon",
+        "learning_rate": 1e-2,
     },
     "gpu": {
         "time": 12288,
@@ -73,6 +89,7 @@ PRESETS = {
         "block_size": 32,
         "num_verts": NUM_VERTS,
         "vertsize": VERTSIZE,
+        "rotary": True,
         "dropout": 0.0,
         "recompute": True,
         "dtype": "mixed_bfloat16",
@@ -80,24 +97,31 @@ PRESETS = {
         "steps": 10000,
         "steps_per_epoch": 250,
         "eval_batches": 16,
-        "learning_rate": 5e-4,
+        "optimizer": "muon",
+        "learning_rate": 3e-3,
     },
 }
 MODEL_SETTINGS = (
-    "time layers width heads local_attn_ctx block_size num_verts vertsize dropout "
+    "time layers width heads local_attn_ctx block_size num_verts vertsize rotary dropout "
     "recompute dtype"
 ).split()
-# A run goes on to more steps, and recomputation changes no number.
-MAY_CHANGE = ("steps", "recompute")
 
 
-def main(argv=None):
+def main(argv=None, deterministic=False):
+    """Trains; `deterministic` turns it on in the whole process, where it is an option."""
     parser = argument_parser()
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS[preset])
-    args = parser.parse_args(argv)
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[known.preset])
     try:
+        source = load_model(known.start_from) if known.start_from else None
+        if source is not None:
+            config = read_config(known.start_from)["model"]
+            parser.set_defaults(**{name: config[name] for name in MODEL_SETTINGS})
+        args = parser.parse_args(argv)
         strategy = make_strategy(args.strategy)
+        compiled = is_compiled(strategy)
+        if deterministic and not compiled:  # with it, Keras does not compile
+            tf.config.experimental.enable_op_determinism()
         data = read_data(args.data)
         check_sizes(args, len(data), strategy.num_replicas_in_sync)
         runs = {}
@@ -105,18 +129,18 @@ def main(argv=None):
             if name not in models():
                 raise ValueError(f"attention must be of {list(models())}, got {name}")
             config = run_config(args, name, data)
-            sa.SparseTransformer(**config["model"])  # raises where it cannot be
+            model = sa.SparseTransformer(**config["model"])  # raises where it cannot be
+            if source is not None:
+                model.take_weights(source)
             check_folder(args.output / name, config)
             runs[name] = config
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         for name, config in runs.items():
-            train(name, config, data, args.output / name, strategy)
+            train(name, config, data, args.output / name, strategy, compiled, source)
             if is_chief(strategy):
-                data_name = (
-                    args.data.name if args.data else draw_curves.STANDARD_LIBRARY
-                )
+                data_name = args.data.name if args.data else STANDARD_LIBRARY
                 draw_all(args.output, config, data_name)
     except KeyboardInterrupt:
         print(
@@ -147,6 +171,7 @@ def argument_parser():
     )
     parser.add_argument("--data", type=Path, help="a file; else the standard library")
     parser.add_argument("--output", type=Path, default=Path("train_lm"))
+    parser.add_argument("--start-from", type=Path, help="the folder of another run")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument(
         "--strategy", choices=["none", "mirrored", "multiworker"], default="none"
@@ -156,6 +181,8 @@ def argument_parser():
         option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             parser.add_argument(option, action=argparse.BooleanOptionalAction)
+        elif name == "optimizer":
+            parser.add_argument(option, choices=["muon", "adam"])
         else:
             parser.add_argument(option, type=type(value))
     return parser
@@ -179,22 +206,16 @@ def make_strategy(name):
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
+def is_compiled(strategy):
+    """Whether XLA compiles a step: of one device, where it knows our op."""
+    is_alone = strategy.num_replicas_in_sync == 1 and strategy.cluster_resolver is None
+    return is_alone and sa.SparseSelfAttention(1).supports_jit
+
+
 def is_chief(strategy):
     """Whether this process is the one that writes files."""
     resolver = strategy.cluster_resolver
     return resolver is None or resolver.task_type == "chief" or resolver.task_id == 0
-
-
-def read_data(path):
-    if path is not None:
-        return path.read_bytes()
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        file
-        for file in root.rglob("*.py")
-        if not {"site-packages", "dist-packages"} & set(file.parts)
-    )
-    return b"".join(file.read_bytes() for file in files)
 
 
 def check_sizes(args, data_bytes, replicas):
@@ -219,64 +240,31 @@ def run_config(args, attention, data):
     model.update(vocab_size=256, attention=models()[attention])
     rest = {name: getattr(args, name) for name in PRESETS["cpu"] if name not in model}
     rest.update(seed=args.seed, data_bytes=len(data), data_crc32=zlib.crc32(data))
+    rest.update(start_from=str(args.start_from) if args.start_from else None)
     return {"model": model, "training": rest}
-
-
-def check_folder(folder, config):
-    """Raises if the folder holds a run that this one cannot go on from."""
-    if not (folder / "config.json").exists():
-        return
-    saved = json.loads((folder / "config.json").read_text())
-    found = differences(saved, config, but=MAY_CHANGE)
-    if found:
-        raise ValueError(
-            f"{folder} holds a run of another configuration: {'; '.join(found)}; "
-            "choose another --output"
-        )
-    curve, steps = read_curve(folder), config["training"]["steps"]
-    if curve and steps < curve[-1]["step"]:
-        raise ValueError(
-            f"steps must be at least {curve[-1]['step']}, which the run in {folder} has "
-            f"behind it, got {steps}; choose another --output"
-        )
-
-
-def differences(saved, config, but):
-    """[str]: the settings in which two configurations differ, apart from some."""
-    return [
-        f"{name} = {saved[part].get(name)} there, {value} here"
-        for part in config
-        for name, value in config[part].items()
-        if name not in but and saved[part].get(name) != value
-    ]
-
-
-def read_curve(folder):
-    path = folder / "curve.json"
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 # ---- training ----
 
 
-def train(name, config, data, folder, strategy):
+def train(name, config, data, folder, strategy, compiled, source=None):
     training, time_ = config["training"], config["model"]["time"]
     with strategy.scope():
         keras.utils.set_random_seed(training["seed"])
         model = sa.SparseTransformer(**config["model"])
         model.build((None, time_))
         model.compile(
-            sa.Adam(learning_rate(training)),
+            optimizer(training),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=[BitsPerByte(name="bits_per_byte")],
+            jit_compile=compiled,
         )
         model.optimizer.build(model.trainable_variables)
+    if source is not None:
+        model.take_weights(source)
     keeper = Keeper(folder, config, is_chief(strategy))
     step = keeper.restore(model)
-    splits = [len(data) * percent // 100 for percent in (0, 90, 95, 100)]
-    training_data, valid, test = (
-        data[start:end] for start, end in zip(splits, splits[1:])
-    )
+    training_data, valid, test = split(data)
     print(
         f"{name}: {model.count_params():,} weights, step {step} of {training['steps']}"
     )
@@ -296,6 +284,15 @@ def train(name, config, data, folder, strategy):
     epochs = np.diff([0, *[row["seconds"] for row in keeper.curve]])
     seconds = np.median(epochs) / training["steps_per_epoch"]
     print(f"{name}: {bits:.4f} bits per byte on the test data, {seconds:.3f} s/step")
+    others = bits_per_byte_of_others(training_data, test).items()
+    print("others: " + ", ".join(f"{bits:.4f} {other}" for other, bits in others))
+
+
+def optimizer(training):
+    """Keras's Muon, which learns from far fewer bytes, or Adam."""
+    if training["optimizer"] == "adam":
+        return sa.Adam(learning_rate(training))
+    return keras.optimizers.Muon(learning_rate(training))
 
 
 def learning_rate(training):
@@ -318,111 +315,6 @@ class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):
         return super().result() / np.log(2)
 
 
-class Keeper(keras.callbacks.Callback):
-    """Keeps what a run needs to go on: a file is whole, or it is the one before."""
-
-    def __init__(self, folder, config, is_chief):
-        super().__init__()
-        self.folder = folder
-        self.config = config
-        self.is_chief = is_chief
-        self.checkpoint = folder / "checkpoint.weights.h5"
-        self.curve = []
-
-    def restore(self, model):
-        """Loads the checkpoint, if there is one; returns the steps behind it."""
-        if not self.checkpoint.exists():
-            return 0
-        model.load_weights(self.checkpoint)
-        step = int(model.optimizer.iterations.numpy())
-        self.curve = [row for row in read_curve(self.folder) if row["step"] <= step]
-        return step
-
-    def on_train_begin(self, logs=None):
-        self.write("config.json", json.dumps(self.config, indent=1))
-        self.save()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_test_begin(self, logs=None):  # validation is not counted
-        self.seconds = time.perf_counter() - self.start
-
-    def on_epoch_end(self, epoch, logs=None):
-        before = self.curve[-1]["seconds"] if self.curve else 0
-        self.curve.append(
-            {
-                "step": int(self.model.optimizer.iterations.numpy()),
-                "seconds": before + self.seconds,
-                "train": logs["bits_per_byte"],
-                "valid": logs["val_bits_per_byte"],
-            }
-        )
-        self.save()
-
-    def save(self):
-        """The curve first: rows that the checkpoint does not know are left out later."""
-        self.write("curve.json", json.dumps(self.curve, indent=1))
-        if self.is_chief:
-            new = self.folder / "new.weights.h5"
-            self.model.save_weights(new)
-            new.replace(self.checkpoint)
-
-    def write(self, name, text):
-        if self.is_chief:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            new = self.folder / "new.json"
-            new.write_text(text)
-            new.replace(self.folder / name)
-
-
-# ---- batches ----
-
-
-def batches(data, length, training, first_step):
-    """From `first_step` on: sequences from anywhere, by the seed and the step alone."""
-    with tf.device("CPU"):
-        data = tf.constant(np.frombuffer(data, np.uint8))
-
-    def batch(step):
-        starts = tf.random.stateless_uniform(
-            [training["batch"]],
-            [training["seed"], step],
-            0,
-            len(data) - length,
-            tf.int64,
-        )
-        return sequences(data, starts, length)
-
-    return sharded(tf.data.Dataset.range(first_step, training["steps"]).map(batch))
-
-
-def eval_batches(data, length, training):
-    """Sequences at even distances, the same each time."""
-    count = training["eval_batches"] * training["batch"]
-    starts = np.linspace(0, len(data) - length - 1, count).astype(np.int64)
-    with tf.device("CPU"):
-        data = tf.constant(np.frombuffer(data, np.uint8))
-    dataset = tf.data.Dataset.from_tensor_slices(starts).batch(training["batch"], True)
-    return sharded(dataset.map(lambda starts: sequences(data, starts, length)))
-
-
-def sequences(data, starts, length):
-    """Tokens, int32 [batch, length], and the ones that follow them."""
-    positions = starts[:, None] + tf.range(length + 1, dtype=tf.int64)
-    tokens = tf.cast(tf.gather(data, positions), tf.int32)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def sharded(dataset):
-    """Has each worker take its part of every batch."""
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.DATA
-    )
-    return dataset.with_options(options).prefetch(2)
-
-
 # ---- curves ----
 
 
@@ -437,6 +329,7 @@ def draw_all(folder, config, data):
 
 
 if __name__ == "__main__":
-    # For the whole process, which is why it is not in main().
-    tf.config.experimental.enable_op_determinism()
-    sys.exit(main())
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    )
+    sys.exit(main(deterministic=True))

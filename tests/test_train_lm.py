@@ -39,7 +39,8 @@ def data(tmp_path_factory):
 def uninterrupted(data, tmp_path_factory):
     """The folder of a run from beginning to end."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(output, data, "--attention", "dense,fixed"))
+    printed = finish(start(output, data, "--attention", "dense,fixed"))
+    assert printed.count("others: ") == 2 and " bigram table, " in printed
     return output
 
 
@@ -201,10 +202,45 @@ def test_more_steps_go_on_with_a_run_that_has_ended(
     assert "steps must be at least 48, which the run in" in error and "got 36" in error
 
 
+def test_another_run_gives_its_weights(uninterrupted, train_lm, data, tmp_path, capsys):
+    """To a longer time, another pattern and other data; the sizes are the run's own."""
+    other = tmp_path / "data"
+    other.write_bytes(data.read_bytes().upper())
+    arguments = ["--start-from", str(uninterrupted / "fixed"), "--data", str(other)]
+    arguments += f"--output {tmp_path} --time 96 --attention local".split()
+    arguments += "--batch 4 --eval-batches 1 --steps 2 --steps-per-epoch 1".split()
+    assert train_lm.main([*arguments, "--learning-rate", "1e-9"]) == 0
+    source = train_lm.load_model(uninterrupted / "fixed")
+    model = train_lm.load_model(tmp_path / "local")
+    assert model.get_config()["attention"] == "local" and model.time == 96
+    want = {weight.path: weight.numpy() for weight in source.weights}
+    positions = source.position_embedding.embeddings.path
+    want[positions] = np.concatenate([want[positions], want[positions][:32]])
+    for weight, array in zip(model.weights, want.values()):
+        np.testing.assert_allclose(
+            weight.numpy(), array, atol=1e-6, err_msg=weight.path
+        )
+    with pytest.raises(SystemExit):
+        train_lm.main([*arguments, "--width", "64"])
+    error = capsys.readouterr().err
+    assert "source must have the same sizes: width = 32 there, 64 here" in error
+
+
 def test_default_data_are_the_sources_of_python(train_lm):
     data = train_lm.read_data(None)
     assert len(data) > 5e6
     assert data.index(b"class Popen") < data.index(b"class ZipFile")  # in order
+    assert b"class BaseTestUUID" not in data
+
+
+def test_what_a_model_should_beat(train_lm):
+    """Two bytes in turn are sure after each other; a random byte has 8 bits."""
+    noise = np.random.RandomState(0).bytes(20000)
+    got = train_lm.bits_per_byte_of_others(b"ab" * 10000, b"ab" * 5000)
+    assert list(got) == ["bigram table", "bzip2", "xz"]
+    assert got["bigram table"] < 0.001 and got["bzip2"] < 0.05 and got["xz"] < 0.2
+    got = train_lm.bits_per_byte_of_others(noise, noise)
+    assert 5 < got["bigram table"] < 8 and got["bzip2"] > 8 and got["xz"] > 8
 
 
 def test_batches_depend_on_seed_and_step_alone(train_lm):
@@ -284,6 +320,7 @@ def test_two_workers_train_as_one_after_one_was_killed(uninterrupted, data, tmp_
         (["--steps", "41"], "steps must be a multiple of steps_per_epoch=6, got 41"),
         (["--strategy", "multiworker"], "needs the environment's TF_CONFIG"),
         (["--dtype", "float17"], "float17"),
+        (["--start-from", "nowhere"], "must hold a run of train_lm.py, has no config"),
     ],
 )
 def test_wrong_arguments_end_it_before_it_trains(

@@ -20,6 +20,11 @@ from .score_options import SCORE_OPTIONS, rate, score_options
 
 # What weights of one configuration may differ in from those of another.
 ANY_WHEN_LOADED = ("dropout", "attention_dropout", "recompute")
+# The same where a model takes the weights of another.
+ANY_WHEN_TAKEN = (
+    *ANY_WHEN_LOADED,
+    *("time", "attention", "local_attn_ctx", "block_size", "num_verts", "vertsize"),
+)
 
 
 def gelu(x):
@@ -165,9 +170,9 @@ class SparseTransformer(NotQuantized, keras.Model):
       NotImplementedError: From `quantize`.
 
     Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
-      the embeddings; the last norm and the products for the logits in float32. On a
-      GPU XLA compiles norms and activations, which round less often then. With
-      `recompute` bitwise the same, dropout included.
+      the embeddings; the last norm and the products for the logits in float32. XLA
+      rounds less often between norms and activations. With `recompute` bitwise the
+      same, dropout included.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
       arXiv:1904.10509, section 5.
@@ -342,6 +347,51 @@ class SparseTransformer(NotQuantized, keras.Model):
     def get_config(self) -> dict:
         return {**super().get_config(), **self._config}
 
+    def take_weights(self, source: SparseTransformer) -> None:
+        """Begins with the weights of another model, whose time or pattern may be another.
+
+        >>> short = SparseTransformer(256, time=64, layers=1, width=32, heads=4)
+        >>> _ = short(tf.zeros([1, 64], tf.int32))
+        >>> long = SparseTransformer(256, time=512, layers=1, width=32, heads=4)
+        >>> long.take_weights(short)
+
+        Positions past the end of the source take the embeddings of its own, from the
+        first on again.
+
+        Args:
+          source: A model that is built, and equal but for `time`, the pattern, dropout
+            and `recompute`.
+
+        Raises:
+          TypeError: If the source is no `SparseTransformer`.
+          ValueError: If it differs in more, or is not built.
+        """
+        if not isinstance(source, SparseTransformer):
+            raise TypeError(
+                f"source must be a SparseTransformer, got {type(source).__name__}"
+            )
+        differences = self._differences(source._config, ANY_WHEN_TAKEN)
+        if differences:
+            raise ValueError(f"source must have the same sizes: {differences}")
+        if not source.built:
+            raise ValueError("source must be built; call it, or its build, first")
+        if not self.built:
+            self.build([None, self.time])
+        weights = source.get_weights()
+        own_positions = self.position_embedding.embeddings
+        for i, weight in enumerate(self.weights):
+            if weight is own_positions:
+                weights[i] = weights[i][np.arange(self.time) % source.time]
+        self.set_weights(weights)
+
+    def _differences(self, config, but):
+        """In words, of another configuration from this one."""
+        return "; ".join(
+            f"{name} = {config[name]} there, {value} here"
+            for name, value in self._config.items()
+            if name not in but and config[name] != value
+        )
+
     # Keras by itself loads what it finds: the first layers of a checkpoint that has more.
     # So the weights are saved with the configuration, which is compared when they are loaded.
 
@@ -361,14 +411,10 @@ class SparseTransformer(NotQuantized, keras.Model):
             ) from None
         saved = json.loads(np.asarray(config).tobytes())
         saved = {**SCORE_OPTIONS, **saved}  # earlier versions had no options
-        differences = [
-            f"{name} = {saved[name]} there, {value} here"
-            for name, value in self._config.items()
-            if name not in ANY_WHEN_LOADED and saved[name] != value
-        ]
+        differences = self._differences(saved, ANY_WHEN_LOADED)
         if differences:
             raise ValueError(
-                f"the weights must be of this configuration: {'; '.join(differences)}"
+                f"the weights must be of this configuration: {differences}"
             )
         super().load_own_variables({"0": store["0"]})
 
