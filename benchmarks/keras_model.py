@@ -66,24 +66,39 @@ def measure(policy, batch, length, contender, steps, jit_compile="auto"):
         row["jit_compile"] = model.jit_compile
         with tf.device("GPU:0" if sees_gpu() else "CPU:0"):
             x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
-        seconds = []
-        for step in range(3 + steps):
-            if step == 3 and sees_gpu():
-                tf.config.experimental.reset_memory_stats("GPU:0")
-            start = time.perf_counter()
-            model.train_on_batch(x, y)  # it returns the loss as a number: it waits
-            seconds.append(time.perf_counter() - start)
-        row["ms"] = round(1e3 * statistics.median(seconds[3:]), 3)
-        row["spread_ms"] = [round(1e3 * f(seconds[3:]), 3) for f in (min, max)]
-        if sees_gpu():
-            info = tf.config.experimental.get_memory_info("GPU:0")
-            row["peak_bytes"] = info["peak"]
+        row.update(time_steps(model, x, y, steps))
     except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
         row["error"] = error.message[:200]
     finally:
         sa.disable_flash_attention()
     keras.utils.clear_session()
     return row
+
+
+def time_steps(model, x, y, steps):
+    """The median time of `train_on_batch`, after three, and the peak of the GPU's memory."""
+    seconds, row = [], {}
+    for step in range(3 + steps):
+        if step == 3 and sees_gpu():
+            tf.config.experimental.reset_memory_stats("GPU:0")
+        start = time.perf_counter()
+        model.train_on_batch(x, y)  # it returns the loss as a number: it waits
+        seconds.append(time.perf_counter() - start)
+    row["ms"] = round(1e3 * statistics.median(seconds[3:]), 3)
+    row["spread_ms"] = [round(1e3 * f(seconds[3:]), 3) for f in (min, max)]
+    if sees_gpu():
+        row["peak_bytes"] = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return row
+
+
+def head_of_report():
+    gpus = tf.config.list_physical_devices("GPU")
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    return {
+        "device": details[0]["device_name"] if gpus else "CPU",
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
 
 
 def sees_gpu():
@@ -112,13 +127,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="file for the rows as JSON")
     options = parser.parse_args(arguments)
-    gpus = tf.config.list_physical_devices("GPU")
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    head = {
-        "device": details[0]["device_name"] if gpus else "CPU",
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-    }
+    head = head_of_report()
     print(head, flush=True)
     rows = []
     for policy in options.policies:
