@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from .ops.positions import alibi_slopes, rotary_embedding
     from .ops.recompute import recomputable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {

@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import inspect
+import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -11,6 +13,8 @@ import pytest
 from tf_helpers import run_script
 
 import sparse_attention as sa
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 WITHOUT_TENSORFLOW = """
 import sys
@@ -117,6 +121,21 @@ def test_every_name_is_there():
     assert set(sa.__all__) <= set(dir(sa))
     assert all(hasattr(sa, name) for name in sa.__all__)
     assert re.match(r"\d+\.\d+\.\d+$", sa.__version__)
+
+
+def test_there_is_one_version(monkeypatch):
+    """The package's, that of what is built, of the pages, and of the newest release."""
+    built = subprocess.check_output(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, text=True
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which conf.py adds to
+    pages = runpy.run_path(os.path.join(ROOT, "docs", "conf.py"))
+    with open(os.path.join(ROOT, "CHANGELOG.md"), encoding="utf-8") as file:
+        released = re.findall(
+            r"^## (\d\S*) - \d{4}-\d\d-\d\d$", file.read(), re.MULTILINE
+        )
+    assert built.split()[-1] == pages["release"] == sa.__version__ == released[0]
+    assert pages["html_title"].endswith(sa.__version__)
 
 
 @pytest.mark.parametrize(
