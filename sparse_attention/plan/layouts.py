@@ -223,7 +223,7 @@ def local_layout(
       ValueError: If a size is not a positive integer.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2.
+      arXiv:1904.10509, section 4.3.
     """
     return mask_layout(local_mask(window), q_len, block_size, heads=heads)
 
@@ -261,7 +261,7 @@ def strided_layout(
     Raises:
       ValueError: If a size is not a positive integer.
 
-    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
     check_positive(q_len=q_len, stride=stride)
     chunk = -(-q_len // stride)
@@ -312,7 +312,7 @@ def fixed_layout(
         the blocks of a window, these are fewer than `num_verts * vertsize`, or `heads`
         is no multiple of `num_verts`.
 
-    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
     mask = fixed_mask(stride, block_size, num_verts, vertsize)
     remedy = "; num_verts=1 gives all of them the same column"

@@ -454,7 +454,7 @@ def local_mask(window: int, offset: int = 0) -> Mask:
       ValueError: If `window` is not positive, or `offset` is no integer.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2. The paper has one position more; this is what its
+      arXiv:1904.10509, section 4.3. The paper has one position more; this is what its
       authors' code computes.
     """
     check_positive(window=window)
@@ -480,7 +480,7 @@ def strided_mask(stride: int, offset: int = 0) -> Mask:
     Raises:
       ValueError: If `stride` is not positive, or `offset` is no integer.
 
-    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
     check_positive(stride=stride)
     mask = causal_mask() & same_residue(stride)
@@ -521,7 +521,7 @@ def fixed_mask(
         the blocks of a window, these are fewer than `num_verts * vertsize`, or `offset`
         is no integer.
 
-    Reference: Child et al. 2019, arXiv:1904.10509, section 4.2.
+    Reference: Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
     check_fixed(stride, block_size, num_verts, vertsize)
 

@@ -203,7 +203,7 @@ def pattern_block_mask(
         others.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, section 4.2.
+      arXiv:1904.10509, sections 4.2 and 4.3.
     """
     return _block_mask(
         *resolve(
