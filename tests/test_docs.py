@@ -119,6 +119,19 @@ def test_files_that_are_named_exist(page):
         assert any(name.endswith("/" + path) for name in known), path
 
 
+def test_the_house_has_every_module():
+    house = re.search(
+        r"^    sparse_attention/\n.*?\n\n", text_of("docs/developing.md"), re.S | re.M
+    )
+    modules = {
+        name[: -len(".py")]
+        for _, _, names in os.walk(os.path.join(ROOT, "sparse_attention"))
+        for name in names
+        if name.endswith(".py") and name != "__init__.py"
+    }
+    assert modules <= set(re.findall(r"\w+", house.group()))
+
+
 def test_every_exported_name_is_in_the_reference_once():
     import sparse_attention as sa
 
