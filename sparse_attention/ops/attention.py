@@ -130,8 +130,8 @@ def block_sparse_attention(
       gradients.
 
     Raises:
-      tf.errors.UnimplementedError: On a GPU, for logit_softcap, alibi_slopes,
-        relative_bias, segment_ids, mask and dropout_rate: the CPU alone has them yet.
+      tf.errors.UnimplementedError: On a GPU, if a kernel cannot be compiled or needs
+        more shared memory than there is, or has bfloat16 before compute capability 8.0.
       TypeError: If a dtype is not supported or not equal to q's, or `block_mask` is no
         `BlockMask`.
       ValueError: If a shape or a number of heads does not fit.
