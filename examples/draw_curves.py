@@ -8,8 +8,6 @@ draws those of a report again; `train_lm.py` draws those of its runs.
 import json
 import sys
 
-import matplotlib
-
 
 def draw(curves, config, data, path, device=None):
     """Draws the curves of some patterns, which had the same data and model.
@@ -20,7 +18,17 @@ def draw(curves, config, data, path, device=None):
       data: What was learned, in words.
       path: Of the picture; its ending says the format.
       device: What it ran on, in words.
+
+    Where there is no matplotlib it says so on stderr: a run is not lost by that.
     """
+    try:
+        import matplotlib
+    except ImportError:
+        sys.stderr.write(
+            f"{path} is not drawn, as there is no matplotlib; `pip install matplotlib`, "
+            "and the same command draws it\n"
+        )
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -157,6 +157,21 @@ def test_curves_say_what_they_show(train_lm, drawn, tmp_path):
     assert seconds.lines[0].get_xdata()[-1] == pytest.approx(took)
 
 
+def test_without_matplotlib_it_says_how_to_draw(
+    train_lm, uninterrupted, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what a failed import leaves
+    config = json.loads((uninterrupted / "fixed/config.json").read_text())
+    (uninterrupted / "curves.png").unlink()
+    train_lm.draw_all(uninterrupted, config, "a text")
+    assert (
+        "curves.png is not drawn, as there is no matplotlib" in capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    train_lm.draw_all(uninterrupted, config, "a text")
+    assert (uninterrupted / "curves.png").exists()
+
+
 def test_curves_of_another_model_are_not_drawn_beside(train_lm, uninterrupted, drawn):
     config = json.loads((uninterrupted / "fixed/config.json").read_text())
     figure = drawn(train_lm.draw_all, uninterrupted, config, "a text")
