@@ -67,6 +67,25 @@ def test_gradients_of_ops_made_outside_are_taken_inside():
     assert (inside.numpy() == tape.gradient(y, x).numpy()).all()
 
 
+def test_the_three_ops_are_refused():
+    """Each would be in the graph; their gradients outside of the block stay."""
+    x = tf.constant(normal(1, 64, 32))
+    three = sa.BlocksparseTransformer(np.ones([1, 2, 2], bool), block_size=32, heads=2)
+    w = three.query_key_op(x, x)
+    for call in (
+        lambda: three.query_key_op(x, x),
+        lambda: three.weight_value_op(w, x),
+        lambda: three.tn_op(w, x),
+        lambda: three.softmax(w),
+        lambda: sa.blocksparse_attention_impl(
+            *(x, x, x, 2, "all"), backend="blocksparse_ops"
+        ),
+    ):
+        with sa.portable_graph(), pytest.raises(NotImplementedError, match="'fused'"):
+            call()
+        call()
+
+
 def test_keras_own_layers_stay_with_keras():
     layer, x = keras.layers.MultiHeadAttention(4, 8), normal(2, 24, 16)
     plain = layer(x, x).numpy()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from ..ops import portable
 from ..ops.plan_tensors import kept
 from ..ops.signature import TensorLike
 from ..plan.block_mask import in_positions
@@ -32,6 +33,17 @@ from .tables import BlocksparseTables
 
 # The name of a collection of a graph. As it is no str, it is not saved with the graph.
 _CONSTANTS = ("sparse_attention", "tables")
+
+
+def _ops():
+    """The module with the ops, where a call may use them."""
+    if portable.is_on():
+        raise NotImplementedError(
+            "BlocksparseTransformer's ops have no portable form, which sa.portable_graph() "
+            "asks for; block_sparse_attention and blocksparse_attention_impl with "
+            "backend='fused' have one"
+        )
+    return load_blocksparse_ops()
 
 
 class BlocksparseTransformer(BlocksparseTables):
@@ -92,7 +104,7 @@ class BlocksparseTransformer(BlocksparseTables):
         Numerics: float32 accumulation, one rounding to `dtype`. Bitwise deterministic.
         Cost: 2 blk_size^2 head_dim FLOP per block, head and batch.
         """
-        return load_blocksparse_ops().blocksparse_transformer_nt(
+        return _ops().blocksparse_transformer_nt(
             a,
             b,
             *self.get_lut_constants(),
@@ -106,7 +118,7 @@ class BlocksparseTransformer(BlocksparseTables):
         self, a: TensorLike, b: TensorLike, name: str | None = None, bench: int = 0
     ) -> tf.Tensor:
         """a b with `a` as from `nt_op` and `b` [batch, kv_len, heads * head_dim]."""
-        return load_blocksparse_ops().blocksparse_transformer_nn(
+        return _ops().blocksparse_transformer_nn(
             a,
             b,
             *self.get_lut_constants(),
@@ -119,7 +131,7 @@ class BlocksparseTransformer(BlocksparseTables):
         self, a: TensorLike, b: TensorLike, name: str | None = None, bench: int = 0
     ) -> tf.Tensor:
         """a^T b with `a` as from `nt_op` and `b` [batch, q_len, heads * head_dim]."""
-        return load_blocksparse_ops().blocksparse_transformer_tn(
+        return _ops().blocksparse_transformer_tn(
             a,
             b,
             *self.get_lut_constants(),
@@ -198,7 +210,7 @@ class BlocksparseTransformer(BlocksparseTables):
             return self.softmax(x, scale, dtype)
         mask = self._constant("softmax_mask")
         if autoregress_at_key is not None:
-            mask = load_blocksparse_ops().bst_partial_autoregressive_mask(
+            mask = _ops().bst_partial_autoregressive_mask(
                 mask,
                 self._constant("nt_lut"),
                 autoregress_at_key,
@@ -207,7 +219,7 @@ class BlocksparseTransformer(BlocksparseTables):
                 ctx_blks_k=self.ctx_blks_k,
             )
         lut = self._constant("nn_lut")
-        return load_blocksparse_ops().blocksparse_masked_softmax(
+        return _ops().blocksparse_masked_softmax(
             x, _on_host(scale), lut, mask, **self._softmax_attrs(dtype)
         )
 
@@ -216,7 +228,7 @@ class BlocksparseTransformer(BlocksparseTables):
     ) -> tf.Tensor:
         """`masked_softmax` over every key of a query's blocks."""
         lut = self._constant("nn_lut")
-        return load_blocksparse_ops().blocksparse_softmax(
+        return _ops().blocksparse_softmax(
             x, _on_host(scale), lut, **self._softmax_attrs(dtype)
         )
 

@@ -27,7 +27,8 @@ def portable_graph() -> Iterator[None]:
     `tf.function` anew inside.
 
     It holds for the thread that opens it, and for `block_sparse_attention` and all
-    that is made of it; `BlocksparseTransformer`'s three ops have no such form.
+    that is made of it. `BlocksparseTransformer`'s three ops have no such form, and raise
+    a NotImplementedError.
 
     >>> import sparse_attention as sa, tensorflow as tf
     >>> plan = sa.pattern_block_mask("all", 64, 4, 16)
