@@ -35,7 +35,8 @@ VARIABLES = (
 )
 NO_COMPILER = (
     "install g++ 7 or later or clang++ 5 or later, or name one in CXX; without one, "
-    "install a wheel that `python setup.py bdist_wheel` made where there is one"
+    "install the wheel for this TensorFlow, or one that `python setup.py bdist_wheel` made "
+    "where there is one"
 )
 
 
@@ -230,7 +231,7 @@ def _check():
 
 def _remedy_for_no_ops():
     if cache.is_set("SPARSE_ATTENTION_NO_JIT"):
-        return "unset SPARSE_ATTENTION_NO_JIT, or install a wheel with the ops in it"
+        return "unset SPARSE_ATTENTION_NO_JIT, or install the wheel for this TensorFlow"
     if libraries.compiler() is None:
         return NO_COMPILER
     return f"SPARSE_ATTENTION_VERBOSE=1 shows the compiler's commands; {REPORT}"

@@ -421,6 +421,22 @@ def test_shipped_library_serves_its_minor_tensorflow_only(monkeypatch):
     assert prebuilt("2.21.0") != prebuilt("2.22.0")
 
 
+@pytest.mark.parametrize("variable", ["SPARSE_ATTENTION_NO_JIT", "CXX"])
+def test_a_wheel_for_another_tensorflow_is_named(variable, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, "1")  # is no compiler
+    monkeypatch.setattr(libraries, "PACKAGE", str(tmp_path))
+    monkeypatch.setattr(libraries, "_tensorflow", lambda: ("2.5.3", [], []))
+    here = libraries.prebuilt("attention_ops")
+    os.makedirs(os.path.dirname(here))
+    plain = libraries.why_no_compiling("attention_ops")
+    open(here.replace("tf2.5", "tf2.4"), "w").close()
+    why = libraries.why_no_compiling("attention_ops")
+    assert plain in why and "for TensorFlow 2.4, and this is 2.5.3" in why
+    assert libraries.why_no_compiling("blocksparse_ops") == plain
+    open(here, "w").close()
+    assert libraries.why_no_compiling("attention_ops") == plain
+
+
 def test_shipped_library_comes_before_cached_unless_broken(
     stand_in, monkeypatch, tmp_path
 ):

@@ -147,10 +147,24 @@ def compiler():
 def why_no_compiling(name=None):
     """What keeps a library, or any, from being compiled: str, or None if nothing does."""
     if cache.is_set("SPARSE_ATTENTION_NO_JIT"):
-        return "SPARSE_ATTENTION_NO_JIT is set"
+        return "SPARSE_ATTENTION_NO_JIT is set" + _is_for_another(name)
     if os.name != "posix" or compiler() is None:
-        return f"no compiler: {os.environ.get('CXX') or 'g++'} does not run"
+        command = os.environ.get("CXX") or "g++"
+        return f"no compiler: {command} does not run" + _is_for_another(name)
     return _why_no_xla() if name == "attention_xla" else None
+
+
+def _is_for_another(name):
+    """str: for which TensorFlow a wheel brought the library, if not for this one."""
+    prefix = os.path.join(PACKAGE, "prebuilt", f"{name}-tf")
+    shipped = glob.glob(glob.escape(prefix) + "*.so")
+    if not shipped or os.path.exists(prebuilt(name)):
+        return ""
+    minor = shipped[0][len(prefix) :].split("-")[0]
+    return (
+        f"; the wheel brought {name} for TensorFlow {minor}, and this is "
+        f"{_tensorflow()[0]}"
+    )
 
 
 def _why_no_xla():
