@@ -132,6 +132,12 @@ def test_the_house_has_every_module():
     assert modules <= set(re.findall(r"\w+", house.group()))
 
 
+def test_every_benchmark_is_described():
+    scripts = [n for n in os.listdir(ROOT + "/benchmarks") if n.endswith(".py")]
+    missing = [name for name in scripts if name not in text_of("benchmarks/README.md")]
+    assert scripts and not missing
+
+
 def test_every_exported_name_is_in_the_reference_once():
     import sparse_attention as sa
 
