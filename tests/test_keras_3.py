@@ -213,7 +213,17 @@ for name in ("SparseSelfAttention", "SparseTransformer", "Adam"):
 @pytest.mark.parametrize(
     "arguments, environment, message",
     [
-        (["hidden"], {}, "need Keras, .*pip install keras"),
+        (["hidden"], {}, "need Keras, .*pip install keras`$"),
+        (
+            ["hidden"],
+            {"TF_USE_LEGACY_KERAS": "1"},
+            "need Keras, .*pip install tf_keras`, or unset .* TF_USE_LEGACY_KERAS$",
+        ),
+        (
+            ["hidden"],
+            {"KERAS_BACKEND": "torch"},
+            "need Keras, .*; unset .* KERAS_BACKEND, or set it to 'tensorflow'$",
+        ),
         ([], {"KERAS_BACKEND": "numpy"}, "need Keras.*KERAS_BACKEND"),
     ],
 )

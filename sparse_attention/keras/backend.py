@@ -1,6 +1,17 @@
 """Keras on TensorFlow, or an error that says what is in its way."""
 
+import os
 from typing import Any
+
+
+def _remedy():
+    """What to do where Keras does not import, by what was asked for."""
+    if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):  # as TensorFlow
+        return "`pip install tf_keras`, or unset the environment variable TF_USE_LEGACY_KERAS"
+    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        return "unset the environment variable KERAS_BACKEND, or set it to 'tensorflow'"
+    return "`pip install keras`"
+
 
 try:
     from tensorflow import keras
@@ -9,8 +20,7 @@ try:
 except (ImportError, RecursionError) as error:  # TensorFlow raises the second again
     raise ImportError(
         "sparse_attention's layers and models need Keras, which does not import "
-        f"({error.__context__ or error}); `pip install keras`, and leave the "
-        "environment variable KERAS_BACKEND unset or 'tensorflow'"
+        f"({error.__context__ or error}); {_remedy()}"
     ) from error
 if backend != "tensorflow":
     raise ImportError(
