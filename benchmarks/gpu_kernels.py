@@ -17,7 +17,7 @@ Floors on an H100 (3.0 TB/s copied, 750 TFLOP/s bf16 multiplied), batch 4, T 16,
 
 Bytes: q, k, v, o once; backward q, k, v, o, do read and dq, dk, dv written once. Our
 three backward kernels move 0.6 ms' worth: delta reads o, do; dq reads q, k, v, do; dkv
-reads them again. What was tried is in results/gpu_kernels_h100.txt; csrc/cuda/configs.cc
+reads them again. What was tried is in results/gpu_kernels_h100.txt; csrc/cuda/host/configs.cc
 chooses the tiles.
 """
 
