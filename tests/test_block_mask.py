@@ -138,6 +138,30 @@ def test_elements_are_evaluated_only_where_blocks_are_undecided():
     assert count(per_head=True) == 4 * 63 * 16 * 16
 
 
+@given(cases())
+@example(NO_ROWS_IN_A_BLOCK)
+def test_causal_plans_are_told_from_others(case):
+    block_mask = BlockMask(*case)
+    assert block_mask.is_causal == (not np.triu(in_rows(case), 1).any())
+    loaded = BlockMask.from_config(block_mask.get_config())
+    assert loaded.is_causal == block_mask.is_causal
+
+
+@pytest.mark.parametrize("row_stride", [1, 2, 7])
+@pytest.mark.parametrize("time", [1, 8, 9, 16, 33])
+@pytest.mark.parametrize("more_keys", [0, 3])
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_one_later_key_makes_a_plan_not_causal(row_stride, time, more_keys, shift):
+    mask, kv_len = masks.Mask(lambda head, q, k: k <= q + shift), time + more_keys
+    row_stride = min(row_stride, time)
+    q_blocks, kv_blocks = (
+        -(-(-(-length // row_stride) * row_stride) // 8) for length in (time, kv_len)
+    )
+    layout = np.ones([q_blocks, kv_blocks], bool)
+    block_mask = BlockMask(layout, mask, 8, time, kv_len, row_stride)
+    assert block_mask.is_causal == (shift <= 0 or kv_len == 1)
+
+
 def test_plans_are_made_once_and_are_read_only():
     layout = np.ones([1, 2, 2], bool)
     block_mask = BlockMask(layout, masks.causal_mask(), 8)

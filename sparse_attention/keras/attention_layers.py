@@ -7,10 +7,8 @@ import warnings
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from ..ops.plan_tensors import kept
 from ..plan.block_mask import BlockMask
 from ..plan.checks import as_ints
 from ..plan.masks import VERTSIZE
@@ -152,7 +150,7 @@ class Sparse(CompiledWhereXlaCan):
                     f"{lengths[0]} and {lengths[1]}, and 1 head or {heads}, got "
                     f"q_len = {plan.q_len}, kv_len = {plan.kv_len}, {plan.heads} heads"
                 )
-            if is_causal and not _is_causal_plan(plan):
+            if is_causal and not plan.is_causal:
                 raise ValueError(
                     "use_causal_mask=True must be left out, or block_mask be causal; "
                     "`mask & sa.causal_mask()` makes a mask causal"
@@ -185,30 +183,6 @@ class Sparse(CompiledWhereXlaCan):
         plan = plan and BlockMask.from_config(plan)
         keras_class: Any = super()
         return keras_class.from_config({**config, "block_mask": plan})
-
-
-def _is_causal_plan(plan):
-    """Whether no row of a plan attends to a later one; found once."""
-    made = kept(plan)
-    if "is_causal" not in made:
-        made["is_causal"] = plan.row_stride == 1 and not _looks_ahead(plan)
-    return made["is_causal"]
-
-
-def _looks_ahead(plan):
-    tiles = plan.tiles(plan.block_size)
-    q_block = np.repeat(np.arange(len(tiles.kv_indptr) - 1), np.diff(tiles.kv_indptr))
-    q_block %= plan.q_blocks
-    on_diagonal = tiles.kv_indices == q_block
-    ids, keys = tiles.mask_ids[on_diagonal], plan.kv_len - plan.block_size * q_block
-    is_full = (ids < 0) & (keys[on_diagonal] > 1)
-    bits = np.unpackbits(tiles.mask_bits[ids[ids >= 0]], axis=2, bitorder="little")
-    is_later = np.tri(plan.block_size, k=-1, dtype=bool)  # [kv, q]
-    return (
-        np.any(tiles.kv_indices > q_block)
-        or np.any(is_full)
-        or np.any(bits.astype(bool) & is_later)
-    )
 
 
 @lru_cache(maxsize=None)

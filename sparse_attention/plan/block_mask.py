@@ -196,6 +196,34 @@ class BlockMask:
         return float(np.mean(self.block_kinds != EMPTY))
 
     @property
+    def is_causal(self) -> bool:
+        """Whether no query attends to a key of a later row; found once.
+
+        >>> from sparse_attention.plan.masks import causal_mask
+        >>> layout = np.ones([2, 2])
+        >>> [BlockMask(layout, mask, 8).is_causal for mask in (causal_mask(), None)]
+        [True, False]
+        """
+        if "is_causal" not in self._cache:
+            self._cache["is_causal"] = not self._looks_ahead()
+        return self._cache["is_causal"]
+
+    def _looks_ahead(self):
+        # A FULL block that may look ahead does, so it does not matter that rows which do
+        # not exist seem to attend in it.
+        may = self._kv.span.hi > self._q.span.lo[:, None]
+        blocks = np.nonzero((self.block_kinds != EMPTY) & may)
+        code_bits, step = self._blocks.code_bits(), CHUNK // self.block_size**2
+        for start in range(0, len(blocks[0]), step):
+            head, q_block, kv_block = (x[start : start + step] for x in blocks)
+            bits = code_bits[self._blocks.codes(head, q_block, kv_block)]
+            attends = np.unpackbits(bits, axis=2, bitorder="little").astype(bool)
+            q, kv = self._q.rows[q_block], self._kv.rows[kv_block]
+            if np.any(attends & (kv[:, :, None] > q[:, None, :])):
+                return True
+        return False
+
+    @property
     def kv_indptr(self) -> np.ndarray:
         """int32 [heads * q_blocks + 1], each q block's offset into `kv_indices`."""
         return self.tiles(self.block_size).kv_indptr
