@@ -15,8 +15,9 @@ from require import is_required
 NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
-        "attention_layers check_numerics flash_attention generation gpu_training "
-        "keras_3 model_rules models new_pattern optimizer portable recompute_layers train_lm xla"
+        "attention_layers check_numerics flash_attention generation gpu_training keras_3 "
+        "model_images model_rules models new_pattern optimizer portable recompute_layers "
+        "train_images train_lm xla"
     ).split()
 ]
 collect_ignore = NEWER_TESTS if sys.version_info < (3, 8) else []

@@ -130,7 +130,9 @@ def model_by_hand(model, x, dtype, attention, rotary=None, **rule):
         return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * gamma + beta
 
     embedding = model.token_embedding.get_weights()[0].astype(dtype)
-    x = embedding[x] + model.position_embedding.get_weights()[0].astype(dtype)
+    tables = [w.astype(dtype) for w in model.position_embedding.get_weights()]
+    places = np.unravel_index(np.arange(x.shape[1]), [len(w) for w in tables])
+    x = embedding[x] + sum(w[places_of] for w, places_of in zip(tables, places))
     for block in model.blocks:
         h, layer = norm(block.norm_attention, x), block.attention
         qkv = [

@@ -120,6 +120,15 @@ def test_logits_match_the_oracle(attention, dtype):
     assert_close(got, want, whole, 2)
 
 
+def test_the_last_token_may_be_one_that_no_position_reads():
+    model, prompt = model_of("local,strided"), tokens_of(1)
+    got, _ = sa.generate(model, prompt, TIME, temperature=0)
+    tokens = np.concatenate([prompt, got[:, :-1]], axis=1)
+    np.testing.assert_array_equal(got, np.argmax(model(tokens), axis=2))
+    again, _ = sa.generate(model, tokens, 1, temperature=0)
+    np.testing.assert_array_equal(again, got[:, -1:])
+
+
 # ---- prompts of different lengths ----
 
 LENGTHS = 13, 1, 40, 32, 13
@@ -587,7 +596,7 @@ def test_documentation_examples():
         ),
         ({"prompt": [[-1, 0]]}, "prompt must be in .*, got -1 to 0"),
         ({"length": 0}, "length must be a positive integer, got 0"),
-        ({"length": TIME}, r"at most time=72 together, got 2 \+ 72"),
+        ({"length": TIME}, r"at most time \+ 1 = 73 together, got 2 \+ 72"),
         ({"temperature": -0.5}, "temperature must be finite and >= 0, got -0.5"),
         ({"temperature": np.nan}, "temperature must be finite and >= 0, got nan"),
         ({"temperature": "0"}, "temperature must be finite and >= 0, got '0'"),
@@ -721,7 +730,9 @@ def example(monkeypatch, capsys):
 
 def test_example_names_what_does_not_fit(trained, example, tmp_path):
     assert "must hold a run of train_lm.py, has no config.json" in example(tmp_path)
-    assert "at most time=128 together, got 7 + 122" in example(trained, "--length", 122)
+    assert "at most time + 1 = 129 together, got 7 + 123" in example(
+        trained, "--length", 123
+    )
     assert "prompt must be" in example(trained, "--prompt", "")
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -388,7 +388,7 @@ def generate(
     Raises:
       TypeError: If the prompts, their lengths or their ids are no integers.
       ValueError: If an argument is not in its range or does not fit the others, or prompt
-        and continuation are longer than the model's time.
+        and continuation are together longer than the model's time and one more.
     """
     decoder = model if isinstance(model, Decoder) else None
     model = model if decoder is None else decoder.model
@@ -399,9 +399,9 @@ def generate(
     _check_sampling(temperature, top_k, top_p)
     pad_token = _check_ends(model, eos_token, pad_token)
     batch, longest = prompt.shape
-    if longest + length > model.time:
+    if longest + length > model.time + 1:  # what is drawn last is not read
         raise ValueError(
-            f"prompt and length must be at most time={model.time} together, "
+            f"prompt and length must be at most time + 1 = {model.time + 1} together, "
             f"got {longest} + {length}"
         )
     if decoder is None:

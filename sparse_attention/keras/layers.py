@@ -234,14 +234,7 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
                 self.num_verts,
                 self.vertsize,
             )
-        plan = self.block_mask
-        lengths_fit = plan.q_len == plan.kv_len == time
-        if not lengths_fit or plan.heads not in (1, self.heads):
-            raise ValueError(
-                f"block_mask must have q_len = kv_len = time = {time} and 1 head or "
-                f"heads = {self.heads}, got q_len = {plan.q_len}, "
-                f"kv_len = {plan.kv_len}, {plan.heads} heads"
-            )
+        check_plan(self.block_mask, time, self.heads)
         inner, kv_inner = self.heads * self.head_dim, self.kv_heads * self.head_dim
         initializer = self.kernel_initializer
         self.query = self._projection("query", width, inner, initializer)
@@ -394,6 +387,17 @@ class SparseSelfAttention(CompiledWhereXlaCan, NotQuantized, keras.layers.Layer)
         plan = config.get("block_mask")
         plan = plan and BlockMask.from_config(plan)
         return super().from_config({**config, "block_mask": plan})
+
+
+def check_plan(plan, time, heads):
+    """Raises ValueError unless the plan is for `time` positions and as many heads."""
+    lengths_fit = plan.q_len == plan.kv_len == time
+    if not lengths_fit or plan.heads not in (1, heads):
+        raise ValueError(
+            f"block_mask must have q_len = kv_len = time = {time} and 1 head or "
+            f"heads = {heads}, got q_len = {plan.q_len}, kv_len = {plan.kv_len}, "
+            f"{plan.heads} heads"
+        )
 
 
 def length_up_to(time, x, name):

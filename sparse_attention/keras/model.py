@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from typing import Any
+import math
+from typing import Any, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from ..ops.recompute import recomputable
 from ..ops.signature import TensorLike
-from ..plan.checks import as_ints, check_positive
+from ..plan.block_mask import BlockMask
+from ..plan.checks import as_ints, as_list, check_positive
 from ..plan.masks import VERTSIZE
 from ..plan.patterns import layer_patterns, pattern_block_mask, resolve
 from .backend import NotQuantized, keras, require_keras_3
-from .layers import Dense, SparseSelfAttention, length_up_to, serializable
+from .layers import (
+    Dense,
+    SparseSelfAttention,
+    check_plan,
+    length_up_to,
+    serializable,
+)
 from .score_options import SCORE_OPTIONS, rate, score_options
 
 # What weights of one configuration may differ in from those of another.
@@ -23,7 +32,8 @@ ANY_WHEN_LOADED = ("dropout", "attention_dropout", "recompute")
 # The same where a model takes the weights of another.
 ANY_WHEN_TAKEN = (
     *ANY_WHEN_LOADED,
-    *("time", "attention", "local_attn_ctx", "block_size", "num_verts", "vertsize"),
+    *("time", "attention", "block_mask"),
+    *("local_attn_ctx", "block_size", "num_verts", "vertsize"),
 )
 
 
@@ -38,6 +48,64 @@ class LayerNorm(NotQuantized, keras.layers.LayerNormalization):
 
 class Embedding(NotQuantized, keras.layers.Embedding):
     """Keras's, whose weights the model also reads by itself."""
+
+
+class AxesEmbedding(NotQuantized, keras.layers.Layer):
+    """An `Embedding` of positions in an array: the sum of one for each of its axes.
+
+    Args:
+      axes: Sizes of the array, the last one's index of which changes fastest.
+      width: Of an embedding.
+
+    Call arguments:
+      positions: int [...].
+
+    Returns:
+      [..., width], added in the dtype of the weights.
+    """
+
+    def __init__(self, axes, width, **kwargs):
+        super().__init__(**kwargs)
+        self.axes = tuple(axes)
+        self.width = width
+        deviation = (len(axes) * width) ** -0.5
+        # One for each: Keras draws the same values for all that share one.
+        self.initializers = [
+            keras.initializers.RandomNormal(stddev=deviation) for _ in axes
+        ]
+
+    def build(self, input_shape):
+        self.tables = [
+            self.add_weight(
+                name=f"embeddings_{axis}",
+                shape=[size, self.width],
+                initializer=initializer,
+                autocast=False,
+            )
+            for axis, (size, initializer) in enumerate(
+                zip(self.axes, self.initializers)
+            )
+        ]
+
+    @property
+    def embeddings(self):
+        """[time, width]: of all positions, in order, without a look-up."""
+        parts = []
+        for axis, (size, table) in enumerate(zip(self.axes, self.tables)):
+            shape = [1] * len(self.axes)
+            shape[axis] = size
+            parts.append(tf.reshape(table, [*shape, self.width]))
+        return tf.reshape(self._sum(parts), [-1, self.width])
+
+    def call(self, positions):
+        parts, stride = [], math.prod(self.axes)
+        for size, table in zip(self.axes, self.tables):
+            stride //= size
+            parts.append(tf.gather(table, positions // stride % size))
+        return self._sum(parts)
+
+    def _sum(self, parts):
+        return tf.cast(functools.reduce(tf.add, parts), self.compute_dtype)
 
 
 class SparseTransformerBlock(NotQuantized, keras.layers.Layer):
@@ -144,7 +212,7 @@ class SparseTransformer(NotQuantized, keras.Model):
       heads: Attention heads.
       attention: The patterns that the layers have in turn, with commas between: "all"
         (or "dense"), "local", "strided", "fixed"; all are causal. The paper's strided
-        attention is "local,strided".
+        attention is "local,strided". Left out beside a `block_mask`.
       local_attn_ctx, block_size, num_verts, vertsize: As for `pattern_block_mask`.
       dropout: The fraction dropped of what a block adds.
       recompute: Whether the backward pass computes each block again from what it reads,
@@ -152,6 +220,14 @@ class SparseTransformer(NotQuantized, keras.Model):
       attention_dropout: The fraction dropped of the attention weights.
       alibi, logit_softcap, sinks, relative_positions, rotary: As for
         `SparseSelfAttention`, in each layer; beside the position embeddings.
+      kv_heads: Key heads, which divide `heads`; None: as many.
+      block_mask: A `BlockMask` for the layers, or a sequence of those that they have in
+        turn, in place of `attention` and what it takes. Each has `time` queries and
+        keys, one head or `heads`, and is causal.
+      position_axes: Sizes whose product is `time`, for sequences that are arrays, as
+        (32, 32, 3) for the rows, columns and channels of images: a position's embedding
+        is the sum of one for its index along each axis, the last of which changes
+        fastest. None: each position has its own.
       **kwargs: What every model takes: `name`, `dtype` (or a policy), `trainable`.
 
     Call arguments:
@@ -166,7 +242,9 @@ class SparseTransformer(NotQuantized, keras.Model):
 
     Raises:
       ImportError: If Keras is older than 3.
-      ValueError: If an argument is out of range or does not fit the others.
+      TypeError: If `block_mask` holds anything else.
+      ValueError: If an argument is out of range or does not fit the others, or a plan
+        lets a position attend to a later one.
       NotImplementedError: From `quantize`.
 
     Numerics: As its layers, in the policy's compute dtype, to which Keras also rounds
@@ -185,7 +263,7 @@ class SparseTransformer(NotQuantized, keras.Model):
         layers: int,
         width: int,
         heads: int,
-        attention: str = "fixed",
+        attention: str | None = "fixed",
         local_attn_ctx: int = 128,
         block_size: int = 32,
         num_verts: int | None = None,
@@ -199,6 +277,9 @@ class SparseTransformer(NotQuantized, keras.Model):
         sinks: bool = False,
         relative_positions: int | None = None,
         rotary: bool | float = False,
+        kv_heads: int | None = None,
+        block_mask: BlockMask | Sequence[BlockMask] | None = None,
+        position_axes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         require_keras_3("SparseTransformer")
@@ -226,11 +307,24 @@ class SparseTransformer(NotQuantized, keras.Model):
         options = score_options(
             heads, alibi, logit_softcap, sinks, relative_positions, rotary
         )
-        attn_modes = layer_patterns(attention)
-        for attn_mode in attn_modes:  # Errors are raised now, and the plans are cached.
-            _, settings = resolve(attn_mode, time, heads, **pattern)
-            pattern["num_verts"] = settings.num_verts or pattern["num_verts"]
-            pattern_block_mask(attn_mode, time, heads, **pattern)
+        kv_heads = as_ints(kv_heads=kv_heads)["kv_heads"]
+        axes = _axes_of(position_axes, time)
+        self.plans = _plans_of(block_mask, time, heads)
+        layers_have: list[dict]  # in turn
+        if self.plans:
+            if attention not in ("fixed", None):
+                raise ValueError(
+                    f"attention must be left out beside a block_mask, got {attention!r}"
+                )
+            attention, pattern = None, {}
+            layers_have = [{"block_mask": plan} for plan in self.plans]
+        else:
+            attn_modes = layer_patterns(attention)
+            for attn_mode in attn_modes:  # Errors come now, and the plans are cached.
+                _, settings = resolve(attn_mode, time, heads, **pattern)
+                pattern["num_verts"] = settings.num_verts or pattern["num_verts"]
+                pattern_block_mask(attn_mode, time, heads, **pattern)
+            layers_have = [{"attn_mode": mode, **pattern} for mode in attn_modes]
         self._config = {
             **sizes,
             "attention": attention,
@@ -238,6 +332,9 @@ class SparseTransformer(NotQuantized, keras.Model):
             **rates,
             "recompute": bool(recompute),
             **options,
+            "kv_heads": heads if kv_heads is None else kv_heads,
+            "block_mask": [plan.fingerprint for plan in self.plans] or None,
+            "position_axes": axes,
         }
         self.vocab_size = vocab_size
         self.time = time
@@ -246,13 +343,13 @@ class SparseTransformer(NotQuantized, keras.Model):
         policy = self.dtype_policy
         residual_scale = (2 * layers) ** -0.5
         self.token_embedding = _embedding("token_embedding", vocab_size, width, policy)
-        self.position_embedding = _embedding("position_embedding", time, width, policy)
+        self.position_embedding = _positions(time, axes, width, policy)
         self.blocks = [
             SparseTransformerBlock(
                 SparseSelfAttention(
                     heads,
-                    attn_mode=attn_mode,
-                    **pattern,
+                    kv_heads=kv_heads,
+                    **attends,
                     **options,
                     dropout=rates["attention_dropout"],
                     kernel_initializer=_normal(1.0),
@@ -267,7 +364,7 @@ class SparseTransformer(NotQuantized, keras.Model):
                 dtype=policy,
                 name=f"block_{i}",
             )
-            for i, attn_mode in zip(range(layers), itertools.cycle(attn_modes))
+            for i, attends in zip(range(layers), itertools.cycle(layers_have))
         ]
         self.final_norm = _layer_norm("final_norm", "float32")
 
@@ -345,7 +442,14 @@ class SparseTransformer(NotQuantized, keras.Model):
         return super().count_params() - 1
 
     def get_config(self) -> dict:
-        return {**super().get_config(), **self._config}
+        plans = [plan.get_config() for plan in self.plans] or None
+        return {**super().get_config(), **self._config, "block_mask": plans}
+
+    @classmethod
+    def from_config(cls, config: dict) -> Any:
+        plans = config.get("block_mask")
+        plans = plans and [BlockMask.from_config(plan) for plan in plans]
+        return super().from_config({**config, "block_mask": plans})
 
     def take_weights(self, source: SparseTransformer) -> None:
         """Begins with the weights of another model, whose time or pattern may be another.
@@ -387,9 +491,9 @@ class SparseTransformer(NotQuantized, keras.Model):
     def _differences(self, config, but):
         """In words, of another configuration from this one."""
         return "; ".join(
-            f"{name} = {config[name]} there, {value} here"
+            f"{name} = {config.get(name)} there, {value} here"
             for name, value in self._config.items()
-            if name not in but and config[name] != value
+            if name not in but and config.get(name) != value
         )
 
     # Keras by itself loads what it finds: the first layers of a checkpoint that has more.
@@ -410,13 +514,54 @@ class SparseTransformer(NotQuantized, keras.Model):
                 "set_weights"
             ) from None
         saved = json.loads(np.asarray(config).tobytes())
-        saved = {**SCORE_OPTIONS, **saved}  # earlier versions had no options
+        # Earlier versions had no options.
+        saved = {**SCORE_OPTIONS, "kv_heads": saved["heads"], **saved}
         differences = self._differences(saved, ANY_WHEN_LOADED)
         if differences:
             raise ValueError(
                 f"the weights must be of this configuration: {differences}"
             )
         super().load_own_variables({"0": store["0"]})
+
+
+def _axes_of(position_axes, time):
+    """The sizes as a list of ints; None: there are none."""
+    if position_axes is None:
+        return None
+    sizes = as_list("position_axes", position_axes)
+    axes = as_ints(**{f"position_axes[{i}]": size for i, size in enumerate(sizes)})
+    check_positive(**axes)
+    if math.prod(axes.values()) != time:
+        raise ValueError(
+            f"position_axes must be sizes whose product is time={time}, "
+            f"got {position_axes!r}"
+        )
+    return list(axes.values())
+
+
+def _plans_of(block_mask, time, heads):
+    """tuple of the plans, which fit and are causal; none where there are none."""
+    if block_mask is None:
+        return ()
+    plans = block_mask if isinstance(block_mask, (list, tuple)) else [block_mask]
+    if not plans:
+        raise ValueError("block_mask must hold at least one BlockMask, got none")
+    for plan in plans:
+        if not isinstance(plan, BlockMask):
+            raise TypeError(
+                "block_mask must be a BlockMask or a list of them, "
+                f"got {type(plan).__name__}"
+            )
+        check_plan(plan, time, heads)
+        if not plan.is_causal:
+            rows = ((row, plan.keys_of(row).max(initial=row)) for row in range(time))
+            row, key = next((row, key) for row, key in rows if key > row)
+            raise ValueError(
+                "block_mask must be causal, or the model would read what it is to tell, "
+                f"got a plan whose row {row} attends to row {key}; "
+                "`mask & sa.causal_mask()` makes a mask causal"
+            )
+    return tuple(plans)
 
 
 def _spans_workers(strategy):
@@ -432,6 +577,13 @@ def _embedding(name, count, width, policy):
         dtype=policy,
         name=name,
     )
+
+
+def _positions(time, axes, width, policy):
+    name = "position_embedding"
+    if axes is None:
+        return _embedding(name, time, width, policy)
+    return AxesEmbedding(axes, width, dtype=policy, name=name)
 
 
 def _layer_norm(name, policy):

@@ -7,6 +7,7 @@ A block is EMPTY (it is not computed), PARTIAL (it is computed, then masked by b
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import sys
 import zipfile
@@ -362,6 +363,23 @@ class BlockMask:
         return keys
 
     # ---- saving ----
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that plans share if their sizes and elements are equal.
+
+        >>> from sparse_attention.plan.masks import causal_mask
+        >>> plan = BlockMask(np.ones([2, 2]), causal_mask(), block_size=8)
+        >>> BlockMask.from_config(plan.get_config()).fingerprint == plan.fingerprint
+        True
+        """
+        if "fingerprint" not in self._cache:
+            sizes = [getattr(self, name) for name in _SAVED_SIZES]
+            content = hashlib.sha256(repr([self.heads, *map(int, sizes)]).encode())
+            content.update(self.block_kinds.tobytes())
+            content.update(self._blocks.mask_bits[self._blocks.mask_ids].tobytes())
+            self._cache["fingerprint"] = content.hexdigest()[:16]
+        return self._cache["fingerprint"]
 
     def get_config(self) -> dict:
         """What `from_config` needs to make this plan again; JSON can hold it.

@@ -97,7 +97,7 @@ def check_known(attn_mode: str, known: Any = None) -> None:
         )
 
 
-def layer_patterns(attention: str) -> list:
+def layer_patterns(attention: str | None) -> list:
     """The names of the patterns that a model's layers have in turn.
 
     >>> layer_patterns("dense, local")
