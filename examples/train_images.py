@@ -30,13 +30,15 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from train_lm import (  # noqa: E402
-    BitsPerByte,
-    Keeper,
-    check_folder,
+from runs import check_folder  # noqa: E402
+from training import (  # noqa: E402
+    add_settings,
+    check_steps,
+    compile_model,
     draw_all,
     learning_rate,
     models,
+    run,
 )
 
 import sparse_attention as sa  # noqa: E402
@@ -116,26 +118,17 @@ def argument_parser():
     parser.add_argument("--output", type=Path, default=Path("train_images"))
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    for name, value in PRESETS["cpu"].items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(option, type=type(value))
+    add_settings(parser, PRESETS["cpu"])
     return parser
 
 
 def check_numbers(args):
-    for name in ("size", "batch", "eval_batches", "steps", "steps_per_epoch"):
+    for name in ("size", "batch", "eval_batches"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.size % 2:
         raise ValueError(f"size must be even, got {args.size}")
-    if args.steps % args.steps_per_epoch:
-        raise ValueError(
-            f"steps must be a multiple of steps_per_epoch={args.steps_per_epoch}, "
-            f"got {args.steps}"
-        )
+    check_steps(args)
 
 
 def run_config(args, data):
@@ -161,34 +154,18 @@ def train(name, config, data, folder):
     training = config["training"]
     keras.utils.set_random_seed(training["seed"])
     model = sa.SparseTransformer(**config["model"])
-    model.build((None, model.time))
-    model.compile(
-        keras.optimizers.Muon(learning_rate(training)),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[BitsPerByte(name="bits_per_byte")],
-        jit_compile=sa.SparseSelfAttention(1).supports_jit,
+    optimizer = keras.optimizers.Muon(learning_rate(training))
+    compile_model(model, optimizer, sa.SparseSelfAttention(1).supports_jit)
+    run(
+        name,
+        model,
+        config,
+        folder,
+        lambda step: batches(data.train, training, step),
+        eval_batches(data.valid, training),
+        eval_batches(data.test, training),
+        unit="dim",
     )
-    model.optimizer.build(model.trainable_variables)
-    keeper = Keeper(folder, config, is_chief=True)
-    step = keeper.restore(model)
-    print(
-        f"{name}: {model.count_params():,} weights, step {step} of {training['steps']}"
-    )
-    model.fit(
-        batches(data.train, training, step),
-        epochs=training["steps"] // training["steps_per_epoch"],
-        initial_epoch=step // training["steps_per_epoch"],
-        steps_per_epoch=training["steps_per_epoch"],
-        validation_data=eval_batches(data.valid, training),
-        callbacks=[keeper],
-        shuffle=False,  # they come in order
-    )
-    bits = model.evaluate(
-        eval_batches(data.test, training), verbose=0, return_dict=True
-    )["bits_per_byte"]
-    epochs = np.diff([0, *[row["seconds"] for row in keeper.curve]])
-    seconds = np.median(epochs) / training["steps_per_epoch"]
-    print(f"{name}: {bits:.4f} bits per dim on the test data, {seconds:.3f} s/step")
     return model
 
 

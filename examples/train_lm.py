@@ -27,25 +27,15 @@ where the index is another on each, and --output a folder that all of them see.
 """
 
 import argparse
-import json
 import os
 import sys
 import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import draw_curves  # noqa: E402
 import keras  # noqa: E402
-import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from runs import (  # noqa: E402
-    MAY_CHANGE,
-    Keeper,
-    check_folder,
-    differences,
-    load_model,
-    read_config,
-)
+from runs import check_folder, load_model, read_config  # noqa: E402
 from text import (  # noqa: E402
     STANDARD_LIBRARY,
     batches,
@@ -54,10 +44,18 @@ from text import (  # noqa: E402
     read_data,
     split,
 )
+from training import (  # noqa: E402
+    add_settings,
+    check_steps,
+    compile_model,
+    draw_all,
+    learning_rate,
+    models,
+    run,
+)
 
 import sparse_attention as sa  # noqa: E402
 from sparse_attention.plan.masks import NUM_VERTS, VERTSIZE  # noqa: E402
-from sparse_attention.plan.patterns import PAPERS_MODELS, PATTERNS  # noqa: E402
 
 PRESETS = {
     "cpu": {
@@ -156,12 +154,6 @@ def main(argv=None, deterministic=False):
     return 0
 
 
-def models():
-    """{name: the patterns of its layers in turn}, the paper's models first."""
-    alone = {name: name for name in PATTERNS if name not in PAPERS_MODELS}
-    return {**PAPERS_MODELS, **alone}
-
-
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -177,14 +169,7 @@ def argument_parser():
         "--strategy", choices=["none", "mirrored", "multiworker"], default="none"
     )
     parser.add_argument("--seed", type=int, default=0)
-    for name, value in PRESETS["cpu"].items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction)
-        elif name == "optimizer":
-            parser.add_argument(option, choices=["muon", "adam"])
-        else:
-            parser.add_argument(option, type=type(value))
+    add_settings(parser, PRESETS["cpu"])
     return parser
 
 
@@ -228,11 +213,7 @@ def check_sizes(args, data_bytes, replicas):
         raise ValueError(
             f"batch must be a multiple of the {replicas} devices, got {args.batch}"
         )
-    if args.steps < 1 or args.steps_per_epoch < 1 or args.steps % args.steps_per_epoch:
-        raise ValueError(
-            f"steps must be a multiple of steps_per_epoch={args.steps_per_epoch}, "
-            f"got {args.steps}"
-        )
+    check_steps(args)
 
 
 def run_config(args, attention, data):
@@ -248,42 +229,24 @@ def run_config(args, attention, data):
 
 
 def train(name, config, data, folder, strategy, compiled, source=None):
-    training, time_ = config["training"], config["model"]["time"]
+    training, length = config["training"], config["model"]["time"]
     with strategy.scope():
         keras.utils.set_random_seed(training["seed"])
         model = sa.SparseTransformer(**config["model"])
-        model.build((None, time_))
-        model.compile(
-            optimizer(training),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=[BitsPerByte(name="bits_per_byte")],
-            jit_compile=compiled,
-        )
-        model.optimizer.build(model.trainable_variables)
+        compile_model(model, optimizer(training), compiled)
     if source is not None:
         model.take_weights(source)
-    keeper = Keeper(folder, config, is_chief(strategy))
-    step = keeper.restore(model)
     training_data, valid, test = split(data)
-    print(
-        f"{name}: {model.count_params():,} weights, step {step} of {training['steps']}"
+    run(
+        name,
+        model,
+        config,
+        folder,
+        lambda step: batches(training_data, length, training, step),
+        eval_batches(valid, length, training),
+        eval_batches(test, length, training),
+        is_chief(strategy),
     )
-    model.fit(
-        batches(training_data, time_, training, step),
-        epochs=training["steps"] // training["steps_per_epoch"],
-        initial_epoch=step // training["steps_per_epoch"],
-        steps_per_epoch=training["steps_per_epoch"],
-        validation_data=eval_batches(valid, time_, training),
-        callbacks=[keeper],
-        shuffle=False,  # they come in order
-        verbose="auto" if is_chief(strategy) else 0,
-    )
-    bits = model.evaluate(
-        eval_batches(test, time_, training), verbose=0, return_dict=True
-    )["bits_per_byte"]
-    epochs = np.diff([0, *[row["seconds"] for row in keeper.curve]])
-    seconds = np.median(epochs) / training["steps_per_epoch"]
-    print(f"{name}: {bits:.4f} bits per byte on the test data, {seconds:.3f} s/step")
     others = bits_per_byte_of_others(training_data, test).items()
     print("others: " + ", ".join(f"{bits:.4f} {other}" for other, bits in others))
 
@@ -293,39 +256,6 @@ def optimizer(training):
     if training["optimizer"] == "adam":
         return sa.Adam(learning_rate(training))
     return keras.optimizers.Muon(learning_rate(training))
-
-
-def learning_rate(training):
-    """Up for a tenth of the steps, then down along a cosine to a tenth."""
-    warmup_steps = training["steps"] // 10
-    return keras.optimizers.schedules.CosineDecay(
-        0.0,
-        training["steps"] - warmup_steps,
-        alpha=0.1,
-        warmup_target=training["learning_rate"],
-        warmup_steps=warmup_steps,
-    )
-
-
-class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):
-    def __init__(self, name):
-        super().__init__(name, from_logits=True)
-
-    def result(self):
-        return super().result() / np.log(2)
-
-
-# ---- curves ----
-
-
-def draw_all(folder, config, data):
-    """Draws the patterns that have a run there of this data and model, named `data`."""
-    curves = {}
-    for path in sorted(folder.glob("*/curve.json")):
-        there = json.loads((path.parent / "config.json").read_text())
-        if not differences(there, config, but=(*MAY_CHANGE, "attention")):
-            curves[path.parent.name] = json.loads(path.read_text())
-    draw_curves.draw(curves, config, data, folder / "curves.png")
 
 
 if __name__ == "__main__":

@@ -107,10 +107,11 @@ def test_an_interruption_changes_nothing(
         save_epoch(keeper, epoch, logs)
         raise KeyboardInterrupt
 
-    save_epoch = train_images.Keeper.on_epoch_end
+    training = importlib.import_module("training")
+    save_epoch = training.Keeper.on_epoch_end
     arguments = [*SMALL, "--data", str(data), "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(train_images.Keeper, "on_epoch_end", stop)
+        patch.setattr(training.Keeper, "on_epoch_end", stop)
         assert train_images.main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert train_images.main(arguments) == 0
