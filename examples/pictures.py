@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError(
+        "pictures are read and written by Pillow, which does not import; `pip install "
+        "pillow`, or `pip install matplotlib`, which brings it and a photograph"
+    ) from error
 
 FACTORS = (2, 4)  # that photographs are shrunk by; each divides the last
 PARTS = ("train", "valid", "test")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import sys
 
 import h5py
@@ -263,3 +264,9 @@ def test_a_run_of_another_configuration_is_an_error(whole, train_images, data, c
         train_images.main([*arguments, "--width", "32"])
     error = capsys.readouterr().err
     assert "holds a run of another configuration: width = 16 there, 32 here" in error
+
+
+def test_without_pillow_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)  # what a failed import leaves
+    with pytest.raises(ImportError, match="pip install pillow"):
+        runpy.run_path(os.path.join(FOLDER, "pictures.py"))
