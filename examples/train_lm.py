@@ -72,7 +72,7 @@ PRESETS = {
         "recompute": False,
         "dtype": "float32",
         "batch": 2,
-        "steps": 2000,
+        "steps": 1200,
         "steps_per_epoch": 100,
         "eval_batches": 16,
         "optimizer": "muon",
