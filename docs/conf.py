@@ -17,7 +17,7 @@ sys.path.insert(0, HERE)
 # The sidebar: captions and pages, in the order of reading.
 CHAPTERS = {
     "Guides": "docs/choosing docs/patterns docs/score-rules docs/keras docs/training "
-    "docs/generation docs/moving",
+    "docs/generation docs/images docs/moving",
     "Facts": "docs/numerics docs/performance docs/versions docs/limits",
     "API": "docs/api/attention docs/api/keras docs/api/plans docs/api/patterns "
     "docs/api/openai",

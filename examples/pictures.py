@@ -86,8 +86,8 @@ def sample_photographs():
         files = [Path(spec.origin).parent / folder / name for name in names]
         files = [file for file in files if file.exists()]
         if files:
-            names = ", ".join(file.name for file in files)
-            return files, f"the photographs of {package}: {names}"
+            listed = ", ".join(file.name for file in files)
+            return files, f"the photographs of {package}: {listed}"
     raise ValueError("data must be a folder: no installed package brings photographs")
 
 

@@ -15,7 +15,7 @@ PAGES += sorted("docs/" + n for n in os.listdir(ROOT + "/docs") if n.endswith(".
 KERAS_3_PAGES = ["README.md"]
 KERAS_3_PAGES += [
     f"docs/{name}.md"
-    for name in ("generation", "keras", "moving", "score-rules", "training")
+    for name in ("generation", "images", "keras", "moving", "score-rules", "training")
 ]
 
 
