@@ -71,7 +71,8 @@ def random_block_mask(
     layout[:, random.randint(q_blocks)] = False
 
     def mask(head, q_idx, kv_idx):
-        return ((q_idx * 3 + kv_idx + head) % 7 > 1) | (kv_idx % 64 < 20)
+        own = head if heads > 1 else 0
+        return ((q_idx * 3 + kv_idx + own) % 7 > 1) | (kv_idx % 64 < 20)
 
     return BlockMask(layout, mask, block_size, q_len, kv_len, row_stride)
 
