@@ -25,6 +25,7 @@ from tf_helpers import (
 )
 
 import sparse_attention as sa
+from sparse_attention.ops.positions import ROTARY_BASE
 from sparse_attention.plan.patterns import PATTERNS
 from sparse_attention.plan.reference import attention_bwd, attention_fwd
 
@@ -124,8 +125,9 @@ def check_model(model, names):
             name not in NEW_PATTERNS or has_pattern(plan, name)
         )
     tokens = np.random.RandomState(0).randint(0, model.vocab_size, [2, TIME])
-    oracle = model_by_hand(model, tokens, np.float64, attention_fwd)
-    plain = model_by_hand(model, tokens, np.float32, plain_attention_fwd)
+    rotary = ROTARY_BASE if model.get_config()["rotary"] else None
+    oracle = model_by_hand(model, tokens, np.float64, attention_fwd, rotary)
+    plain = model_by_hand(model, tokens, np.float32, plain_attention_fwd, rotary)
     assert_close(model(tokens).numpy(), oracle, plain, 2)
 
 
