@@ -55,18 +55,36 @@ def model_of(contender, length, jit_compile):
 
 def measure(policy, batch, length, contender, steps, jit_compile="auto"):
     """The row of one model: its median step, and the peak of the GPU's memory."""
+    x, y = np.random.RandomState(0).normal(size=[2, batch, length, WIDTH])
+    with tf.device("GPU:0" if sees_gpu() else "CPU:0"):
+        x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
+    row = dict(policy=policy, batch=batch, length=length, contender=contender)
+    return measured(
+        row,
+        policy,
+        contender == "flash_attention",
+        lambda: model_of(contender, length, jit_compile),
+        (x, y, steps),
+    )
+
+
+def measured(row, policy, is_flash, make_model, batch_and_steps):
+    """The row, with what `time_steps` finds under a policy, or the error that came.
+
+    Args:
+      row: What says which model it is.
+      is_flash: Whether `sa.enable_flash_attention()` is on.
+      make_model: () -> a compiled model.
+      batch_and_steps: The other arguments of `time_steps`.
+    """
     keras.mixed_precision.set_global_policy(policy)
     keras.utils.set_random_seed(0)
-    row = dict(policy=policy, batch=batch, length=length, contender=contender)
-    x, y = np.random.RandomState(0).normal(size=[2, batch, length, WIDTH])
-    if contender == "flash_attention":
+    if is_flash:
         sa.enable_flash_attention()
     try:
-        model = model_of(contender, length, jit_compile)
+        model = make_model()
         row["jit_compile"] = model.jit_compile
-        with tf.device("GPU:0" if sees_gpu() else "CPU:0"):
-            x, y = tf.constant(x, tf.float32), tf.constant(y, tf.float32)
-        row.update(time_steps(model, x, y, steps))
+        row.update(time_steps(model, *batch_and_steps))
     except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
         row["error"] = error.message[:200]
     finally:
@@ -89,6 +107,18 @@ def time_steps(model, x, y, steps):
     if sees_gpu():
         row["peak_bytes"] = tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return row
+
+
+def report(head, rows, out):
+    """Prints head and rows as they come, and keeps them in the file `out`, if there is one."""
+    print(head, flush=True)
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, flush=True)
+        if out:
+            out.write_text(json.dumps({"head": head, "rows": found}, indent=1) + "\n")
+    return found
 
 
 def head_of_report():
@@ -127,21 +157,13 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="file for the rows as JSON")
     options = parser.parse_args(arguments)
-    head = head_of_report()
-    print(head, flush=True)
-    rows = []
-    for policy in options.policies:
-        for shape in options.shapes:
-            batch, length = map(int, shape.split("x"))
-            for contender in options.contenders:
-                jit_compile = options.jit_compile or "auto"
-                arguments = policy, batch, length, contender, options.steps, jit_compile
-                rows.append(measure(*arguments))
-                print(rows[-1], flush=True)
-                if options.out:
-                    text = json.dumps({"head": head, "rows": rows}, indent=1)
-                    options.out.write_text(text + "\n")
-    return rows
+    rows = (
+        measure(policy, *shape, contender, options.steps, options.jit_compile or "auto")
+        for policy in options.policies
+        for shape in [tuple(map(int, s.split("x"))) for s in options.shapes]
+        for contender in options.contenders
+    )
+    return report(head_of_report(), rows, options.out)
 
 
 if __name__ == "__main__":

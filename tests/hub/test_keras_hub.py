@@ -3,6 +3,8 @@
 The file is collected only when it is named: KerasHub has an environment of its own.
 """
 
+import importlib
+import json
 import os
 import sys
 
@@ -96,3 +98,17 @@ def test_sparsify_makes_the_attention_of_encoders_sparse():
     with counted(fused=2):
         assert np.abs(sparse(x).numpy() - before).max() > 1e-3
     assert_same_bits(model(x).numpy(), before)
+
+
+def test_the_benchmark_times_both_models_off_and_on(tmp_path, monkeypatch):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    monkeypatch.syspath_prepend(os.path.join(root, "benchmarks"))
+    benchmark = importlib.import_module("keras_hub_models")
+    out = tmp_path / "rows.json"
+    small = "--lengths 32 --tokens 64 --layers 1 --steps 1 --policies float32".split()
+    rows = benchmark.main([*small, "--out", str(out)])
+    assert [(row["model"], row["flash"]) for row in rows] == [
+        *(("gpt2", "off"), ("gpt2", "on"), ("llama", "off"), ("llama", "on"))
+    ]
+    assert all(row["ms"] > 0 and row["batch"] == 2 for row in rows)
+    assert json.loads(out.read_text())["rows"] == rows

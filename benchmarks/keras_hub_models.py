@@ -6,13 +6,12 @@ and as many tokens a step at every length. They are compiled as KerasHub's user 
   off   Keras's own attention, which TensorFlow's backend has
   on    the same model under `sa.enable_flash_attention()`
 
-    python benchmarks/keras_hub.py --lengths 1024 2048 4096 8192 --out keras_hub.json
+    python benchmarks/keras_hub_models.py --lengths 1024 2048 4096 8192 --out keras_hub.json
 
 It needs KerasHub, as `make test-keras-hub` installs it.
 """
 
 import argparse
-import json
 import os
 import pathlib
 
@@ -20,10 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras  # noqa: E402
 import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from keras_model import POLICIES, head_of_report, time_steps  # noqa: E402
-
-import sparse_attention as sa  # noqa: E402
+from keras_model import POLICIES, head_of_report, measured, report  # noqa: E402
 
 VOCABULARY = {"gpt2": 50257, "llama": 32000}
 WIDTH, HEADS, KV_HEADS = 768, 12, 4
@@ -47,11 +43,9 @@ def model_of(name, length, layers):
     return model
 
 
-def measure(name, policy, batch, length, is_on, options):
+def measure(name, policy, length, flash, options):
     """The row of one model: its median step, and the peak of the GPU's memory."""
-    keras.mixed_precision.set_global_policy(policy)
-    keras.utils.set_random_seed(0)
-    row = dict(model=name, policy=policy, batch=batch, length=length, flash=is_on)
+    batch = max(options.tokens // length, 1)
     tokens = np.random.RandomState(0).randint(
         VOCABULARY[name], size=[batch, length + 1]
     )
@@ -59,18 +53,14 @@ def measure(name, policy, batch, length, is_on, options):
         "token_ids": tokens[:, :-1].astype(np.int32),
         "padding_mask": np.ones([batch, length], bool),
     }
-    if is_on:
-        sa.enable_flash_attention()
-    try:
-        model = model_of(name, length, options.layers)
-        row["jit_compile"] = model.jit_compile
-        row.update(time_steps(model, x, tokens[:, 1:], options.steps))
-    except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
-        row["error"] = error.message[:200]
-    finally:
-        sa.disable_flash_attention()
-    keras.utils.clear_session()
-    return row
+    row = dict(model=name, policy=policy, batch=batch, length=length, flash=flash)
+    return measured(
+        row,
+        policy,
+        flash == "on",
+        lambda: model_of(name, length, options.layers),
+        (x, tokens[:, 1:], options.steps),
+    )
 
 
 def main(arguments=None):
@@ -92,20 +82,15 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="file for the rows as JSON")
     options = parser.parse_args(arguments)
-    head, rows = {**head_of_report(), "keras_hub": keras_hub.__version__}, []
-    print(head, flush=True)
-    for name in options.models:
-        for policy in options.policies:
-            for length in options.lengths:
-                batch = max(options.tokens // length, 1)
-                for flash in options.flash:
-                    arguments = name, policy, batch, length, flash == "on", options
-                    rows.append(measure(*arguments))
-                    print(rows[-1], flush=True)
-                    if options.out:
-                        text = json.dumps({"head": head, "rows": rows}, indent=1)
-                        options.out.write_text(text + "\n")
-    return rows
+    rows = (
+        measure(name, policy, length, flash, options)
+        for name in options.models
+        for policy in options.policies
+        for length in options.lengths
+        for flash in options.flash
+    )
+    head = {**head_of_report(), "keras_hub": keras_hub.__version__}
+    return report(head, rows, options.out)
 
 
 if __name__ == "__main__":
