@@ -76,9 +76,8 @@ PRESETS = {
     },
 }
 MODEL_SETTINGS = "layers width heads block_size dropout recompute dtype".split()
-START = (
-    0  # the token before the first; the position says that it is no part of an image
-)
+# The token before the first; the position says that it is no part of an image.
+START = 0
 COLUMNS = 8  # of samples
 COMPLETIONS = 6, 3  # images, and completions of each
 

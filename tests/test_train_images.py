@@ -6,11 +6,10 @@ import os
 import runpy
 import sys
 
-import h5py
 import numpy as np
 import pytest
+from example_helpers import FOLDER, example, read_weights
 
-FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples")
 SIZE = 8
 SMALL = (
     f"--size {SIZE} --layers 1 --width 16 --heads 2 --block-size 8 --batch 2 --steps 4 "
@@ -20,9 +19,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def train_images():
-    sys.path.insert(0, FOLDER)
-    yield importlib.import_module("train_images")
-    sys.path.remove(FOLDER)
+    with example("train_images") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +87,6 @@ def test_it_learns_and_leaves_pictures(whole, train_images, pictures, data):
     assert (completed[0] != completed[1]).any() and (completed[0] != original).any()
 
 
-def weights_of(folder):
-    arrays = {}
-
-    def keep(name, item):
-        if isinstance(item, h5py.Dataset):
-            arrays[name] = item[()]
-
-    with h5py.File(folder / "checkpoint.weights.h5") as file:
-        file.visititems(keep)
-    return arrays
-
-
 def test_an_interruption_changes_nothing(
     whole, train_images, data, tmp_path, capsys, monkeypatch
 ):
@@ -118,7 +104,7 @@ def test_an_interruption_changes_nothing(
     assert train_images.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "weights, step 2 of 4" in printed and "bits per dim on the test" in printed
-    got, want = weights_of(tmp_path / "strided"), weights_of(whole)
+    got, want = read_weights(tmp_path / "strided"), read_weights(whole)
     assert len(want) > 30 and set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], name)

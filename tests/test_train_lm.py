@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import pytest
+from example_helpers import FOLDER, example, read_weights
 
-FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples")
 SMALL = (
     "--time 64 --layers 1 --width 32 --heads 4 --local-attn-ctx 32 --block-size 8 "
     "--batch 4 --steps 36 --steps-per-epoch 6 --eval-batches 1"
@@ -22,9 +22,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def train_lm():
-    sys.path.insert(0, FOLDER)
-    yield importlib.import_module("train_lm")
-    sys.path.remove(FOLDER)
+    with example("train_lm") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +76,9 @@ def finish(process):
     return printed
 
 
-def read_weights(path):
-    """All arrays of a checkpoint, optimizer included, by name."""
-    import h5py
-
-    arrays = {}
-    with h5py.File(path, "r") as file:
-        file.visititems(
-            lambda name, item: (
-                arrays.update({name: item[()]})
-                if isinstance(item, h5py.Dataset)
-                else None
-            )
-        )
-    return arrays
-
-
 def assert_same_weights(*outputs):
     """Both runs' checkpoints are equal to the bit."""
-    got, want = (read_weights(o / "fixed/checkpoint.weights.h5") for o in outputs)
+    got, want = (read_weights(o / "fixed") for o in outputs)
     assert len(want) > 40 and set(got) == set(want)
     for key in want:
         np.testing.assert_array_equal(got[key], want[key], key)
