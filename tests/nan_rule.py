@@ -48,11 +48,11 @@ def assert_keeps_to_the_rule(run, inputs, allowed, name, value, kv_lengths=None)
     row = row_that_some_see(
         allowed, name, allowed.shape[1] if is_query else min(lengths)
     )
-    queries = sees[
-        ..., row
-    ].copy()  # [batch, heads, q_len], those that depend on the row
+    # [batch, heads, q_len], those that depend on the row.
     if is_query:
         queries = np.broadcast_to(np.arange(allowed.shape[1]) == row, sees.shape[:3])
+    else:
+        queries = sees[..., row]
     keys = (sees & queries[..., None]).any(axis=2)  # [batch, heads, kv_len]
     keys = keys.reshape(batch, kv_heads, -1, kv_len).any(axis=2)
     assert keys.any() and queries.any() and not queries.all()
