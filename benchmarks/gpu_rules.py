@@ -63,9 +63,12 @@ def rules(batch, length, heads):
     padding[:, :, :, : length // 8] = False
     padding[:, :, :, 0] = True
     mask = np.ones([1, 1, length, length], bool)
+    holes = random.rand(1, 1, length, length) < 0.9
+    holes[:, :, :, 0] = True
     on_device = functools.partial(torch.tensor, device="cuda")
     gpu_slopes, gpu_bias = on_device(slopes), on_device(bias).requires_grad_()
     gpu_padding, gpu_mask = on_device(padding[:, 0, 0]), on_device(mask[0, 0])
+    gpu_holes = on_device(holes[0, 0])
 
     def causal_and(allowed):
         return lambda b, h, i, j: (i >= j) & allowed(b, h, i, j)
@@ -100,6 +103,10 @@ def rules(batch, length, heads):
         "mask of queries and keys": (
             {"mask": mask},
             {"mask_mod": causal_and(lambda b, h, i, j: gpu_mask[i, j])},
+        ),
+        "mask of queries and keys with holes": (
+            {"mask": holes},
+            {"mask_mod": causal_and(lambda b, h, i, j: gpu_holes[i, j])},
         ),
     }
     for count in (1, 16):

@@ -40,7 +40,7 @@ OPAQUE = {
     *("SpattnTensorMap", "SpattnCudaSoftmaxParams", "SpattnCudaRule"),
     *(
         f"SpattnCudaRule{kernel}Params"
-        for kernel in ("Words", "Ranges", "Lists", "Bias")
+        for kernel in ("Words", "Ranges", "Pairs", "Lists", "Bias")
     ),
 }
 ALIGNMENTS = {"SpattnCudaMappedFwdParams": 64}  # bytes; that of a CUtensorMap

@@ -274,7 +274,11 @@ def test_rules_are_prepared_and_have_kernels_of_their_own(machine):
         launch_rules, {"mask": address, "mask_strides": (160000, 0, 400, 1)}
     )
     sixteen = "-DSPATTN_RULE=16"
-    assert found == [[fwd, sixteen], delta, *([name, sixteen] for name in bwd)]
+    prepared = [ranges, ["score_rule_pairs", sixteen], lists]
+    assert found == [
+        *(*prepared, [fwd, sixteen], *prepared, lists, delta),
+        *([name, sixteen] for name in bwd),
+    ]
 
     bias = {"relative_bias": address, "bias_heads": 6, "bias_reach": 1000}
     found, (_, bwd_bytes) = machine.run(

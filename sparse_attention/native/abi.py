@@ -7,7 +7,10 @@ from ..plan import tiling
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
 # That follow there.
-RULE_PHASES = ("rule_words", "rule_ranges", "rule_lists", "rule_bias_gradient")
+RULE_PHASES = (
+    *("rule_words", "rule_ranges", "rule_lists", "rule_bias_gradient"),
+    "rule_pairs",
+)
 # Bits of `rule` in a Shape, in the order of SpattnRuleParts.
 RULE_PARTS = ("softcap", "alibi", "bias", "segments", "mask", "dropout", "bias_sums")
 BLOCKS_OPS = (  # in the order of SpattnBlocksOp

@@ -220,6 +220,16 @@ def documents(length, count):
     return ids.astype(np.int32)
 
 
+def mask_of_blocks(q_len, kv_len, size=64):
+    """bool [BATCH, 1, q_len, kv_len]: of a block of pairs, none, some or all are allowed."""
+    random = np.random.RandomState(2)
+    blocks = random.choice(
+        [0, 0.6, 1], [BATCH, 1, -(-q_len // size), -(-kv_len // size)]
+    )
+    rates = blocks.repeat(size, 2).repeat(size, 3)[:, :, :q_len, :kv_len]
+    return random.rand(*rates.shape) < rates
+
+
 def rules_of(heads, q_len, kv_len):
     """{name: arguments of `core_abi.rule_of`}."""
     random = np.random.RandomState(0)
@@ -229,6 +239,7 @@ def rules_of(heads, q_len, kv_len):
         "bias": {"relative_bias": 0.25 * random.randn(heads, 2 * 90 - 1)},
         "segments": {"segment_ids": (documents(q_len, 5), documents(kv_len, 5))},
         "padding": {"mask": random.rand(BATCH, 1, 1, kv_len) < 0.7},
+        "mask-of-blocks": {"mask": mask_of_blocks(q_len, kv_len)},
         "mask": {"mask": random.rand(BATCH, heads, q_len, kv_len) < 0.7},
         "dropout": {"dropout_rate": 0.3, "dropout_seed": [11, -5]},
     }

@@ -205,8 +205,9 @@ typedef enum {
   SPATTN_BWD_DKV = 3,
   SPATTN_RULE_WORDS = 4,   // what dropout needs of each row
   SPATTN_RULE_RANGES = 5,  // of the segments in each block
-  SPATTN_RULE_LISTS = 6,   // the plan's, without the blocks whose segments do not meet a tile's
+  SPATTN_RULE_LISTS = 6,   // the plan's, without the blocks of which no pair may attend
   SPATTN_RULE_BIAS_GRADIENT = 7,
+  SPATTN_RULE_PAIRS = 8,  // what a mask allows between two blocks
 } SpattnPhase;
 
 typedef struct {

@@ -138,7 +138,7 @@ constexpr int kFull = -1, kAbsent = -2;
 struct Gathered {
   int first[kGather];             // first position, or -1
   int mask_row[kLists][kGather];  // of mask_bits, for each plan tile of the part; kFull; kAbsent
-  int is_checked[kHasSegments ? kGather : 1];  // for segments
+  int is_checked[kLeavesLists ? kGather : 1];  // for segments and mask
   int is_masked, is_last;
 };
 
@@ -148,7 +148,7 @@ struct UnionList {
   bool exists[kLists];          // whether the plan has the tile: its rows need no mask otherwise
   RowMap kv_rows;
   int kv_head, batch;
-  int64_t first_entry;  // where the lists that segments have left for the sequence begin
+  int64_t first_entry;  // where the lists that the rule has left for the sequence begin
 
   __forceinline__ void Init(const Part& part, const SpattnCudaRule& rule) {
     const SpattnTilePlan& plan = part.params.by_q;
@@ -156,13 +156,13 @@ struct UnionList {
     const int i = threadIdx.x % 32;
     __syncwarp();  // no lane reads the last part's any more
     if (i == 0) kv_rows = KvRows(part), kv_head = part.kv_head, batch = part.batch;
-    if (kHasSegments && i == 0) first_entry = static_cast<int64_t>(part.batch) * plan.entries;
+    if (kLeavesLists && i == 0) first_entry = static_cast<int64_t>(part.batch) * plan.entries;
     if (i < kLists) {
       exists[i] = first_tile + i < plan.tiles;
       const int32_t* indptr = plan.indptr + plan_head * plan.tiles + first_tile + i;
       at[i] = exists[i] ? Min(Max(__ldg(indptr), 0), plan.entries) : 0;
       const int32_t* ends = indptr + 1;
-      if (kHasSegments) {
+      if (kLeavesLists) {
         ends = rule.q_tile_ends + static_cast<int64_t>(part.batch) * plan.heads * plan.tiles +
                plan_head * plan.tiles + first_tile + i;
       }
@@ -178,7 +178,7 @@ struct UnionList {
     const int lane = Opaque(threadIdx.x) % 32;
     unsigned block[kLists];  // lane i: the list's block i from here on
     int mask_id[kLists], taken[kLists] = {};
-    const int64_t list_at = kHasSegments ? first_entry : 0;
+    const int64_t list_at = kLeavesLists ? first_entry : 0;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
       const int from = at[i] + lane;
@@ -226,10 +226,10 @@ struct UnionList {
       rows[i] = !exists[i] || (is_valid && id < 0) ? kFull : is_valid ? id * kPlanKV : kAbsent;
       is_masked |= rows[i] != kFull;
     }
-    is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV) || is_checked || kHasMask;
+    is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV) || is_checked;
     if (lane < kGather) {
       to->first[lane] = first;
-      if (kHasSegments) to->is_checked[lane] = is_checked;
+      if (kLeavesLists) to->is_checked[lane] = is_checked;
 #pragma unroll
       for (int i = 0; i < kLists; ++i) to->mask_row[i][lane] = rows[i];
     }
@@ -383,8 +383,8 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         const Gathered& tile = smem.gathered[slot];
         const int row = ReadMask(words, tile, key, part, kv_rows);
         smem.key_rows[slot][key] = row;
-        if (kHasSegments || kHasMask) {  // whole warps
-          restriction.Apply(words, row, kHasSegments && tile.is_checked[key / kPlanKV]);
+        if (kLeavesLists) {  // whole warps
+          restriction.Apply(words, row, tile.is_checked[key / kPlanKV]);
         }
 #pragma unroll
         for (int w = 0; w < kMaskWords; ++w) smem.mask[slot][key * kMaskWords + w] = words[w];

@@ -371,18 +371,20 @@ DEVICE bool ZeroNonfiniteRows(T* tile) {
 
 constexpr bool kHasSegments = SPATTN_RULE & SPATTN_RULE_SEGMENTS;
 constexpr bool kHasMask = SPATTN_RULE & SPATTN_RULE_MASK;
+// Whether score_rule_lists.cu has written lists of what the rule leaves of a plan, for each sequence.
+constexpr bool kLeavesLists = kHasSegments || kHasMask;
 
-// Beside a mask id of a list that score_rule_lists.cu has written: segments must be looked at.
-constexpr int kCheckSegments = 1 << 30;
+// Beside a mask id of such a list: not all pairs of the block and the tile may attend.
+constexpr int kCheckPairs = 1 << 30;
 
 // An entry of mask_ids.
 struct MaskId {
   int id;           // -1: FULL
-  bool is_checked;  // for segments
+  bool is_checked;  // for segments and mask
 
   DEVICE MaskId Of(int32_t entry) {
-    if (!kHasSegments) return {entry, false};
-    return {(entry & (kCheckSegments - 1)) - 1, (entry & kCheckSegments) != 0};
+    if (!kLeavesLists) return {entry, false};
+    return {(entry & (kCheckPairs - 1)) - 1, (entry & kCheckPairs) != 0};
   }
 };
 
@@ -391,10 +393,10 @@ struct MaskId {
 struct Blocks {
   int block, mask_id;  // as read; block -1: none
   int sub;             // which part of the block, where kSplit > 1
-  bool is_checked;     // for segments
+  bool is_checked;     // for segments and mask
 
   // Whether bits say which of its pairs are allowed.
-  __forceinline__ bool IsPartial() const { return kHasMask || is_checked || mask_id >= 0; }
+  __forceinline__ bool IsPartial() const { return is_checked || mask_id >= 0; }
 };
 
 // A position as that of a run of neighbours, which many columns share, and a constant.
@@ -421,11 +423,11 @@ struct BlockList {
               end = Min(__ldg(plan.indptr + at + 1), plan.entries);
     return {plan.indices, plan.mask_ids, plan.blocks, plan.mask_blocks, begin, Max(begin, end)};
   }
-  // What segments have left of it for a sequence (SpattnCudaRule): `ends` of all lists.
+  // What a rule has left of it for a sequence (SpattnCudaRule): `ends` of all lists.
   DEVICE BlockList MakeLeft(const SpattnTilePlan& plan, int plan_head, int tile, int batch,
                             const int32_t* ends) {
     BlockList list = Make(plan, plan_head, tile);
-    if (!kHasSegments) return list;
+    if (!kLeavesLists) return list;
     const int64_t lists = static_cast<int64_t>(batch) * plan.heads * plan.tiles;
     list.end = Min(__ldg(ends + lists + plan_head * plan.tiles + tile), plan.entries);
     list.indices += static_cast<int64_t>(batch) * plan.entries;
@@ -496,7 +498,7 @@ DEVICE void LoadMask(uint32_t* mask_smem, const List& list, const Blocks& blocks
     const int run_first = __shfl_sync(kFullWarp, first, r / List::kRun);
     const int run_mask = __shfl_sync(kFullWarp, mask_row, r / List::kRun);
     uint32_t* to = mask_smem + r * kWords;
-    if constexpr (kHasSegments || kHasMask) {
+    if constexpr (kLeavesLists) {
       const int row = run_first >= 0 ? rows.Row(run_first + r % List::kRun) : -1;
       uint32_t words[kWords];
 #pragma unroll

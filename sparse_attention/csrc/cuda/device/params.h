@@ -67,6 +67,9 @@ typedef struct {
 
 // ---- score rules ----
 
+// What there is among the pairs of two blocks, in any head.
+enum SpattnPairKinds { SPATTN_SOME_ALLOWED = 1, SPATTN_SOME_FORBIDDEN = 2 };
+
 // A SpattnScoreRule as the kernels take it. Kernels without a rule are given none, so they are the
 // same with this as without; the others are given a SpattnCudaRuled.
 typedef struct {
@@ -90,8 +93,9 @@ typedef struct {
   int32_t* kv_ranges;  // [batch, kv blocks, 2] first and last segment of a block; first is -1 where
                        // a row is in none, last where all are; {2^31 - 1, -1} of no row at all
   int32_t* q_ranges;   // [batch, q blocks, 2]
+  uint8_t* pair_kinds;  // [batch, q blocks, kv blocks] SpattnPairKinds of `mask`; null without one
   // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
-  // the list has m + 1, and kCheckSegments beside it where segments must be looked at.
+  // the list has m + 1, and kCheckPairs beside it where segments and mask must be looked at.
   const int32_t *q_tile_ends, *kv_tile_ends;  // [batch, plan heads * tiles]
   // The gradient of relative_bias, of slices of the queries; sum_reach is more than any distance, or
   // bias_reach if that is less. With dropout without the factor kept_times.
@@ -126,9 +130,16 @@ typedef struct {
 typedef struct {
   SpattnProblem problem;
   SpattnCudaRule rule;
+  int32_t block_size, q_blocks, kv_blocks;
+} SpattnCudaRulePairsParams;
+
+typedef struct {
+  SpattnProblem problem;
+  SpattnCudaRule rule;
   SpattnTilePlan plan;  // as the caller gave it
   int32_t is_by_kv;
   int32_t block_size, tile;            // positions in a block and in a tile
+  int32_t q_blocks, kv_blocks;         // of pair_kinds
   int32_t *indices, *mask_ids, *ends;  // what is left, written: [batch, entries] and ends
 } SpattnCudaRuleListsParams;
 

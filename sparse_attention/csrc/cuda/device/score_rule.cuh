@@ -2,8 +2,8 @@
 // phases; the mathematics is in abi/core.h.
 //
 // Who may attend to whom (segments, mask) joins the bits that a passing tile has for PARTIAL blocks, so
-// all that keeps masked keys out of sums holds for it; blocks whose segments cannot meet are not in the
-// lists any more (score_rule_lists.cu). What changes a score or a weight is done to accumulators, in
+// all that keeps masked keys out of sums holds for it; blocks of which no pair can attend are not in the
+// lists any more, and those of which all may have no bits (score_rule_lists.cu). What changes a score or a weight is done to accumulators, in
 // registers. Dropout's random words of a row are read from where score_rule_words.cu has put them.
 //
 // SPATTN_RULE, the SpattnRuleParts in use, is a macro: a kernel without a rule has nothing of this.
@@ -74,7 +74,7 @@ struct Restriction {
   // A whole warp calls it, each lane for a passing row; passing_row: -1, if there is none.
   template <int kWords>
   __forceinline__ void Apply(uint32_t (&words)[kWords], int passing_row, bool is_checked) const {
-    if (!kHasMask && !__any_sync(kFullWarp, is_checked)) return;
+    if (!__any_sync(kFullWarp, is_checked)) return;
     const int lane = threadIdx.x % 32;
     if constexpr (kHasMask && kReadsVectors) {
       if (rule.mask_is_aligned) {

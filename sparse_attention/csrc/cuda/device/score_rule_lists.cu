@@ -1,8 +1,9 @@
-// score_rule_lists.cu — the lists of a plan without the blocks whose segments do not meet a tile's, for
-// each sequence: what packing n documents costs is about 1 / n.
+// score_rule_lists.cu — the lists of a plan without the blocks that segments or a mask keep from a tile,
+// for each sequence: what packing n documents costs is about 1 / n, and a causal mask as much as a causal
+// plan.
 //
 // Mapping: a warp for each (batch, plan head, tile); 32 entries of its list at a time.
-// Cost:    reads lists and ranges, writes what is left, for each sequence.
+// Cost:    reads lists, ranges and kinds, writes what is left, for each sequence.
 // Numerics: the order of a list stays, so that sums do. Entries out of range are left out.
 #include "cuda/device/segments.cuh"
 
@@ -25,12 +26,35 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int32_t* owned =  // the blocks of a tile of keys
       plan.tile_blocks +
       (static_cast<int64_t>(plan_head / group) * plan.tiles + tile) * owned_blocks;
-  const SegmentRange own = sides.RangeOf(params.is_by_kv, params.tile, [&](int r) {
-    if (!params.is_by_kv) return tile * params.tile + r;
-    const int block = __ldg(owned + r / params.block_size);
+  // The block that is number i of those that the tile owns, or -1.
+  const auto owned_block = [&](int i) {
+    if (!params.is_by_kv) return tile * owned_blocks + i;
+    const int block = __ldg(owned + i);
     const bool is_valid = block >= 0 && block <= sides.kv_rows.positions / params.block_size;
-    return is_valid ? block * params.block_size + r % params.block_size : -1;
+    return is_valid ? block : -1;
+  };
+  const SegmentRange own = sides.RangeOf(params.is_by_kv, params.tile, [&](int r) {
+    const int block = owned_block(r / params.block_size);
+    return block < 0 ? -1 : block * params.block_size + r % params.block_size;
   });
+  // SpattnPairKinds of the tile and a passing block.
+  const auto kinds_with = [&](int block) {
+    const uint8_t* all_kinds = params.rule.pair_kinds;
+    if (all_kinds == nullptr) return static_cast<int>(SPATTN_SOME_ALLOWED);
+    int kinds = 0;
+    for (int i = 0; i < owned_blocks; ++i) {
+      const int q_block = params.is_by_kv ? block : owned_block(i),
+                kv_block = params.is_by_kv ? owned_block(i) : block;
+      if (static_cast<unsigned>(q_block) >= static_cast<unsigned>(params.q_blocks) ||
+          static_cast<unsigned>(kv_block) >= static_cast<unsigned>(params.kv_blocks)) {
+        continue;
+      }
+      kinds |= __ldg(all_kinds +
+                     (static_cast<int64_t>(batch) * params.q_blocks + q_block) * params.kv_blocks +
+                     kv_block);
+    }
+    return kinds;
+  };
   const int32_t* ranges = (params.is_by_kv ? params.rule.q_ranges : params.rule.kv_ranges) +
                           2 * static_cast<int64_t>(batch) * plan.blocks;
   const int begin = Min(Max(__ldg(plan.indptr + at), 0), plan.entries),
@@ -46,12 +70,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     SegmentRange range{0, -1};
     if (is_left) range = {__ldg(ranges + 2 * block), __ldg(ranges + 2 * block + 1)};
     is_left = is_left && own.Meets(range);
+    const int kinds = is_left ? kinds_with(block) : 0;
+    is_left = kinds & SPATTN_SOME_ALLOWED;
     const uint32_t all_left = __ballot_sync(kFullWarp, is_left);
     if (is_left) {
       const int64_t to = sequence + left + __popc(all_left & ((1u << lane) - 1));
-      const bool is_checked = !own.IsOne() || !range.IsOne();
+      const bool is_checked = !own.IsOne() || !range.IsOne() || (kinds & SPATTN_SOME_FORBIDDEN);
       params.indices[to] = block;
-      params.mask_ids[to] = (mask_id + 1) | (is_checked ? kCheckSegments : 0);
+      params.mask_ids[to] = (mask_id + 1) | (is_checked ? kCheckPairs : 0);
     }
     left += __popc(all_left);
   }

@@ -205,6 +205,8 @@ SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
       return ConfigureRule(s, "score_rule_words", SPATTN_RULE_DROPOUT);
     case SPATTN_RULE_RANGES:
       return ConfigureRule(s, "score_rule_ranges", SPATTN_RULE_SEGMENTS);
+    case SPATTN_RULE_PAIRS:
+      return ConfigureRule(s, "score_rule_pairs", SPATTN_RULE_MASK);
     case SPATTN_RULE_LISTS:
       return ConfigureRule(s, "score_rule_lists", SPATTN_RULE_SEGMENTS);
     case SPATTN_RULE_BIAS_GRADIENT:

@@ -103,7 +103,7 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
     rule_.bias_sums = arena->Take<float>(int64_t{rule_.slices} * problem.heads *
                                          (2 * int64_t{rule_.sum_reach} - 1));
   }
-  if (parts_ & SPATTN_RULE_SEGMENTS) {
+  if (LeavesLists()) {
     const auto take = [&](int64_t entries, int64_t lists, int32_t block_size, int32_t tile) {
       const int64_t all = problem.batch * entries;
       int32_t *indices = arena->Take<int32_t>(all), *mask_ids = arena->Take<int32_t>(all);
@@ -111,6 +111,12 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
                    tile};
     };
     kv_blocks_ = static_cast<int32_t>(by_q.kv_blocks);
+    q_blocks_ = static_cast<int32_t>(
+        by_kv != nullptr ? by_kv->q_blocks
+                         : CountTiles(problem.q_len, problem.row_stride, by_q.block_size));
+    if (parts_ & SPATTN_RULE_MASK) {
+      rule_.pair_kinds = arena->Take<uint8_t>(problem.batch * q_blocks_ * int64_t{kv_blocks_});
+    }
     rule_.kv_ranges = arena->Take<int32_t>(2 * problem.batch * kv_blocks_);
     by_q_ = take(by_q.entries, by_q.heads * by_q.q_tiles, by_q.block_size, by_q.tile_q);
     rule_.q_tile_ends = by_q_.ends;
@@ -118,7 +124,6 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
       SPATTN_RETURN_IF(by_kv->block_size != by_q.block_size,
                        "both plans must have one block_size, got %d and %d", by_q.block_size,
                        by_kv->block_size);
-      q_blocks_ = static_cast<int32_t>(by_kv->q_blocks);
       rule_.q_ranges = arena->Take<int32_t>(2 * problem.batch * q_blocks_);
       by_kv_ =
           take(by_kv->entries, by_kv->heads * by_kv->kv_tiles, by_kv->block_size, by_kv->tile_kv);
@@ -150,8 +155,8 @@ SpattnStatus RuleOnDevice::Launch(const Stream& stream, int phase, const Params&
 SpattnStatus RuleOnDevice::LeaveLists(const Stream& stream, const Lists& lists,
                                       SpattnTilePlan* plan) const {
   const SpattnCudaRuleListsParams params = {
-      problem_,   rule_,         *plan,          &lists == &by_kv_, lists.block_size,
-      lists.tile, lists.indices, lists.mask_ids, lists.ends};
+      problem_,  rule_,      *plan,         &lists == &by_kv_, lists.block_size, lists.tile,
+      q_blocks_, kv_blocks_, lists.indices, lists.mask_ids,    lists.ends};
   plan->indices = lists.indices;
   plan->mask_ids = lists.mask_ids;
   return Launch(stream, SPATTN_RULE_LISTS, params,
@@ -166,11 +171,19 @@ SpattnStatus RuleOnDevice::Prepare(const Stream& stream, SpattnTilePlan* by_q,
     SPATTN_RETURN_IF_ERROR(
         Launch(stream, SPATTN_RULE_WORDS, params, problem_.batch * problem_.heads * rows));
   }
-  if (!(parts_ & SPATTN_RULE_SEGMENTS)) return Ok();
-  const SpattnCudaRuleRangesParams ranges = {problem_, rule_, by_q_.block_size, q_blocks_,
+  if (!LeavesLists()) return Ok();
+  // The forward pass asks for no blocks of queries.
+  const int32_t ranges_of_q = rule_.q_ranges == nullptr ? 0 : q_blocks_;
+  const SpattnCudaRuleRangesParams ranges = {problem_, rule_, by_q_.block_size, ranges_of_q,
                                              kv_blocks_};
   SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_RANGES, ranges,
-                                problem_.batch * (q_blocks_ + int64_t{kv_blocks_}) * 32));
+                                problem_.batch * (ranges_of_q + int64_t{kv_blocks_}) * 32));
+  if (parts_ & SPATTN_RULE_MASK) {
+    const SpattnCudaRulePairsParams pairs = {problem_, rule_, by_q_.block_size, q_blocks_,
+                                             kv_blocks_};
+    SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_PAIRS, pairs,
+                                  problem_.batch * q_blocks_ * int64_t{kv_blocks_} * 32));
+  }
   SPATTN_RETURN_IF_ERROR(LeaveLists(stream, by_q_, by_q));
   return by_kv == nullptr ? Ok() : LeaveLists(stream, by_kv_, by_kv);
 }

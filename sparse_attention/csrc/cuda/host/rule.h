@@ -34,6 +34,8 @@ class RuleOnDevice {
                     DeviceArena* arena);
 
   int parts() const { return parts_; }  // SpattnRuleParts
+  // Whether lists are written of what the rule leaves of the plans.
+  bool LeavesLists() const { return parts_ & (SPATTN_RULE_SEGMENTS | SPATTN_RULE_MASK); }
   const SpattnCudaRule& params() const { return rule_; }
 
   // Puts the kernels that prepare the rule on the stream, and has the plans list what is left.
