@@ -129,7 +129,11 @@ def _kernels(attention, blocksparse, arch, options):
                 found.append(abi.kernel_of(attention, shape, phase))
             for shape.list_keys in abi.LIST_KEYS:
                 found.append(abi.kernel_of(attention, shape, "fwd"))
-    return sorted({(k.name.decode(), k.macros.decode()) for k in found})
+            for shape.tile_kv, shape.list_keys, phase in itertools.product(
+                sizes, abi.LIST_KEYS, abi.LONG_PHASES
+            ):
+                found.append(abi.kernel_of(attention, shape, phase))
+    return sorted({(k.name.decode(), k.macros.decode()) for k in found if k.name})
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ typedef struct {
   char name[32], code[1024];
   unsigned grid[3], threads, shared_memory;
   H stream, context;
-  char params[600];
+  char params[1200];
 } Launch;
-int version = 12040, capability = 90, failing_load, failing_launch, failing_map, loads, launches;
-int param_bytes;
+int version = 12040, capability = 90, multiprocessors = 132;
+int failing_load, failing_launch, failing_map, loads, launches;
+int param_bytes, memsets;
+unsigned long long zeroed[2];  // by the last memset: an address and bytes
 H context = (H)1;
 Function functions[64];
 Launch launch[64];
@@ -39,7 +41,7 @@ int cuDeviceGetCount(int* n) { *n = 1; return 0; }
 int cuDeviceGet(int* device, int i) { *device = i; return 0; }
 int cuDeviceGetName(char* name, int size, int device) { strcpy(name, "Fake GPU"); return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 16 ? 132 : attribute == 75 ? capability / 10 : capability % 10;
+  *value = attribute == 16 ? multiprocessors : attribute == 75 ? capability / 10 : capability % 10;
   return 0;
 }
 int cuCtxGetCurrent(H* c) { *c = context; return 0; }
@@ -58,6 +60,12 @@ int cuModuleGetFunction(H* function, H module, const char* name) {
 }
 int cuFuncSetAttribute(H function, int attribute, int value) {
   if (attribute == 8) ((Function*)function)->shared_memory = value;
+  return 0;
+}
+int cuMemsetD32Async(unsigned long long address, unsigned value, unsigned long long count,
+                     H stream) {
+  if (value != 0) return 1;
+  zeroed[0] = address, zeroed[1] = count * 4, ++memsets;
   return 0;
 }
 #ifndef OLD
@@ -208,7 +216,7 @@ class Launch(ctypes.Structure):
         ("shared_memory", ctypes.c_uint32),
         ("stream", ctypes.c_void_p),
         ("context", ctypes.c_void_p),
-        ("params", ctypes.c_char * 600),
+        ("params", ctypes.c_char * 1200),
     ]
 
 

@@ -27,6 +27,8 @@ STRUCTS = {
     "SpattnCudaFwdParams": test_cuda_host.CudaFwdParams,
     "SpattnCudaMappedFwdParams": test_cuda_host.CudaMappedFwdParams,
     "SpattnCudaBwdParams": test_cuda_host.CudaBwdParams,
+    "SpattnCudaDqSums": test_cuda_host.CudaDqSums,
+    "SpattnCudaMappedBwdParams": test_cuda_host.CudaMappedBwdParams,
     "SpattnBlocks": blocks_abi.Blocks,
     "SpattnLut": blocks_abi.Lut,
     "SpattnArray": blocks_abi.Array,
@@ -43,7 +45,8 @@ OPAQUE = {
         for kernel in ("Words", "Ranges", "Pairs", "Lists", "Bias")
     ),
 }
-ALIGNMENTS = {"SpattnCudaMappedFwdParams": 64}  # bytes; that of a CUtensorMap
+# Bytes; that of a CUtensorMap.
+ALIGNMENTS = {"SpattnCudaMappedFwdParams": 64, "SpattnCudaMappedBwdParams": 64}
 HEADERS = [
     *("abi/core.h", "abi/blocksparse.h"),
     *("cuda/device/params.h", "cuda/device/blocks_params.h"),

@@ -62,6 +62,22 @@ class CudaBwdParams(ctypes.Structure):
     )
 
 
+class CudaDqSums(ctypes.Structure):
+    _fields_ = [
+        ("dq", ctypes.c_void_p),
+        *((n, ctypes.c_int32) for n in ("runs", "run_rows", "starts_with_last")),
+        *((n, ctypes.c_void_p) for n in ("copied", "started", "additions", "listed")),
+        *((n, ctypes.c_void_p) for n in ("lists", "indices", "mask_ids", "ranks")),
+    ]
+
+
+class CudaMappedBwdParams(ctypes.Structure):
+    _fields_ = [
+        *(("q", ctypes.c_uint64 * 16), ("dout", ctypes.c_uint64 * 16)),
+        *(("call", CudaBwdParams), ("sums", CudaDqSums)),
+    ]
+
+
 class Call:
     """Arguments of a forward and a backward call: 6 heads on 2."""
 
@@ -108,8 +124,8 @@ class Call:
             )
         )
 
-    def bwd(self):
-        set_int(self.driver, "param_bytes", ctypes.sizeof(CudaBwdParams))
+    def bwd(self, params=CudaBwdParams):
+        set_int(self.driver, "param_bytes", ctypes.sizeof(params))
         check(
             self.core.library.spattn_bwd_cuda(
                 *map(ctypes.byref, (self.bwd_params, self.kv_plan)),
@@ -363,6 +379,104 @@ def test_long_lists_have_a_kernel_of_their_own(machine):
     machine.run(launch_long_lists)
 
 
+def launch_long_lists_of_queries(core):
+    call = Call(core, length=4400)
+    call.bwd(CudaMappedBwdParams)
+    delta, ranks, bwd, finish = call.launches()
+    names = [launch.name.decode() for launch in (delta, ranks, bwd, finish)]
+    assert names == [f"attention_bwd_{n}" for n in ("delta", "ranks", "sm90", "finish")]
+    kv_tiles = call.kv_tiles.tile_blocks.shape[1]
+    assert (list(ranks.grid), ranks.threads) == ([1, 1, 1], 512)
+    assert (list(bwd.grid), bwd.threads) == ([kv_tiles * 2 * 3, 1, 1], 384)
+    pieces = 4400 * 6 * 3 * 64 // 16
+    assert (list(finish.grid), finish.threads) == ([-(-pieces // 256), 1, 1], 256)
+    for launch in (ranks, bwd, finish):
+        at = Launch.params.offset
+        params = CudaMappedBwdParams.from_buffer_copy(bytes(launch)[at:])
+        kv_plan = call.kv_plan
+        assert_same_plan(
+            *(params.call.by_kv, kv_plan, kv_plan.q_indptr, kv_plan.q_indices)
+        )
+        for name in ("q", "dout"):
+            row = 6 * 64 * 2  # bytes
+            sizes, strides = [64, 4400, 6, 3], [row, 128, row * 4400]
+            address = getattr(call.bwd_params, name).data
+            expected = [6, address, *sizes, *strides, 64, 32, 1]
+            assert list(getattr(params, name))[:12] == expected
+    # The parts of the workspace, one after the other at multiples of 64 bytes.
+    sums, runs = params.sums, -(-4400 // 32)
+    assert (sums.runs, sums.run_rows, sums.listed) == (runs, 32, None)
+    entries = call.kv_plan.entries
+    sizes = dict(
+        dq=4 * 3 * 6 * runs * 32 * 64,
+        copied=8,
+        started=4,
+        additions=4 * 3 * 6 * runs,
+        lists=8 * kv_tiles,
+        indices=4 * entries,
+        mask_ids=4 * entries,
+        ranks=4 * entries,
+    )
+    end = Call.WORKSPACE + 2 * 4 * call.lse.size
+    for name, size in sizes.items():
+        assert getattr(sums, name) == end, name
+        end += -(-size // 64) * 64
+    assert call.workspaces() == [0, end - Call.WORKSPACE]
+    zeroed = list((ctypes.c_uint64 * 2).in_dll(call.driver, "zeroed"))
+    assert zeroed == [sums.copied, sums.lists - sums.copied]
+    # Where SMs are few for the work, the last tiles start first.
+    assert not sums.starts_with_last
+    set_int(call.driver, "multiprocessors", 8)
+    call.bwd(CudaMappedBwdParams)
+    at = Launch.params.offset
+    again = CudaMappedBwdParams.from_buffer_copy(bytes(call.launches()[-1])[at:])
+    assert again.sums.starts_with_last
+    # Without maps, or with a gradient left out, the kernels of short lists run.
+    short = ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"]
+    set_int(call.driver, "failing_map", 1)
+    call.bwd()
+    assert [launch.name.decode() for launch in call.launches()[8:]] == short
+    set_int(call.driver, "failing_map", 0)
+    call.bwd_params.dq = Tensor()
+    call.bwd()
+    assert [launch.name.decode() for launch in call.launches()[11:]] == short[::2]
+
+
+def launch_long_lists_of_queries_elsewhere(core, arch, rule):
+    """The kernels, and the workspace without lse_exp and delta."""
+    call = Call(core, arch=arch, length=4400)
+    set_rule(call.bwd_params.rule, rule)
+    call.bwd()
+    names = [launch.name.decode() for launch in call.launches()]
+    assert ctypes.c_int.in_dll(call.driver, "memsets").value == 0
+    return names, call.workspaces()[1] - 2 * 4 * call.lse.size
+
+
+def test_long_lists_of_queries_have_a_kernel_of_their_own(machine):
+    machine.run(launch_long_lists_of_queries)
+    short = ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"]
+    for arch, rule in ((80, {}), (90, {"logit_softcap": 2.0})):
+        got = machine.run(launch_long_lists_of_queries_elsewhere, arch, rule)
+        assert got == [short, 0]
+
+
+def workspace_without_device(core):
+    call = Call(core, length=4400)
+    with_device = call.workspaces()
+    ctypes.c_void_p.in_dll(call.driver, "context").value = None
+    without = call.workspaces()
+    ctypes.c_void_p.in_dll(call.driver, "context").value = 2
+    set_int(call.driver, "capability", 80)
+    return with_device, without, call.workspaces(), 2 * 4 * call.lse.size
+
+
+def test_a_workspace_suits_the_device_and_without_one_all(machine):
+    """XLA may compile where no device is current; what it has asked for is enough."""
+    with_device, without, elsewhere, stats = machine.run(workspace_without_device)
+    assert with_device == without and without[1] > stats
+    assert elsewhere == [0, stats]
+
+
 def leave_out(core):
     call = Call(core)
     call.bwd_params.dq = Tensor()
@@ -484,10 +598,11 @@ def build_ahead(core, more=()):
 
 def test_build_compiles_ahead_without_a_gpu(machine):
     assert machine.run(build_ahead, libraries=["nvrtc"]) == 0
-    # Tiles of 64 and 128 keys, and the three ops; on sm_90a, long lists and longer ones.
-    assert machine.runs() == 2 * (5 + 11) + 2
+    # Tiles of 64 and 128 keys, and the three ops; on sm_90a, of keys long lists and longer
+    # ones, and of queries long lists.
+    assert machine.runs() == 2 * (5 + 11) + 2 + 3
     machine.run(launch_all_again, libraries=["driver"])
-    assert machine.runs() == 34
+    assert machine.runs() == 37
 
 
 def launch_all_again(core):
@@ -511,8 +626,8 @@ def test_kernels_that_a_wheel_ships_are_found_before_nvrtc(machine, tmp_path):
     machine.run(build_for_a_wheel, folder, libraries=["nvrtc"])
     machine.cache = tmp_path / "of the user"
     told = machine.run(launch_with_shipped, folder)
-    assert machine.runs() == 34 and machine.said == ""
-    assert told == ["34 shipped in the package, 0 in the cache"]
+    assert machine.runs() == 37 and machine.said == ""
+    assert told == ["37 shipped in the package, 0 in the cache"]
     # What is damaged, or was made of other sources, is compiled as ever.
     for code in (tmp_path / "shipped").glob("*/attention_fwd*.bin"):
         code.write_bytes(b"")

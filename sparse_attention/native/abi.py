@@ -8,9 +8,10 @@ DTYPES = ("float32", "float16", "bfloat16")  # in the order of SpattnDtype
 PHASES = ("fwd", "bwd_delta", "bwd_dq", "bwd_dkv")  # in the order of SpattnPhase
 # That follow there.
 RULE_PHASES = (
-    *("rule_words", "rule_ranges", "rule_lists", "rule_bias_gradient"),
-    "rule_pairs",
+    *("rule_words", "rule_ranges", "rule_lists", "rule_bias_gradient", "rule_pairs"),
 )
+# In place of bwd_dq and bwd_dkv, where a shape has them; these follow RULE_PHASES.
+LONG_PHASES = ("bwd", "bwd_ranks", "bwd_finish")
 # Bits of `rule` in a Shape, in the order of SpattnRuleParts.
 RULE_PARTS = ("softcap", "alibi", "bias", "segments", "mask", "dropout", "bias_sums")
 BLOCKS_OPS = (  # in the order of SpattnBlocksOp
@@ -77,9 +78,12 @@ def shape_of(library, arch, dtype, head_dims, block_mask):
 
 
 def kernel_of(library, shape, phase):
-    """The `Kernel` of a `Shape`; `phase` is one of PHASES or RULE_PHASES."""
+    """The `Kernel` of a `Shape`; `phase` is one of PHASES, RULE_PHASES or LONG_PHASES.
+
+    Its name is empty where there is none, which is so for LONG_PHASES alone.
+    """
     kernel = Kernel()
-    number = (*PHASES, *RULE_PHASES).index(phase)
+    number = (*PHASES, *RULE_PHASES, *LONG_PHASES).index(phase)
     library.spattn_cuda_kernel(ctypes.byref(shape), number, ctypes.byref(kernel))
     return kernel
 

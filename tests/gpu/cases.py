@@ -212,6 +212,52 @@ def _long():
         )
 
 
+def _long_by_keys():
+    """Lists of queries for which `configs.cc` has attention_bwd_sm90."""
+
+    def long(name, dtype, block_mask, head_dim=64, **options):
+        sizes = dict(head_dim=head_dim, tile_q=128, tile_kv=128)
+        return case(f"long-queries-{name}", block_mask, dtype, **sizes, **options)
+
+    for dtype in ("float16", "bfloat16"):
+        for size in (8, 16, 32, 64, 128):
+            for head_dim in (64, 128):
+
+                def block_mask(size=size):
+                    return random_block_mask(9, size, 1733, 333, 2, density=0.9)
+
+                yield long(f"{size}-{head_dim}", dtype, block_mask, head_dim)
+        for head_dim in (64, 128):
+            # One plan for all heads; a sequence without keys; keys that end within a tile.
+            yield long(
+                f"shared-heads-{head_dim}",
+                dtype,
+                lambda: random_block_mask(7, 32, 1500, 700, 1, density=0.95),
+                head_dim,
+                heads=4,
+                kv_heads=2,
+                kv_lengths=(0, 601),
+            )
+            # A plan for each head; three heads of queries to a head of keys.
+            yield long(
+                f"own-heads-{head_dim}",
+                dtype,
+                lambda: random_block_mask(8, 64, 1400, 520, 6, density=0.9),
+                head_dim,
+                heads=6,
+                kv_heads=2,
+                kv_lengths=(520, 130),
+            )
+            # FULL blocks but on the diagonal.
+            yield long(
+                f"causal-{head_dim}",
+                dtype,
+                lambda: BlockMask(np.tri(41), causal_mask(), 64, 2600, 2600),
+                head_dim,
+                heads=1,
+            )
+
+
 def documents(length, count):
     """int32 [BATCH, length]: runs of equal ids; of the second sequence some are -1."""
     ids = np.sort(np.random.RandomState(1).randint(0, count, [BATCH, length]), axis=1)
@@ -289,7 +335,7 @@ def _rules():
                 yield case(f"{name}-{shape}", block_mask, dtype, rule=rule, **options)
 
 
-CASES = [*_patterns(), *_dims(), *_features(), *_long()]
+CASES = [*_patterns(), *_dims(), *_features(), *_long(), *_long_by_keys()]
 RULE_CASES = [*_rules()]
 
 
@@ -341,7 +387,13 @@ def kernels_of(library, case, arch):
     for phase in (*abi.PHASES, *(abi.RULE_PHASES if case.rule else ())):
         shape.rule = rule_parts(case.rule, phase == "bwd_dq")
         found.append(abi.kernel_of(library, shape, phase))
-    return found
+    queries = len(kv_tiles.q_indices) * kv_tiles.block_size
+    shape.rule, shape.list_keys = (
+        rule_parts(case.rule),
+        queries // (len(kv_tiles.q_indptr) - 1),
+    )
+    found += [abi.kernel_of(library, shape, phase) for phase in abi.LONG_PHASES]
+    return [kernel for kernel in found if kernel.name]
 
 
 # ---- the three-op family ----

@@ -53,6 +53,9 @@ def kernels_of(library, arch):
                 kernel = abi.kernel_of(library, shape, "fwd")
                 title = f"{kernel.name.decode()} {name} {dtype} {dim}"
                 yield f"{title}, lists of {shape.list_keys}", kernel
+            for phase in abi.LONG_PHASES if has_long else ():
+                kernel = abi.kernel_of(library, shape, phase)
+                yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
             # The parts of a rule together, where it looks at segments and where at a mask.
             shape.list_keys, segments, mask = 0, 0b1101111, 0b0110111
             for shape.rule in [segments, mask] if (dtype, dim) == RULED else ():

@@ -183,8 +183,9 @@ typedef struct {
   int32_t uses_tf32;                    // float32 on tensor cores
   int32_t block_size;                   // of the plan and of its transpose
   int32_t tile_q, tile_kv;              // of the plan and of its transpose
-  int32_t list_keys;                    // of a q tile, on average; for SPATTN_FWD alone
-  int32_t rule;                         // SpattnRuleParts of the SpattnScoreRule, or 0
+  int32_t list_keys;  // of a q tile, on average, for SPATTN_FWD; for SPATTN_BWD and
+                      // those behind it queries of a kv tile; else 0
+  int32_t rule;       // SpattnRuleParts of the SpattnScoreRule, or 0
 } SpattnCudaShape;
 
 // What of a SpattnScoreRule is in use, bit by bit.
@@ -208,10 +209,13 @@ typedef enum {
   SPATTN_RULE_LISTS = 6,   // the plan's, without the blocks of which no pair may attend
   SPATTN_RULE_BIAS_GRADIENT = 7,
   SPATTN_RULE_PAIRS = 8,  // what a mask allows between two blocks
+  SPATTN_BWD = 9,  // in place of SPATTN_BWD_DQ and SPATTN_BWD_DKV, where there is such a kernel
+  SPATTN_BWD_RANKS = 10,  // before it: the order in which it adds up dq
+  SPATTN_BWD_FINISH = 11,  // after it: dq
 } SpattnPhase;
 
 typedef struct {
-  char name[32];          // of the kernel, and of its file cuda/device/<name>.cu
+  char name[32];          // of the kernel, and of its file cuda/device/<name>.cu; "": there is none
   char macros[512];       // what it is compiled with: "-DSPATTN_DTYPE=1 -DSPATTN_..."
   int32_t shared_memory;  // bytes of a CTA
   int32_t threads;        // of a CTA
@@ -231,7 +235,8 @@ SPATTN_API void spattn_cuda_tiles(SpattnCudaShape* shape);
 SPATTN_API void spattn_cuda_kernel(const SpattnCudaShape* shape, int32_t phase,
                                    SpattnCudaKernel* kernel);
 
-// Bytes of workspace at a multiple of 64 that a call needs; 0: it may be null.
+// Bytes of workspace at a multiple of 64 that a call needs; 0: it may be null. Where SPATTN_BWD may
+// run, a backward call needs 4 bytes for every element of q and less for all else.
 SPATTN_API SpattnStatus spattn_fwd_cuda_workspace(const SpattnFwdParams* params, int64_t* bytes);
 SPATTN_API SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params,
                                                   const SpattnKvPlan* by_kv, int64_t* bytes);

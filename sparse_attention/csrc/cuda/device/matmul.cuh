@@ -290,18 +290,19 @@ DEVICE void Wgmma(float (*c)[4], const uint32_t (&a)[4], uint32_t b, int accumul
                    "n"(kTransposed ? 1 : 0));
   }
 }
-template <int kColumns>
+// The same with a in shared memory too; kTransposed: both are.
+template <int kColumns, bool kTransposed>
 DEVICE void Wgmma(float (*c)[4], uint32_t a, uint32_t b, int accumulates) {
   if constexpr (kColumns == 64) {
     asm volatile("{" SPATTN_IF("%34") SPATTN_DESCRIPTOR("a", "%32") SPATTN_DESCRIPTOR("b", "%33")
-                     SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, 0, 0;}"
+                     SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, %35, %35;}"
                  : SPATTN_C64(c)
-                 : "r"(a), "r"(b), "r"(accumulates));
+                 : "r"(a), "r"(b), "r"(accumulates), "n"(kTransposed ? 1 : 0));
   } else {
     asm volatile("{" SPATTN_IF("%66") SPATTN_DESCRIPTOR("a", "%64") SPATTN_DESCRIPTOR("b", "%65")
-                     SPATTN_M64(128) " {" SPATTN_C128_NAMES "}, a, b, p, 1, 1, 0, 0;}"
+                     SPATTN_M64(128) " {" SPATTN_C128_NAMES "}, a, b, p, 1, 1, %67, %67;}"
                  : SPATTN_C128(c)
-                 : "r"(a), "r"(b), "r"(accumulates));
+                 : "r"(a), "r"(b), "r"(accumulates), "n"(kTransposed ? 1 : 0));
   }
 }
 #undef SPATTN_C64_NAMES
@@ -329,7 +330,7 @@ DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const SmemOperand& b) {
         Wgmma<kWide * 8, false>(&c[0][n], a.fragments[k][0], b_now.address, k > 0);
       } else {
         const SmemOperand a_now = a.group.At(k / 4 * A::kPanel + k % 4 * 16);
-        Wgmma<kWide * 8>(&c[0][n], a_now.address, b_now.address, k > 0);
+        Wgmma<kWide * 8, false>(&c[0][n], a_now.address, b_now.address, k > 0);
       }
     }
   }
@@ -351,6 +352,18 @@ DEVICE void WgmmaPB(float (&c)[1][kOut][4], const uint32_t (&p)[kSteps][1][4],
       Wgmma<kWide * 8, true>(&c[0][n], p[k][0],
                              panels.At(n / 8 * BTile::kPanel + k * 16 * 64).address, 1);
     }
+  }
+  WgmmaCommit();
+}
+
+// c = aT b for 64 rows and 64 columns of c, summed over all kRows rows of the tiles; a and b point to a
+// panel of theirs.
+template <int kRows>
+DEVICE void WgmmaAtB(float (&c)[1][8][4], const SmemOperand& a, const SmemOperand& b) {
+  WgmmaFence();
+#pragma unroll
+  for (int k = 0; k < kRows / 16; ++k) {
+    Wgmma<64, true>(&c[0][0], a.At(k * 16 * 64).address, b.At(k * 16 * 64).address, k > 0);
   }
   WgmmaCommit();
 }

@@ -65,6 +65,30 @@ typedef struct {
   float* delta;    // [batch, heads, q_len] rowsum(dO o O) - dlse
 } SpattnCudaBwdParams;
 
+// What attention_bwd_sm90 adds dq up in, and in which order (attention_bwd_ranks.cu). A *run* is what
+// a plan block gives to a passing tile: run_rows queries, counted from 0 in each head. All of it is
+// workspace.
+typedef struct {
+  float* dq;     // [batch, heads, runs, run_rows, head_dim], a run as attention_bwd_sm90.cu has it
+  int32_t runs;  // of a head of a sequence; those that begin at or past q_len do not exist
+  int32_t run_rows;          // a multiple of 8
+  int32_t starts_with_last;  // of a head's kv tiles, rather than with the first
+  uint64_t*
+      copied;  // entries that attention_bwd_ranks has made room for. Zeroed, with the next three:
+  int32_t* started;    // CTAs of attention_bwd_sm90
+  int32_t* additions;  // [batch, heads, runs] kv tiles whose part is in dq
+  int32_t* listed;     // [plan heads, 2, blocks] of attention_bwd_ranks, or null: they fit its CTAs
+  // The plan by keys as attention_bwd_ranks has copied it, each list to a place of its own:
+  int32_t* lists;                       // [plan heads * tiles, 2] where it begins and ends
+  int32_t *indices, *mask_ids, *ranks;  // [entries]; index -1: absent
+} SpattnCudaDqSums;
+
+typedef struct {
+  SpattnTensorMap q, dout;  // boxes of 64 columns and run_rows rows
+  SpattnCudaBwdParams call;
+  SpattnCudaDqSums sums;
+} SpattnCudaMappedBwdParams;
+
 // ---- score rules ----
 
 // What there is among the pairs of two blocks, in any head.

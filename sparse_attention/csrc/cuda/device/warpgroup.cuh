@@ -1,6 +1,6 @@
 // warpgroup.cuh — what kernels for sm_90a are made of whose warp groups have different work: mbarriers
-// between those that copy and those that multiply, named barriers within and between groups, and the
-// registers that one group gives to another.
+// between those that copy and those that multiply, bulk copies, named barriers within and between
+// groups, and the registers that one group gives to another.
 #pragma once
 #include "cuda/device/device.cuh"
 
@@ -58,6 +58,44 @@ DEVICE void CopyBox(T* to, const SpattnTensorMap& map, int column, int row, int 
       "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(SmemAddress(to)),
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(SmemAddress(&arrived))
       : "memory");
+}
+
+// ---- bulk copies ----
+
+// Copies shared memory to device memory, or adds it there, float by float; each addition is atomic.
+// Both are at multiples of 16 bytes, and what other threads wrote to `from` they have fenced
+// (FenceForWgmma) before a barrier. Then BulkCommit, and one of the two waits.
+DEVICE void BulkStore(float* to, const float* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(SmemAddress(from)), "r"(bytes)
+               : "memory");
+}
+DEVICE void BulkAdd(float* to, const float* from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(SmemAddress(from)), "r"(bytes)
+      : "memory");
+}
+DEVICE void BulkCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until shared memory has been read by all that this thread committed.
+DEVICE void BulkWaitForReads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until all of it is in device memory.
+DEVICE void BulkWait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// ---- counters in device memory ----
+
+// Waits until others have made the counter `value`. What they wrote before AddRelease, by bulk copies
+// that they have waited for too, has happened before what this thread does now.
+DEVICE void WaitForCount(const int32_t* counter, int value) {
+  int count;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  } while (count != value);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+DEVICE void AddRelease(int32_t* counter) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // ---- named barriers ----

@@ -149,6 +149,69 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   return kernel;
 }
 
+// Lists of queries from which on attention_bwd_sm90 is faster than attention_bwd_dq and attention_bwd_dkv, of
+// which lists are even that have a quarter of all queries on average. ms of 4 x 16384 x 16 x 64 and of
+// 4 x 16384 x 8 x 128 unless said, the two | last tile first | first tile first; H100:
+//     337 queries a list  fixed 128, 16 x 2048 x 16      0.732 |       |         1.278 |       |
+//     864                 local 1024, 16 x 2048 x 16     1.062 | 1.051 |
+//     953                 fixed 128, 2 x 8192 x 16       0.811 | 0.859 | 0.756   1.473 | 1.742 | 1.398
+//   1,080                 local 1024, 2 x 8192 x 16      0.651 | 0.669 | 0.674   1.203 | 1.216 | 1.260
+//   1,088                 all, 16 x 2048 x 16            1.249 | 1.149 | 1.152   2.278 | 2.065 |
+//   1,116                 local 1024                     2.514 | 2.524 | 2.514   2.368 | 2.431 | 2.553
+//   1,772                 fixed 128                      4.596 | 4.175 | 4.178   4.479 | 5.352 | 4.190
+//   4,160                 all, 2 x 8192 x 16             2.033 | 1.665 | 1.708   3.776 | 2.968 | 3.262
+//   8,256                 all                           14.799 |11.606 |12.446  13.788 |10.471 |12.113
+constexpr int kLongQueries = 768, kLongUnevenQueries = 1536;
+
+bool IsEven(int64_t average, int64_t q_len) { return average * 4 >= q_len; }
+
+// Queries of a passing tile: all that the registers hold the scores of.
+int BwdSm90TileQ(const SpattnCudaShape& s) { return s.head_dim <= 64 ? 128 : 64; }
+
+SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
+  const int tile_kv = 128, tile_q = BwdSm90TileQ(s), stages = 2;
+  const int dq_buffers = s.head_dim <= 64 ? 2 : 1;
+  const int keys = 3 * tile_kv * s.head_dim * 2;  // k twice, v
+  const int stage =
+      tile_q * (2 * s.head_dim * 2 + 2 * 4 + tile_kv / 8) + 128;  // q, do, numbers, mask
+  const int scores = tile_kv * tile_q * 2;                        // ds
+  const int dq = tile_q * s.head_dim * 4;
+  const int barriers = 1024;  // and lists
+  const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers;
+  SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
+  const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
+  define("DTYPE", s.dtype);
+  define("TF32", 0);
+  define("HEAD_DIM", s.head_dim);
+  define("ROW_STRIDED", 0);
+  define("PLAN_BLOCK", s.block_size);
+  define("TILE_Q", tile_q);
+  define("STAGES", stages);
+  define("DQ_BUFFERS", dq_buffers);
+  define("ANEW", 1);
+  define("WGMMA", 1);
+  define("SHARED_MEMORY", shared_memory);
+  return kernel;
+}
+
+SpattnCudaKernel ConfigureBwdRanks(const SpattnCudaShape& s) {
+  SpattnCudaKernel kernel = {"attention_bwd_ranks", "", 0, 512, 1};
+  for (const char* zero : {"DTYPE", "TF32", "ROW_STRIDED", "ANEW", "WGMMA"}) {
+    Define(&kernel, zero, 0);
+  }
+  Define(&kernel, "PLAN_BLOCK", s.block_size);
+  Define(&kernel, "SHARED_BLOCKS", kRanksSharedBlocks);
+  return kernel;
+}
+
+SpattnCudaKernel ConfigureBwdFinish(const SpattnCudaShape& s) {
+  SpattnCudaKernel kernel = {"attention_bwd_finish", "", 0, 256, 1};
+  Define(&kernel, "DTYPE", s.dtype);
+  for (const char* zero : {"TF32", "ROW_STRIDED", "ANEW", "WGMMA"}) Define(&kernel, zero, 0);
+  Define(&kernel, "HEAD_DIM", s.head_dim);
+  return kernel;
+}
+
 // What prepares a rule depends on nothing but where rows lie.
 SpattnCudaKernel ConfigureRule(const SpattnCudaShape& s, const char* name, int rule) {
   SpattnCudaKernel kernel = {"", "", 0, 256, 1};
@@ -186,6 +249,24 @@ int FwdSm90PartQueries(const SpattnCudaShape& s) {
   return WidestDim(s) <= 64 && s.list_keys >= kLongestList && s.rule == 0 ? 192 : 128;
 }
 
+int RoundListQueries(int64_t average, int64_t q_len) {
+  const int shortest = IsEven(average, q_len) ? kLongQueries : kLongUnevenQueries;
+  return average < shortest ? 0 : kLongQueries;
+}
+
+bool RunsBwdSm90(const SpattnCudaShape& s) {
+  return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
+         s.tile_kv == 128 && s.rule == 0 && !s.is_row_strided && s.head_dim == s.head_dim_v &&
+         IsWholePanels(s.head_dim);
+}
+
+int BwdSm90RunRows(const SpattnCudaShape& s) { return std::min(s.block_size, BwdSm90TileQ(s)); }
+
+// Half the longest list is what an SM waits at the end: little where it works on six times as much.
+bool StartsWithLast(int64_t average, int64_t q_len, int64_t ctas, int multiprocessors) {
+  return IsEven(average, q_len) && average * ctas >= 6 * q_len * multiprocessors;
+}
+
 void ChooseTiles(SpattnCudaShape* shape) {
   const int largest_q =
       std::min(LargestTile(*shape, SPATTN_FWD), LargestTile(*shape, SPATTN_BWD_DQ));
@@ -198,7 +279,16 @@ bool HasTf32(const SpattnCudaShape& s) { return s.dtype == SPATTN_FLOAT32 && s.a
 SpattnCudaKernel Configure(const SpattnCudaShape& shape, SpattnPhase phase) {
   SpattnCudaShape s = shape;
   if (!HasTf32(s)) s.uses_tf32 = 0;
+  const bool is_bwd_sm90 =
+      phase == SPATTN_BWD || phase == SPATTN_BWD_RANKS || phase == SPATTN_BWD_FINISH;
+  if (is_bwd_sm90 && !RunsBwdSm90(s)) return {};
   switch (phase) {
+    case SPATTN_BWD:
+      return ConfigureBwdSm90(s);
+    case SPATTN_BWD_RANKS:
+      return ConfigureBwdRanks(s);
+    case SPATTN_BWD_FINISH:
+      return ConfigureBwdFinish(s);
     case SPATTN_BWD_DELTA:
       return ConfigureDelta(s);
     case SPATTN_RULE_WORDS:

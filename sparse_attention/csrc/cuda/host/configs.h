@@ -19,6 +19,18 @@ constexpr int kNoMaps = -1;  // list_keys where the driver cannot make tensor ma
 bool RunsFwdSm90(const SpattnCudaShape& shape);
 int FwdSm90PartQueries(const SpattnCudaShape& shape);
 
+// The same for the average number of queries in a list by keys, of q_len.
+int RoundListQueries(int64_t average, int64_t q_len);
+
+// Whether attention_bwd_sm90 runs the backward pass of a shape by keys. It takes
+// SpattnCudaMappedBwdParams, and so many queries of a plan block at a time (run_rows).
+bool RunsBwdSm90(const SpattnCudaShape& shape);
+int BwdSm90RunRows(const SpattnCudaShape& shape);
+// Whether its kv tiles start with the last one of each head (SpattnCudaDqSums), so many `ctas` in all.
+bool StartsWithLast(int64_t average, int64_t q_len, int64_t ctas, int multiprocessors);
+// Blocks of queries for which attention_bwd_ranks needs no SpattnCudaDqSums::listed.
+constexpr int kRanksSharedBlocks = 4096;
+
 // Whether there are kernels that multiply the shape's dtype in TF32; without, uses_tf32 is nothing.
 bool HasTf32(const SpattnCudaShape& shape);
 

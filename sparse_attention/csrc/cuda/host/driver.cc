@@ -31,6 +31,7 @@ Opened Open() {
   find(&driver.cuDeviceGetAttribute, "cuDeviceGetAttribute");
   find(&driver.cuFuncSetAttribute, "cuFuncSetAttribute");
   find(&driver.cuGetErrorString, "cuGetErrorString");
+  find(&driver.cuMemsetD32Async, "cuMemsetD32Async");
   find(&driver.cuLaunchKernel, "cuLaunchKernel");
   find(&driver.cuModuleGetFunction, "cuModuleGetFunction");
   find(&driver.cuModuleLoadData, "cuModuleLoadData");

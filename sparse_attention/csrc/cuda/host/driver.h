@@ -18,6 +18,7 @@ struct Driver {
   int (*cuLaunchKernel)(CuHandle function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z,
                         unsigned shared_memory, CuHandle stream, void** arguments, void** extra);
+  int (*cuMemsetD32Async)(uint64_t address, unsigned value, size_t count, CuHandle stream);
   int (*cuModuleGetFunction)(CuHandle* function, CuHandle module, const char* name);
   int (*cuModuleLoadData)(CuHandle* module, const void* code);
   // Null in drivers older than CUDA 12.

@@ -154,36 +154,93 @@ int64_t SectionHeads(const SpattnProblem& p) {
   return std::max<int64_t>(kBytes / std::max<int64_t>(kv_bytes, 1), 1) * (p.heads / p.kv_heads);
 }
 
+// What the kernels of a problem are specialised for, without the plan.
+SpattnCudaShape ShapeOf(const SpattnProblem& p, int rule, int arch) {
+  SpattnCudaShape shape = {};
+  shape.arch = arch;
+  shape.dtype = p.dtype;
+  shape.head_dim = p.head_dim;
+  shape.head_dim_v = p.head_dim_v;
+  shape.is_row_strided = p.row_stride > 1;
+  shape.is_scale_positive = p.softmax_scale > 0;
+  shape.uses_tf32 = p.allow_tf32 != 0 && HasTf32(shape);
+  shape.rule = rule;
+  return shape;
+}
+
+// Kernels are found by the shape, so it holds what the next kernel depends on and no more.
+void UsePlan(SpattnCudaShape* shape, const SpattnPlan& plan) {
+  shape->block_size = plan.block_size;
+  shape->tile_q = plan.tile_q;
+  shape->tile_kv = shape->list_keys = 0;
+}
+
+void UsePlan(SpattnCudaShape* shape, const SpattnKvPlan& plan) {
+  shape->block_size = plan.block_size;
+  shape->tile_kv = plan.tile_kv;
+  shape->tile_q = shape->list_keys = 0;
+}
+
+// attention_bwd_sm90 also depends on how many queries a kv tile lists on average.
+int64_t ListQueries(const SpattnKvPlan& plan) {
+  return plan.entries * plan.block_size / std::max<int64_t>(plan.heads * plan.kv_tiles, 1);
+}
+
+void UseListQueries(SpattnCudaShape* shape, const SpattnKvPlan& plan, int64_t q_len) {
+  UsePlan(shape, plan);
+  shape->list_keys = RoundListQueries(ListQueries(plan), q_len);
+}
+
+// What attention_bwd_sm90 has of a workspace, if it may run.
+struct DqWorkspace {
+  SpattnCudaDqSums sums = {};  // dq null: it does not run
+  int64_t zeroed_words = 0;    // from sums.copied on
+
+  void Init(const SpattnProblem& p, const SpattnKvPlan& plan, int rule, int arch,
+            DeviceArena* arena) {
+    SpattnCudaShape shape = ShapeOf(p, rule, arch);
+    UseListQueries(&shape, plan, p.q_len);
+    if (!RunsBwdSm90(shape)) return;
+    const int64_t run_rows = BwdSm90RunRows(shape), runs = (p.q_len + run_rows - 1) / run_rows;
+    const int64_t all_runs = p.batch * p.heads * runs, lists = plan.heads * plan.kv_tiles;
+    sums.runs = static_cast<int32_t>(runs);
+    sums.run_rows = static_cast<int32_t>(run_rows);
+    sums.dq = arena->Take<float>(all_runs * run_rows * p.head_dim);
+    const int64_t zeroed_from = arena->bytes();
+    sums.copied = arena->Take<uint64_t>(1);
+    sums.started = arena->Take<int32_t>(1);
+    sums.additions = arena->Take<int32_t>(all_runs);
+    if (plan.q_blocks > kRanksSharedBlocks) {
+      sums.listed = arena->Take<int32_t>(2 * plan.heads * plan.q_blocks);
+    }
+    zeroed_words = (arena->bytes() - zeroed_from) / 4;
+    sums.lists = arena->Take<int32_t>(2 * lists);
+    sums.indices = arena->Take<int32_t>(plan.entries);
+    sums.mask_ids = arena->Take<int32_t>(plan.entries);
+    sums.ranks = arena->Take<int32_t>(plan.entries);
+  }
+};
+
 // What one call needs to reach the device: a stream, and what its kernels are specialised for.
 class Launcher {
  public:
   SpattnStatus Init(const SpattnProblem& p, const RuleOnDevice& rule, void* stream) {
     rule_ = rule.params();
-    shape_.rule = rule.parts();
     SPATTN_RETURN_IF_ERROR(stream_.Open(stream));
-    shape_.arch = stream_.arch();
+    shape_ = ShapeOf(p, rule.parts(), stream_.arch());
     if (p.dtype == SPATTN_BFLOAT16 && shape_.arch < 80) {
       return Failed(SPATTN_UNSUPPORTED,
                     "bfloat16 needs a GPU of compute capability 8.0, this has %d.%d",
                     shape_.arch / 10, shape_.arch % 10);
     }
-    shape_.dtype = p.dtype;
-    shape_.head_dim = p.head_dim;
-    shape_.head_dim_v = p.head_dim_v;
-    shape_.is_row_strided = p.row_stride > 1;
-    shape_.is_scale_positive = p.softmax_scale > 0;
-    shape_.uses_tf32 = p.allow_tf32 != 0 && HasTf32(shape_);
     return Ok();
   }
 
   const Stream& stream() const { return stream_; }
 
-  // Kernels are found by the shape, so it holds what the next kernel depends on and no more.
-  void UsePlan(const SpattnPlan& plan) {
-    shape_.block_size = plan.block_size;
-    shape_.tile_q = plan.tile_q;
-    shape_.tile_kv = 0;
-    shape_.list_keys = 0;
+  template <class Plan>
+  void UsePlan(const Plan& plan) {
+    spattn::UsePlan(&shape_, plan);
   }
 
   // The forward kernel also depends on how many keys a q tile lists on average.
@@ -222,10 +279,31 @@ class Launcher {
     return Launch(SPATTN_FWD, mapped, ctas, 1, 1);
   }
 
-  void UsePlan(const SpattnKvPlan& plan) {
-    shape_.block_size = plan.block_size;
-    shape_.tile_q = 0;
-    shape_.tile_kv = plan.tile_kv;
+  // Launches attention_bwd_sm90 and what comes before and behind it, if all gradients are wanted, `space`
+  // is there, and the driver can make tensor maps of q and do.
+  SpattnStatus LaunchBwdSm90(const SpattnCudaBwdParams& params, const SpattnKvPlan& plan,
+                             const DqWorkspace& space, bool* is_launched) {
+    const SpattnProblem& p = params.problem;
+    SpattnCudaMappedBwdParams mapped = {{}, {}, params, space.sums};
+    const auto map = [&](const SpattnTensor& tensor, SpattnTensorMap* to) {
+      return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, p.head_dim,
+                             space.sums.run_rows, to);
+    };
+    const bool are_all_wanted = params.dq.data != nullptr && params.dk.data != nullptr;
+    const int64_t ctas = plan.kv_tiles * p.kv_heads * p.batch;
+    *is_launched = are_all_wanted && space.sums.dq != nullptr && ctas <= kMaxGridX &&
+                   map(params.q, &mapped.q) && map(params.dout, &mapped.dout);
+    if (!*is_launched) return Ok();
+    int multiprocessors = 0;
+    SPATTN_RETURN_IF_ERROR(stream_.CountMultiprocessors(&multiprocessors));
+    mapped.sums.starts_with_last =
+        StartsWithLast(ListQueries(plan), p.q_len, ctas, multiprocessors);
+    UseListQueries(&shape_, plan, p.q_len);
+    SPATTN_RETURN_IF_ERROR(stream_.Zero(space.sums.copied, space.zeroed_words));
+    SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD_RANKS, mapped, plan.heads, 1, 1));
+    SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD, mapped, ctas, 1, 1));
+    const int64_t pieces = p.batch * p.heads * p.q_len * (p.head_dim / 16);
+    return Launch(SPATTN_BWD_FINISH, mapped, (pieces + 255) / 256, 1, 1);
   }
 
   // Launches one CTA for each tile, head and sequence, and several where they share a tile. The
@@ -266,17 +344,28 @@ int64_t QTiles(const SpattnProblem& p, const SpattnPlan& plan) {
 struct Workspace {
   RuleOnDevice rule;
   float *lse_exp, *delta;  // of the backward pass
+  DqWorkspace dq;
 
   SpattnStatus Init(const SpattnFwdParams& params, DeviceArena* arena) {
     return rule.Init(params.problem, params.rule, params.plan, nullptr, nullptr, arena);
   }
-  SpattnStatus Init(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, DeviceArena* arena) {
+  SpattnStatus Init(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, int arch,
+                    DeviceArena* arena) {
     lse_exp = arena->Take<float>(LseElements(params.problem));
     delta = arena->Take<float>(LseElements(params.problem));
-    return rule.Init(params.problem, params.rule, params.plan, &by_kv, params.drelative_bias,
-                     arena);
+    SPATTN_RETURN_IF_ERROR(
+        rule.Init(params.problem, params.rule, params.plan, &by_kv, params.drelative_bias, arena));
+    dq.Init(params.problem, by_kv, rule.parts(), arch, arena);
+    return Ok();
   }
 };
+
+// The architecture that a backward call's workspace is for. Where XLA compiles there may be no device:
+// then that for which kernels write the most.
+int ArchOfWorkspace() {
+  Stream stream;
+  return stream.Open(nullptr).code == SPATTN_OK ? stream.arch() : 90;
+}
 
 SpattnStatus CheckFwd(const SpattnFwdParams& params, SpattnTilePlan* by_q) {
   SPATTN_RETURN_IF_ERROR(CheckCudaProblem(params.problem));
@@ -328,7 +417,7 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
                                                 {"dv", params.dv}}));
   DeviceArena arena(workspace);
   Workspace space;
-  SPATTN_RETURN_IF_ERROR(space.Init(params, by_kv, &arena));
+  SPATTN_RETURN_IF_ERROR(space.Init(params, by_kv, ArchOfWorkspace(), &arena));
   Launcher launcher;
   SPATTN_RETURN_IF_ERROR(launcher.Init(problem, space.rule, stream));
   SPATTN_RETURN_IF_ERROR(space.rule.Prepare(launcher.stream(), &tiles_by_q, &tiles_by_kv));
@@ -338,6 +427,9 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
                                              params.dlse, space.lse_exp, space.delta};
   SPATTN_RETURN_IF_ERROR(
       launcher.Launch(SPATTN_BWD_DELTA, kernel_params, DeltaTiles(problem), 1, 1));
+  bool is_launched;
+  SPATTN_RETURN_IF_ERROR(launcher.LaunchBwdSm90(kernel_params, by_kv, space.dq, &is_launched));
+  if (is_launched) return Ok();
   launcher.UsePlan(params.plan);
   if (space.rule.slices() > 0) {
     SPATTN_RETURN_IF_ERROR(
@@ -384,7 +476,7 @@ SpattnStatus spattn_bwd_cuda_workspace(const SpattnBwdParams* params, const Spat
   SPATTN_RETURN_IF_ERROR(spattn::CheckBwd(*params, *by_kv, &tiles_by_q, &tiles_by_kv));
   spattn::DeviceArena arena(nullptr);
   spattn::Workspace space;
-  SPATTN_RETURN_IF_ERROR(space.Init(*params, *by_kv, &arena));
+  SPATTN_RETURN_IF_ERROR(space.Init(*params, *by_kv, spattn::ArchOfWorkspace(), &arena));
   *bytes = arena.bytes();
   return spattn::Ok();
 }

@@ -138,6 +138,12 @@ bool Stream::MakeMap(const SpattnTensor& tensor, int dtype, int64_t batch, int64
              sizes, strides, box, ones, 0, kTensorMapSwizzle128, kTensorMapPromote256, 0) == 0;
 }
 
+SpattnStatus Stream::Zero(void* words, int64_t count) const {
+  return driver_->Check(driver_->cuMemsetD32Async(reinterpret_cast<uint64_t>(words), 0,
+                                                  static_cast<size_t>(count), stream_),
+                        "cuMemsetD32Async");
+}
+
 SpattnStatus Stream::Launch(const LoadedKernel& kernel, const void* params, int64_t x, int64_t y,
                             int64_t z) const {
   if (x == 0 || y == 0 || z == 0) return Ok();

@@ -55,10 +55,13 @@ class Stream {
 
   SpattnStatus CountMultiprocessors(int* count) const;
 
-  // Makes a map of k or v [batch, rows, heads, dim] in boxes of 64 columns and `box_rows` rows, 16-bit
+  // Makes a map of a tensor [batch, rows, heads, dim] in boxes of 64 columns and `box_rows` rows, 16-bit
   // elements; false where the driver cannot.
   bool MakeMap(const SpattnTensor& tensor, int dtype, int64_t batch, int64_t rows, int heads,
                int dim, int box_rows, SpattnTensorMap* map) const;
+
+  // Zeroes `count` words of device memory.
+  SpattnStatus Zero(void* words, int64_t count) const;
 
   // The kernel of a shape. Where it is not loaded, configure(shape, number, &config) says how it is
   // compiled; an error of it, or of the compiler, is returned, and the next call tries again.
