@@ -210,7 +210,7 @@ typedef enum {
   SPATTN_RULE_BIAS_GRADIENT = 7,
   SPATTN_RULE_PAIRS = 8,  // what a mask allows between two blocks
   SPATTN_BWD = 9,  // in place of SPATTN_BWD_DQ and SPATTN_BWD_DKV, where there is such a kernel
-  SPATTN_BWD_RANKS = 10,  // before it: the order in which it adds up dq
+  SPATTN_BWD_RANKS = 10,   // before it: the order in which it adds up dq
   SPATTN_BWD_FINISH = 11,  // after it: dq
 } SpattnPhase;
 
