@@ -59,7 +59,7 @@ class Compiler:
         self._hold.write_text("")
 
     def wait_for_run(self):
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while self.runs() == 0:
             assert time.time() < deadline, "nothing was compiled"
             time.sleep(0.05)

@@ -187,12 +187,13 @@ def test_keras_own_layer_runs_by_the_fused_op_or_the_error_says_what_is_needed()
     plain, causal = theirs(x, x), theirs(x, x, use_causal_mask=True)
     ours.build(x.shape, x.shape)
     ours.set_weights(theirs.get_weights())
+    before = flash_attention._calls["fused"]
     with sa.flash_attention():
         fused = theirs(x, x)
-    assert flash_attention._calls["fused"] == 1
+    assert flash_attention._calls["fused"] == before + 1
     assert np.abs(fused - plain).max() < 1e-5
     assert np.abs(ours(x, x, use_causal_mask=True) - causal).max() < 1e-5
-    assert flash_attention._calls["fused"] == 2
+    assert flash_attention._calls["fused"] == before + 2
     assert np.abs(theirs(x, x) - plain).max() == 0
 
 
