@@ -42,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const uint8_t* all_kinds = params.rule.pair_kinds;
     if (all_kinds == nullptr) return static_cast<int>(SPATTN_SOME_ALLOWED);
     int kinds = 0;
+#pragma unroll 1  // or sm_90a spills
     for (int i = 0; i < owned_blocks; ++i) {
       const int q_block = params.is_by_kv ? block : owned_block(i),
                 kv_block = params.is_by_kv ? owned_block(i) : block;
