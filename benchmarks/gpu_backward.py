@@ -90,7 +90,7 @@ class Shape:
         return before, now, differ, bits
 
     def cudnn(self):
-        """A call of cuDNN's backward, or None where there is none."""
+        """A call of cuDNN's backward."""
         leaves = [
             x.transpose(1, 2).detach().requires_grad_()
             for x in (self.q, self.k, self.v)

@@ -1,7 +1,8 @@
 """The order in which attention_bwd_sm90 adds up dq: it comes to an end, whatever a plan holds.
 
 A simulation of attention_bwd_ranks.cu and of who waits for whom, in units of one passing
-block: `workers` CTAs at a time, each of which draws the next tile of the heads that start in turns.
+block: `workers` CTAs at a time, each of which draws the next tile to start. Heads start in
+turns, their first tiles first, or one after the other, their last tiles first (`from_last`).
 """
 
 import numpy as np
@@ -12,10 +13,10 @@ from sparse_attention.plan.patterns import pattern_block_mask
 HEADS = 16  # kHeads of attention_bwd_sm90.cu
 
 
-def copy_plan(indptr, indices, blocks):
+def copy_plan(indptr, indices, blocks, from_last=False):
     """[[(block, rank)]] for each tile of one head, as attention_bwd_ranks copies them."""
     counts, copied, lists = np.zeros(blocks, int), 0, {}
-    for tile in range(len(indptr) - 1):
+    for tile in in_order(range(len(indptr) - 1), from_last):
         begin, end = np.clip(indptr[tile], 0, None), min(indptr[tile + 1], len(indices))
         length = max(end - begin, 0)
         copied += length
@@ -30,18 +31,24 @@ def copy_plan(indptr, indices, blocks):
     return [lists[tile] for tile in range(len(indptr) - 1)]
 
 
-def simulate(lists, blocks, workers, heads=1):
+def in_order(tiles, from_last):
+    return tiles[::-1] if from_last else tiles
+
+
+def simulate(lists, blocks, workers, heads=1, from_last=False):
     """Steps until all tiles of all heads are done; AssertionError where no CTA can go on.
 
     A CTA computes an entry in a step, and adds it in the same one if it is its turn.
     """
+    together = 1 if from_last else HEADS
     waiting = [
         (head, tile)
-        for first in range(0, heads, HEADS)
-        for tile in range(len(lists))
-        for head in range(first, min(first + HEADS, heads))
+        for first in range(0, heads, together)
+        for tile in in_order(range(len(lists)), from_last)
+        for head in range(first, min(first + together, heads))
     ]
-    entries = [entries[::-1] for entries in lists]  # as a CTA goes through them
+    # As a CTA goes through them.
+    entries = [entries if from_last else entries[::-1] for entries in lists]
     counts, steps, running = np.zeros((heads, blocks), int), 0, []
     while waiting or running:
         while waiting and len(running) < workers:
@@ -73,22 +80,25 @@ def head_of(kv_tiles):
     return np.asarray(kv_tiles.q_indptr), np.asarray(kv_tiles.q_indices)
 
 
+@pytest.mark.parametrize("from_last", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 7, 132])
 @pytest.mark.parametrize("mode", ["all", "local", "strided", "fixed"])
-def test_every_addition_has_its_turn(mode, workers):
+def test_every_addition_has_its_turn(mode, workers, from_last):
     block_mask = pattern_block_mask(mode, 2048, 1, 32, 256, num_verts=1)
     indptr, indices = head_of(block_mask.kv_tiles(128, 1))
     blocks = block_mask.q_blocks
-    lists = copy_plan(indptr, indices, blocks)
-    steps, counts = simulate(lists, blocks, workers, heads=3)
+    lists = copy_plan(indptr, indices, blocks, from_last)
+    steps, counts = simulate(lists, blocks, workers, 3, from_last)
     assert (counts == np.bincount(indices, minlength=blocks)).all()
     assert steps >= max(map(len, lists))
 
 
-def test_tiles_of_one_head_fall_one_step_behind_each_other():
+@pytest.mark.parametrize("from_last", [False, True])
+def test_tiles_of_one_head_fall_one_step_behind_each_other(from_last):
     block_mask = pattern_block_mask("all", 4096, 1, 128, None)
-    lists = copy_plan(*head_of(block_mask.kv_tiles(128, 1)), block_mask.q_blocks)
-    steps, _ = simulate(lists, block_mask.q_blocks, len(lists))
+    head, blocks = head_of(block_mask.kv_tiles(128, 1)), block_mask.q_blocks
+    lists = copy_plan(*head, blocks, from_last)
+    steps, _ = simulate(lists, blocks, len(lists), from_last=from_last)
     assert steps == len(lists) == max(map(len, lists))
 
 
@@ -111,6 +121,8 @@ def test_corrupt_plans_come_to_an_end(seed):
     if seed % 2:
         indptr = np.sort(indptr)
     indices = random.randint(-2, blocks + 2, entries)
-    lists = copy_plan(indptr, indices, blocks)
-    assert sum(map(len, lists)) <= entries
-    simulate(lists, blocks, random.randint(1, tiles + 1))
+    workers = random.randint(1, tiles + 1)
+    for from_last in (False, True):
+        lists = copy_plan(indptr, indices, blocks, from_last)
+        assert sum(map(len, lists)) <= entries
+        simulate(lists, blocks, workers, from_last=from_last)

@@ -388,10 +388,8 @@ def kernels_of(library, case, arch):
         shape.rule = rule_parts(case.rule, phase == "bwd_dq")
         found.append(abi.kernel_of(library, shape, phase))
     queries = len(kv_tiles.q_indices) * kv_tiles.block_size
-    shape.rule, shape.list_keys = (
-        rule_parts(case.rule),
-        queries // (len(kv_tiles.q_indptr) - 1),
-    )
+    shape.rule = rule_parts(case.rule)
+    shape.list_keys = queries // (len(kv_tiles.q_indptr) - 1)
     found += [abi.kernel_of(library, shape, phase) for phase in abi.LONG_PHASES]
     return [kernel for kernel in found if kernel.name]
 

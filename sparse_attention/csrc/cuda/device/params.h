@@ -73,8 +73,8 @@ typedef struct {
   int32_t runs;  // of a head of a sequence; those that begin at or past q_len do not exist
   int32_t run_rows;          // a multiple of 8
   int32_t starts_with_last;  // of a head's kv tiles, rather than with the first
-  uint64_t*
-      copied;  // entries that attention_bwd_ranks has made room for. Zeroed, with the next three:
+  // Zeroed, up to `lists`:
+  uint64_t* copied;    // entries that attention_bwd_ranks has made room for
   int32_t* started;    // CTAs of attention_bwd_sm90
   int32_t* additions;  // [batch, heads, runs] kv tiles whose part is in dq
   int32_t* listed;     // [plan heads, 2, blocks] of attention_bwd_ranks, or null: they fit its CTAs

@@ -3,8 +3,9 @@
 //
 // Who may attend to whom (segments, mask) joins the bits that a passing tile has for PARTIAL blocks, so
 // all that keeps masked keys out of sums holds for it; blocks of which no pair can attend are not in the
-// lists any more, and those of which all may have no bits (score_rule_lists.cu). What changes a score or a weight is done to accumulators, in
-// registers. Dropout's random words of a row are read from where score_rule_words.cu has put them.
+// lists any more, and those of which all may have no bits (score_rule_lists.cu). What changes a score or
+// a weight is done to accumulators, in registers. Dropout's random words of a row are read from where
+// score_rule_words.cu has put them.
 //
 // SPATTN_RULE, the SpattnRuleParts in use, is a macro: a kernel without a rule has nothing of this.
 #pragma once
