@@ -335,8 +335,55 @@ def _rules():
                 yield case(f"{name}-{shape}", block_mask, dtype, rule=rule, **options)
 
 
+def _rules_by_keys():
+    """Those of which attention_bwd_sm90 takes the rule: all but relative_bias."""
+    long = {"tile_q": 128, "tile_kv": 128}
+    shapes = {
+        # Of 336 keys a mask of pairs is read 16 bytes at a time.
+        "64": (
+            lambda: random_block_mask(9, 32, 1733, 336, 2, density=0.9),
+            dict(long, head_dim=64),
+        ),
+        "128": (
+            lambda: random_block_mask(10, 64, 1733, 333, 2, density=0.9),
+            dict(long, head_dim=128),
+        ),
+        # One plan for all heads; tiles of many blocks; keys that end within a tile.
+        "shared-heads-64": (
+            lambda: random_block_mask(7, 16, 1500, 700, 1, density=0.95),
+            dict(long, head_dim=64, heads=4, kv_heads=2, kv_lengths=(611, 700)),
+        ),
+        "own-heads-128": (
+            lambda: random_block_mask(8, 128, 1400, 520, 6, density=0.9),
+            dict(long, head_dim=128, heads=6, kv_heads=2, kv_lengths=(0, 130)),
+        ),
+        "causal-64": (
+            lambda: BlockMask(np.tri(41), causal_mask(), 64, 2600, 2600),
+            dict(long, head_dim=64, heads=1),
+        ),
+        "causal-128": (
+            lambda: BlockMask(np.tri(17), causal_mask(), 128, 2100, 2100),
+            dict(long, head_dim=128, heads=1),
+        ),
+    }
+    for dtype in ("float16", "bfloat16"):
+        for shape, (block_mask, options) in shapes.items():
+            one, heads = block_mask(), options.get("heads", 2)
+            rules = rules_of(heads, one.q_len, one.kv_len)
+            rules.pop("bias")
+            rules["all"] = {k: v for rule in rules.values() for k, v in rule.items()}
+            rules["all"]["q_offset"] = 9
+            scores = {k: v for k, v in rules["all"].items() if k != "mask"}
+            scores.pop("logit_softcap")
+            rules["documents"] = scores  # all that changes weights, within documents
+            alone = rules if shape in ("64", "128") else ["all", "documents"]
+            for name in alone:
+                title = f"{name}-long-queries-{shape}"
+                yield case(title, block_mask, dtype, rule=rules[name], **options)
+
+
 CASES = [*_patterns(), *_dims(), *_features(), *_long(), *_long_by_keys()]
-RULE_CASES = [*_rules()]
+RULE_CASES = [*_rules(), *_rules_by_keys()]
 
 
 # What a V100 runs: two heads of 256 do not fit into its shared memory.

@@ -11,7 +11,7 @@
 //          Lists that reach beyond the copy, which those of a plan do not, are empty.
 // Cost:    a barrier and two operations in shared memory per tile of a head, one after the other.
 // Numerics: integers. Of a block that is in a list twice, either entry may be the one that counts.
-#include "cuda/device/device.cuh"
+#include "cuda/device/score_rule.cuh"
 
 namespace spattn {
 
@@ -40,10 +40,24 @@ struct Smem {
 // ---- kernel ----
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    attention_bwd_ranks(const __grid_constant__ SpattnCudaMappedBwdParams mapped) {
+    attention_bwd_ranks(const __grid_constant__ Given<SpattnCudaMappedBwdParams> given) {
+  const SpattnCudaMappedBwdParams& mapped = CallOf(given);
   __shared__ Smem smem;
+#if SPATTN_RULE  // one that leaves lists: they are of a sequence, and so is their copy
+  SpattnTilePlan plan = mapped.call.by_kv;
+  SpattnCudaDqSums sums = mapped.sums;
+  const int64_t sequence = blockIdx.y, first_list = sequence * plan.heads * plan.tiles,
+                first_entry = sequence * plan.entries;
+  const auto end_of = [&](int at) { return __ldg(RuleOf(given).kv_tile_ends + first_list + at); };
+  plan.indices += first_entry, plan.mask_ids += first_entry;
+  sums.copied += sequence, sums.lists += 2 * first_list;
+  sums.indices += first_entry, sums.mask_ids += first_entry, sums.ranks += first_entry;
+  if (sums.listed != nullptr) sums.listed += sequence * plan.heads * 2 * plan.blocks;
+#else
   const SpattnTilePlan& plan = mapped.call.by_kv;
   const SpattnCudaDqSums& sums = mapped.sums;
+  const auto end_of = [&](int at) { return __ldg(plan.indptr + at + 1); };
+#endif
   const int thread = threadIdx.x, head = blockIdx.x;
   const int blocks =
       Min(plan.blocks, CeilDiv(static_cast<int>(mapped.call.problem.q_len), kPlanBlock));
@@ -64,8 +78,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     return Entry{__ldg(plan.indices + list.begin + i), __ldg(plan.mask_ids + list.begin + i)};
   };
   const auto rank_of = [&](const Entry& entry, int tile) {
-    const bool is_valid = entry.block >= 0 && entry.block < blocks && entry.mask_id >= -1 &&
-                          entry.mask_id < plan.mask_blocks;
+    const int mask_id = MaskId::Of(entry.mask_id).id;
+    const bool is_valid = entry.block >= 0 && entry.block < blocks && mask_id >= -1 &&
+                          mask_id < plan.mask_blocks;
     if (!is_valid || atomicExch(last_tiles + entry.block, tile + 1) == tile + 1) return -1;
     return counts[entry.block]++;  // no other thread has it in this tile
   };
@@ -77,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (thread < tiles) {
       const int at = head * plan.tiles + tile_of(done + thread);
       const int begin = Min(Max(__ldg(plan.indptr + at), 0), plan.entries),
-                end = Min(__ldg(plan.indptr + at + 1), plan.entries);
+                end = Min(end_of(at), plan.entries);
       int length = Max(end - begin, 0);
       const uint64_t to = atomicAdd(reinterpret_cast<unsigned long long*>(sums.copied),
                                     static_cast<uint64_t>(length));

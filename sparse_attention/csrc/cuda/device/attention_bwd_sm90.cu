@@ -74,6 +74,7 @@
 //          attention_bwd_dkv 14.8, cuDNN 13.5), 8 x 128 10.5 (13.8, 11.0): 490 and 540 TFLOP/s. The products
 //          alone take 8.1; what was tried: benchmarks/results/gpu_kernels_h100.txt.
 #include "cuda/device/matmul.cuh"
+#include "cuda/device/score_rule.cuh"
 #include "cuda/device/warpgroup.cuh"
 
 namespace spattn {
@@ -108,6 +109,8 @@ static_assert(kHasWgmma && kHeadDim % 64 == 0, "panels of 64 columns");
 static_assert(kSharesQueries ? kHeadDim == 64 : kTileQ == 64 && kHeadDim == 128,
               "dq_frag is 64 x 64");
 static_assert(kGather * kPanels <= 32, "a lane for each box");
+constexpr bool kHasRule = SPATTN_RULE != 0;
+static_assert(!kHasBias, "its gradient is added up by attention_bwd_dq");
 
 using KTile = Tile<kTileKV, kHeadDim>;
 using QTile = Tile<kTileQ, kHeadDim>;
@@ -161,13 +164,16 @@ struct Owned {
   }
 };
 
-// The tile's list for a head, in the copy of the plan.
+// The tile's list for a head, in the copy of the plan; where a rule leaves lists, the sequence's.
 struct KvList {
   int begin, end;
 
   DEVICE KvList Make(const Owned& owned, int head) {
-    const int at = owned.PlanHead(head) * owned.mapped.call.by_kv.tiles + owned.tile;
-    const int2 list = __ldg(reinterpret_cast<const int2*>(owned.mapped.sums.lists) + at);
+    const SpattnTilePlan& plan = owned.mapped.call.by_kv;
+    const int2* lists = reinterpret_cast<const int2*>(owned.mapped.sums.lists);
+    if (kLeavesLists) lists += static_cast<int64_t>(owned.batch) * plan.heads * plan.tiles;
+    const int at = owned.PlanHead(head) * plan.tiles + owned.tile;
+    const int2 list = __ldg(lists + at);
     return {list.x, list.y};
   }
   __forceinline__ int Tiles() const { return CeilDiv((end - begin) * kSplit, kGather); }
@@ -196,7 +202,7 @@ struct ColumnStats {
   }
 };
 
-struct Smem {
+struct alignas(16) Smem {
   T k[kTileKV * kHeadDim], v[kTileKV * kHeadDim], k_finite[kTileKV * kHeadDim];
   T q[kStages][kTileQ * kHeadDim], dout[kStages][kTileQ * kHeadDim];
   T ds[kTileKV * kTileQ];
@@ -210,7 +216,19 @@ struct Smem {
   Mbarrier dq_filled[2], dq_emptied[kDqBuffers];
   unsigned number;
 };
-static_assert(sizeof(Smem) <= SPATTN_SHARED_MEMORY, "the host counts fewer bytes");
+
+// What a rule needs beside, behind it.
+struct RuleSmem {
+  int key_rows[kTileKV];            // -1: nobody attends to the key
+  int is_checked[kSlots][kGather];  // for segments and mask
+  float slope[kStages];
+  // Of dropout:
+  alignas(16) uint32_t query_words[kStages][kHasDropout ? kTileQ * 2 : 1];
+  uint32_t key_words[kStages][kHasDropout ? kTileKV : 1];
+};
+DEVICE RuleSmem& RuleOf(Smem& smem) { return reinterpret_cast<RuleSmem*>(&smem + 1)[0]; }
+static_assert(sizeof(Smem) + (kHasRule ? sizeof(RuleSmem) : 0) <= SPATTN_SHARED_MEMORY,
+              "the host counts fewer bytes");
 // dk and dv leave through k, v and k_finite.
 static_assert(2 * StorePitch(kHeadDim) <= 3 * kHeadDim, "they have room there");
 
@@ -239,15 +257,32 @@ DEVICE void ForEachTile(const Owned& owned, Work work) {
   }
 }
 
+// By all threads, where there is a rule: which of the tile's keys anyone may attend to. Of the others ds
+// and the gradients are 0, whatever their products are, and no tile needs a mask because of them.
+DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
+  const int r = threadIdx.x;
+  if (r < kTileKV) {
+    int row = owned.KeyRowOfSequence(r);
+    if (kHasSegments && row >= 0 &&
+        KeySegment(rule, owned.mapped.call.problem, owned.batch, row) < 0) {
+      row = -1;
+    }
+    RuleOf(smem).key_rows[r] = row;
+    const uint32_t word = __ballot_sync(kFullWarp, row >= 0);
+    if (r % 32 == 0) smem.keys_exist[r / 32] = word;
+  }
+  __syncthreads();
+}
+
 // Warp 0: reads the lists, and starts the copies of q and do. Queries that do not exist, and those of
 // absent blocks, become zeros.
-DEVICE void Copy(Smem& smem, const Owned& owned) {
+DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const SpattnCudaMappedBwdParams& mapped = owned.mapped;
   const SpattnCudaDqSums& sums = mapped.sums;
   const int lane = threadIdx.x % 32, q_len = static_cast<int>(mapped.call.problem.q_len);
   bool all_keys = true;
 #pragma unroll
-  for (int w = 0; w < kMaskWords; ++w) {
+  for (int w = 0; !kHasRule && w < kMaskWords; ++w) {
     const uint32_t word = __ballot_sync(kFullWarp, owned.KeyRowOfSequence(w * 32 + lane) >= 0);
     if (lane == 0) smem.keys_exist[w] = word;  // before the first tile is listed
     all_keys &= word == kFullWarp;
@@ -256,14 +291,21 @@ DEVICE void Copy(Smem& smem, const Owned& owned) {
     const KvList list = KvList::Make(owned, head);
     const int at = list.begin + (kSplit > 1 ? i / kSplit : i * kGather + lane), sub = i % kSplit;
     const bool is_listed = lane < kGather && at < list.end;
-    const int block = is_listed ? __ldg(sums.indices + at) : -1;
-    const int mask_id = is_listed ? __ldg(sums.mask_ids + at) : -1;
-    const int rank = is_listed ? __ldg(sums.ranks + at) : 0;
+    const int64_t first_entry =
+        kLeavesLists ? static_cast<int64_t>(owned.batch) * mapped.call.by_kv.entries : 0;
+    const int block = is_listed ? __ldg(sums.indices + first_entry + at) : -1;
+    const int entry = is_listed ? __ldg(sums.mask_ids + first_entry + at) : kLeavesLists ? 0 : -1;
+    const int mask_id = kLeavesLists ? MaskId::Of(entry).id : entry;
+    const int rank = is_listed ? __ldg(sums.ranks + first_entry + at) : 0;
+    // Which keys are masked for all queries FindKeys has found.
+    const bool is_checked =
+        MaskId::Of(entry).is_checked && (kHasMask || rule.q_segments != nullptr);
     int first = block < 0 ? -1 : block * kPlanBlock + sub * kTileQ;
     if (first >= q_len) first = -1;
     const bool is_masked =
         !all_keys || __any_sync(kFullWarp, lane < kGather &&
-                                               (first < 0 || mask_id >= 0 || first + kRun > q_len));
+                                               (first < 0 || mask_id >= 0 || is_checked ||
+                                                first + kRun > q_len));
     const int stage = n % kStages, slot = n % kSlots;
     smem.released[stage].Wait(Parity<kStages>(n) ^ 1);
     Gathered& tile = smem.gathered[slot];
@@ -271,6 +313,7 @@ DEVICE void Copy(Smem& smem, const Owned& owned) {
       tile.first[lane] = first;
       tile.mask_row[lane] = mask_id < 0 ? -1 : mask_id * kPlanBlock + sub * kTileQ;
       tile.rank[lane] = rank;
+      if (kLeavesLists) RuleOf(smem).is_checked[slot][lane] = is_checked;
     }
     if (lane == 0) {
       tile.is_masked = is_masked;
@@ -291,11 +334,31 @@ DEVICE void Copy(Smem& smem, const Owned& owned) {
   });
 }
 
+// Takes what segments and mask do not allow out of a query's words, one after the other: registers are
+// few. Whole warps.
+DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rule, int head,
+                       uint4& words, int row, bool is_checked) {
+  if (!__any_sync(kFullWarp, is_checked)) return;
+#pragma unroll 1
+  for (int w = 0; w < kMaskWords; ++w) {
+    const auto restriction =
+        Restrict<false, kPlanBlock>(rule, owned.mapped.call.problem, owned.batch, head,
+                                    [&](int r) { return RuleOf(smem).key_rows[w * 32 + r]; });
+    uint32_t word[1] = {kFullWarp};
+    restriction.Apply(word, row, is_checked);
+    words.x &= w == 0 ? word[0] : kFullWarp;
+    words.y &= w == 1 ? word[0] : kFullWarp;
+    words.z &= w == 2 ? word[0] : kFullWarp;
+    words.w &= w == 3 ? word[0] : kFullWarp;
+  }
+}
+
 // Warps 2 and 3: lse_exp and delta of all tiles; of those that need one the mask. Of these q and do
 // become finite: a masked query's NaN must not meet its p = 0 or ds = 0, and a key that may be paired
 // with it has NaN from its lse_exp.
-DEVICE void Prepare(Smem& smem, const Owned& owned) {
+DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
+  const float delta_times = kHasDropout ? 1 / rule.kept_times : 1;
   ForEachTile(owned, [&](int head, int, unsigned n) {
     const int stage = n % kStages, thread = Opaque(threadIdx.x) % kPrepareThreads;
     const Gathered& tile = smem.gathered[n % kSlots];
@@ -312,7 +375,23 @@ DEVICE void Prepare(Smem& smem, const Owned& owned) {
       const float lse_exp = __ldg(call.lse_exp + at), delta = __ldg(call.delta + at);
       const int place = ColumnStats::Place(Opaque(r));
       smem.lse_exp[stage].values[place] = row >= 0 ? lse_exp : kInf;
-      smem.delta[stage].values[place] = row >= 0 ? delta : 0;
+      smem.delta[stage].values[place] = row >= 0 ? delta * delta_times : 0;
+      if (kHasDropout) {
+        const uint2 words = __ldg(reinterpret_cast<const uint2*>(QueryWords(
+                                      rule, call.problem, owned.batch, head)) +
+                                  Max(row, 0));
+        reinterpret_cast<uint2*>(RuleOf(smem).query_words[stage])[r] = words;
+      }
+    }
+    if (kHasDropout) {
+      const uint32_t* words = KeyWords(rule, call.problem, owned.batch, head);
+#pragma unroll 1
+      for (int r = thread; r < kTileKV; r += kPrepareThreads) {
+        RuleOf(smem).key_words[stage][r] = __ldg(words + Max(RuleOf(smem).key_rows[r], 0));
+      }
+    }
+    if (kHasAlibi) {
+      if (thread == 0) RuleOf(smem).slope[stage] = __ldg(rule.alibi_slopes + head) * kExpScale;
     }
     if (tile.is_masked) {
 #pragma unroll 1
@@ -325,6 +404,10 @@ DEVICE void Prepare(Smem& smem, const Owned& owned) {
                         (static_cast<int64_t>(mask_row) + r % kRun));
         }
         uint32_t* to = smem.mask[stage] + r * kMaskWords;
+        if (kLeavesLists) {
+          Restricted(smem, owned, rule, head, words, row_of(r),
+                     RuleOf(smem).is_checked[n % kSlots][r / kRun]);
+        }
         to[0] = words.x & smem.keys_exist[0];
         to[1] = words.y & smem.keys_exist[1];
         to[2] = words.z & smem.keys_exist[2];
@@ -402,7 +485,74 @@ DEVICE void Probabilities(float (&s)[1][kN][4], float scale_exp, const ColumnSta
   }
 }
 
-// dp becomes ds = p * (dp - delta).
+// The rule for a tile, of what Prepare has brought for it.
+DEVICE PanelRule<false, 1> RuleOfTile(Smem& smem, const SpattnCudaRule& rule, int stage,
+                                      float scale) {
+  PanelRule<false, 1> of_tile{rule, RowMap{}};
+  const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  of_tile.scale = scale;
+  if (kHasSoftcap) of_tile.cap = rule.logit_softcap * kExpScale;
+  if (kHasAlibi) of_tile.slope = RuleOf(smem).slope[stage];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (kHasAlibi) {
+      of_tile.rows_as_floats[0][h] = static_cast<float>(RuleOf(smem).key_rows[key + h * 8]);
+    }
+    if (kHasDropout) of_tile.multiplier[0][h] = RuleOf(smem).key_words[stage][key + h * 8];
+  }
+  return of_tile;
+}
+
+// Products become p, whatever pairs are allowed. With a soft cap p is packed, and s becomes p times
+// its slope. Where dropout does not keep a weight, both are less than 0.
+template <typename ColumnOf>
+DEVICE void RuledProbabilities(float (&s)[1][kN][4], uint32_t (&p_frag)[kN / 2][1][4],
+                               const ColumnStats& lse_exp, PanelRule<false, 1>& rule,
+                               const uint32_t* words, ColumnOf column_of) {
+  rule.ByCase(s, column_of, [&](auto the_case) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const float4 lse = lse_exp.Read(n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const ColumnPair columns = rule.Columns(column_of, words, n + i);
+        float scores[1][4], cap_slopes[1][4], p[4];
+        rule.Scores(the_case, s, n + i, columns, scores, cap_slopes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int h = e / 2, j = e % 2;
+          const float shift = i == 0 ? (j == 0 ? lse.x : lse.y) : (j == 0 ? lse.z : lse.w);
+          p[e] = Exp(kChangesScores ? scores[0][e] - shift
+                                    : fmaf(s[0][n + i][e], rule.scale, -shift));
+          if (kHasDropout && !rule.Keeps(0, h, columns, j)) p[e] = -p[e];
+          s[0][n + i][e] = kHasSoftcap ? p[e] * cap_slopes[0][e] : p[e];
+        }
+        if (kHasSoftcap) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            p_frag[n / 2][0][i * 2 + h] = PackPair(p[h * 2], p[h * 2 + 1]);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Weights below 0, which dropout does not keep, become 0; NaN stays.
+DEVICE void DropBelowZero(uint32_t (&p_frag)[kN / 2][1][4]) {
+#pragma unroll
+  for (int i = 0; i < kN * 2; ++i) {
+    uint32_t& pair = p_frag[i / 4][0][i % 4];
+    asm("max.NaN." SPATTN_PTX_TYPE "x2 %0, %0, %1;" : "+r"(pair) : "r"(0));
+  }
+}
+
+DEVICE float DsOf(float p, float dp, float delta) {
+  if (kHasDropout) return fmaf(fmaxf(p, 0), dp, -fabsf(p) * delta);
+  return p * (dp - delta);
+}
+
+// dp becomes ds = p * (dp - delta); where p is less than 0, p * delta.
 DEVICE void ScoreGradient(float (&dp)[1][kN][4], const float (&p)[1][kN][4],
                           const ColumnStats& delta) {
 #pragma unroll
@@ -412,10 +562,10 @@ DEVICE void ScoreGradient(float (&dp)[1][kN][4], const float (&p)[1][kN][4],
     for (int h = 0; h < 2; ++h) {
       float *left = &dp[0][n][h * 2], *right = &dp[0][n + 1][h * 2];
       const float *p_left = &p[0][n][h * 2], *p_right = &p[0][n + 1][h * 2];
-      left[0] = p_left[0] * (left[0] - columns.x);
-      left[1] = p_left[1] * (left[1] - columns.y);
-      right[0] = p_right[0] * (right[0] - columns.z);
-      right[1] = p_right[1] * (right[1] - columns.w);
+      left[0] = DsOf(p_left[0], left[0], columns.x);
+      left[1] = DsOf(p_left[1], left[1], columns.y);
+      right[0] = DsOf(p_right[0], right[0], columns.z);
+      right[1] = DsOf(p_right[1], right[1], columns.w);
     }
   }
 }
@@ -432,6 +582,30 @@ DEVICE void KeepAllowed(float (&c)[1][kN][4], const uint32_t* mask_smem) {
         if (!(allowed >> (h * 8) & 1)) c[0][n][h * 2 + j] = 0;
       }
     }
+  }
+}
+
+// The same where they are packed.
+DEVICE void KeepAllowed(uint32_t (&c)[kN / 2][1][4], const uint32_t* mask_smem) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const uint32_t left = FragmentMask<kTileKV, 16>(mask_smem, 0, n, 0),
+                   right = FragmentMask<kTileKV, 16>(mask_smem, 0, n, 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      c[n / 2][0][n % 2 * 2 + h] &=
+          (left >> (h * 8) & 1 ? 0xffffu : 0) | (right >> (h * 8) & 1 ? 0xffff0000u : 0);
+    }
+  }
+}
+
+// ds becomes 0 of keys that nobody attends to.
+DEVICE void KeepKeys(uint32_t (&ds)[kN / 2][1][4], const uint32_t* keys_exist) {
+  const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const uint32_t bits = keys_exist[key / 32] >> key % 32;
+#pragma unroll
+  for (int i = 0; i < kN * 2; ++i) {
+    ds[i / 4][0][i % 4] &= 0u - (bits >> (i % 2 * 8) & 1);
   }
 }
 
@@ -485,10 +659,11 @@ DEVICE void LoadKeys(Smem& smem, const Owned& owned) {
   BarrierSync(kMathBarrier, kMathThreads);
 }
 
-DEVICE void Multiply(Smem& smem, const Owned& owned, int group) {
+DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule, int group) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-  const float scale_exp = call.problem.softmax_scale * kExpScale;
+  const float scale_exp =
+      call.problem.softmax_scale * (kHasSoftcap ? 1 / rule.logit_softcap : kExpScale);
   unsigned tiles = 0;
 #pragma unroll 1
   for (int head = owned.FirstHead(); head < owned.EndHead(); ++head) {
@@ -520,14 +695,29 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, int group) {
     float dp_frag[1][kN][4];
     v.group = SmemOperand::Make(smem.v + group * kGroupRows * 64);
     MatmulABt<QTile>(dp_frag, v, SmemOperand::Make(do_smem), nullptr);
-    Probabilities(s_frag, scale_exp, smem.lse_exp[stage]);
+    uint32_t p_frag[kN / 2][1][4], ds_frag[kN / 2][1][4];
+    if (kChangesScores || kHasDropout) {
+      PanelRule<false, 1> of_tile = RuleOfTile(smem, rule, stage, scale_exp);
+      const int* firsts = smem.gathered[n % kSlots].first;
+      RuledProbabilities(s_frag, p_frag, smem.lse_exp[stage], of_tile,
+                         RuleOf(smem).query_words[stage], [&](int n) {
+                           return FragmentColumn{firsts[n * 8 / kRun] + lane % 4 * 2,
+                                                 n * 8 % kRun};
+                         });
+    } else {
+      Probabilities(s_frag, scale_exp, smem.lse_exp[stage]);
+    }
     if (is_masked) KeepAllowed(s_frag, smem.mask[stage]);
+    if (kHasSoftcap) {
+      if (is_masked) KeepAllowed(p_frag, smem.mask[stage]);
+    }
     MatmulWait<0>(dp_frag);
     ScoreGradient(dp_frag, s_frag, smem.delta[stage]);
     if (is_masked) KeepAllowed(dp_frag, smem.mask[stage]);
-    uint32_t p_frag[kN / 2][1][4], ds_frag[kN / 2][1][4];
-    PackAllFragments(p_frag, s_frag);
+    if (!kHasSoftcap) PackAllFragments(p_frag, s_frag);
+    if (kHasDropout) DropBelowZero(p_frag);
     PackAllFragments(ds_frag, dp_frag);
+    if (kHasRule) KeepKeys(ds_frag, smem.keys_exist);
 
     BarrierSync(kDsLeft + group, kMathThreads);  // dq of the tile before does not read ds any more
     StoreDs(smem.ds, ds_frag, warp_row);
@@ -558,10 +748,18 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, int group) {
 
   // The other group has left k, v and k_finite, but for an s that nobody wants.
   BarrierSync(kDsLeft + group, kMathThreads);
+  const float kept_times = kHasDropout ? rule.kept_times : 1;
 #pragma unroll
-  for (int i = 0; i < kOut * 4; ++i) dk_frag[0][i / 4][i % 4] *= call.problem.softmax_scale;
+  for (int i = 0; i < kOut * 4; ++i) {
+    dk_frag[0][i / 4][i % 4] *= call.problem.softmax_scale * kept_times;
+  }
+#pragma unroll
+  for (int i = 0; kHasDropout && i < kOut * 4; ++i) dv_frag[0][i / 4][i % 4] *= kept_times;
   const auto row_of = [&](int r) { return owned.KeyRow(warp_row + r); };
-  const auto zero_of = [&](int r) { return owned.KeyRowOfSequence(warp_row + r) < 0; };
+  const auto zero_of = [&](int r) {
+    return kHasRule ? RuleOf(smem).key_rows[warp_row + r] < 0
+                    : owned.KeyRowOfSequence(warp_row + r) < 0;
+  };
   constexpr int kPitch = StorePitch(kHeadDim);
   StoreRows<kHeadDim>(dk_frag, smem.k + warp_row * kPitch,
                       RowSpan::Make(call.dk, owned.batch, owned.kv_head), 0, row_of, zero_of);
@@ -572,7 +770,9 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, int group) {
 // ---- kernel ----
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    attention_bwd_sm90(const __grid_constant__ SpattnCudaMappedBwdParams mapped) {
+    attention_bwd_sm90(const __grid_constant__ Given<SpattnCudaMappedBwdParams> given) {
+  const SpattnCudaMappedBwdParams& mapped = CallOf(given);
+  const SpattnCudaRule& rule = RuleOf(given);
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   if (threadIdx.x == 0) {
@@ -591,20 +791,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const Owned owned = Owned::Make(mapped, __shfl_sync(kFullWarp, smem.number, 0));
+  if (kHasRule) FindKeys(smem, owned, rule);
   const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
   if (group == kGroups) {
     GiveRegisters<kCopyRegisters>();
     const int warp = threadIdx.x / 32 % 4;
     if (warp == 0) {
-      Copy(smem, owned);
+      Copy(smem, owned, rule);
     } else if (warp <= kAdders) {
       AddDq(smem, owned, warp - 1);
     } else {
-      Prepare(smem, owned);
+      Prepare(smem, owned, rule);
     }
   } else {
     TakeRegisters<kMathRegisters>();
-    Multiply(smem, owned, group);
+    Multiply(smem, owned, rule, group);
   }
 }
 

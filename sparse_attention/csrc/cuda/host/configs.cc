@@ -177,7 +177,10 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int scores = tile_kv * tile_q * 2;                        // ds
   const int dq = tile_q * s.head_dim * 4;
   const int barriers = 1024;  // and lists
-  const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers;
+  const int rule = s.rule == 0                              ? 0
+                   : (s.rule & SPATTN_RULE_DROPOUT) != 0 ? 1024 + stages * (tile_q * 8 + tile_kv * 4)
+                                                         : 1024;
+  const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers + rule;
   SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
   define("DTYPE", s.dtype);
@@ -191,9 +194,11 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   define("ANEW", 1);
   define("WGMMA", 1);
   define("SHARED_MEMORY", shared_memory);
+  DefineRule(&kernel, s);
   return kernel;
 }
 
+// It looks at lists alone: those that a rule leaves are of one kind.
 SpattnCudaKernel ConfigureBwdRanks(const SpattnCudaShape& s) {
   SpattnCudaKernel kernel = {"attention_bwd_ranks", "", 0, 512, 1};
   for (const char* zero : {"DTYPE", "TF32", "ROW_STRIDED", "ANEW", "WGMMA"}) {
@@ -201,6 +206,9 @@ SpattnCudaKernel ConfigureBwdRanks(const SpattnCudaShape& s) {
   }
   Define(&kernel, "PLAN_BLOCK", s.block_size);
   Define(&kernel, "SHARED_BLOCKS", kRanksSharedBlocks);
+  if (s.rule & (SPATTN_RULE_SEGMENTS | SPATTN_RULE_MASK)) {
+    Define(&kernel, "RULE", SPATTN_RULE_SEGMENTS);
+  }
   return kernel;
 }
 
@@ -256,7 +264,7 @@ int RoundListQueries(int64_t average, int64_t q_len) {
 
 bool RunsBwdSm90(const SpattnCudaShape& s) {
   return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
-         s.tile_kv == 128 && s.rule == 0 && !s.is_row_strided && s.head_dim == s.head_dim_v &&
+         s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided && s.head_dim == s.head_dim_v &&
          IsWholePanels(s.head_dim);
 }
 

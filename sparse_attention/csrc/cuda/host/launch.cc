@@ -195,29 +195,32 @@ void UseListQueries(SpattnCudaShape* shape, const SpattnKvPlan& plan, int64_t q_
 struct DqWorkspace {
   SpattnCudaDqSums sums = {};  // dq null: it does not run
   int64_t zeroed_words = 0;    // from sums.copied on
+  int64_t sequences = 1;       // that have lists of their own
 
-  void Init(const SpattnProblem& p, const SpattnKvPlan& plan, int rule, int arch,
+  void Init(const SpattnProblem& p, const SpattnKvPlan& plan, const RuleOnDevice& rule, int arch,
             DeviceArena* arena) {
-    SpattnCudaShape shape = ShapeOf(p, rule, arch);
+    SpattnCudaShape shape = ShapeOf(p, rule.parts(), arch);
     UseListQueries(&shape, plan, p.q_len);
     if (!RunsBwdSm90(shape)) return;
+    if (rule.LeavesLists()) sequences = p.batch;
     const int64_t run_rows = BwdSm90RunRows(shape), runs = (p.q_len + run_rows - 1) / run_rows;
     const int64_t all_runs = p.batch * p.heads * runs, lists = plan.heads * plan.kv_tiles;
+    const int64_t entries = sequences * plan.entries;
     sums.runs = static_cast<int32_t>(runs);
     sums.run_rows = static_cast<int32_t>(run_rows);
     sums.dq = arena->Take<float>(all_runs * run_rows * p.head_dim);
     const int64_t zeroed_from = arena->bytes();
-    sums.copied = arena->Take<uint64_t>(1);
+    sums.copied = arena->Take<uint64_t>(sequences);
     sums.started = arena->Take<int32_t>(1);
     sums.additions = arena->Take<int32_t>(all_runs);
     if (plan.q_blocks > kRanksSharedBlocks) {
-      sums.listed = arena->Take<int32_t>(2 * plan.heads * plan.q_blocks);
+      sums.listed = arena->Take<int32_t>(2 * sequences * plan.heads * plan.q_blocks);
     }
     zeroed_words = (arena->bytes() - zeroed_from) / 4;
-    sums.lists = arena->Take<int32_t>(2 * lists);
-    sums.indices = arena->Take<int32_t>(plan.entries);
-    sums.mask_ids = arena->Take<int32_t>(plan.entries);
-    sums.ranks = arena->Take<int32_t>(plan.entries);
+    sums.lists = arena->Take<int32_t>(2 * sequences * lists);
+    sums.indices = arena->Take<int32_t>(entries);
+    sums.mask_ids = arena->Take<int32_t>(entries);
+    sums.ranks = arena->Take<int32_t>(entries);
   }
 };
 
@@ -279,29 +282,37 @@ class Launcher {
     return Launch(SPATTN_FWD, mapped, ctas, 1, 1);
   }
 
-  // Launches attention_bwd_sm90 and what comes before and behind it, if all gradients are wanted, `space`
-  // is there, and the driver can make tensor maps of q and do.
-  SpattnStatus LaunchBwdSm90(const SpattnCudaBwdParams& params, const SpattnKvPlan& plan,
-                             const DqWorkspace& space, bool* is_launched) {
+  // Whether attention_bwd_sm90 runs, for which this fills in `mapped` but for its call: if all gradients
+  // are wanted, `space` is there, and the driver can make tensor maps of q and do.
+  bool MapBwdSm90(const SpattnBwdParams& params, const SpattnKvPlan& plan, const DqWorkspace& space,
+                  SpattnCudaMappedBwdParams* mapped) const {
     const SpattnProblem& p = params.problem;
-    SpattnCudaMappedBwdParams mapped = {{}, {}, params, space.sums};
+    mapped->sums = space.sums;
     const auto map = [&](const SpattnTensor& tensor, SpattnTensorMap* to) {
       return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, p.head_dim,
                              space.sums.run_rows, to);
     };
     const bool are_all_wanted = params.dq.data != nullptr && params.dk.data != nullptr;
+    return are_all_wanted && space.sums.dq != nullptr &&
+           plan.kv_tiles * p.kv_heads * p.batch <= kMaxGridX && map(params.q, &mapped->q) &&
+           map(params.dout, &mapped->dout);
+  }
+
+  // Launches it, and what comes before and behind it.
+  SpattnStatus LaunchBwdSm90(SpattnCudaMappedBwdParams mapped, const SpattnKvPlan& plan,
+                             const DqWorkspace& space) {
+    const SpattnProblem& p = mapped.call.problem;
     const int64_t ctas = plan.kv_tiles * p.kv_heads * p.batch;
-    *is_launched = are_all_wanted && space.sums.dq != nullptr && ctas <= kMaxGridX &&
-                   map(params.q, &mapped.q) && map(params.dout, &mapped.dout);
-    if (!*is_launched) return Ok();
     int multiprocessors = 0;
     SPATTN_RETURN_IF_ERROR(stream_.CountMultiprocessors(&multiprocessors));
     mapped.sums.starts_with_last =
         StartsWithLast(ListQueries(plan), p.q_len, ctas, multiprocessors);
     UseListQueries(&shape_, plan, p.q_len);
     SPATTN_RETURN_IF_ERROR(stream_.Zero(space.sums.copied, space.zeroed_words));
-    SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD_RANKS, mapped, plan.heads, 1, 1));
+    SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD_RANKS, mapped, plan.heads, space.sequences, 1));
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD, mapped, ctas, 1, 1));
+    // dq is added up without this factor.
+    if (shape_.rule & SPATTN_RULE_DROPOUT) mapped.call.problem.softmax_scale *= rule_.kept_times;
     const int64_t pieces = p.batch * p.heads * p.q_len * (p.head_dim / 16);
     return Launch(SPATTN_BWD_FINISH, mapped, (pieces + 255) / 256, 1, 1);
   }
@@ -355,7 +366,7 @@ struct Workspace {
     delta = arena->Take<float>(LseElements(params.problem));
     SPATTN_RETURN_IF_ERROR(
         rule.Init(params.problem, params.rule, params.plan, &by_kv, params.drelative_bias, arena));
-    dq.Init(params.problem, by_kv, rule.parts(), arch, arena);
+    dq.Init(params.problem, by_kv, rule, arch, arena);
     return Ok();
   }
 };
@@ -420,16 +431,21 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
   SPATTN_RETURN_IF_ERROR(space.Init(params, by_kv, ArchOfWorkspace(), &arena));
   Launcher launcher;
   SPATTN_RETURN_IF_ERROR(launcher.Init(problem, space.rule, stream));
-  SPATTN_RETURN_IF_ERROR(space.rule.Prepare(launcher.stream(), &tiles_by_q, &tiles_by_kv));
+  SpattnCudaMappedBwdParams mapped = {};
+  const bool is_fused = launcher.MapBwdSm90(params, by_kv, space.dq, &mapped);
+  // attention_bwd_sm90 reads no lists by queries.
+  SPATTN_RETURN_IF_ERROR(
+      space.rule.Prepare(launcher.stream(), is_fused ? nullptr : &tiles_by_q, &tiles_by_kv));
   const SpattnCudaBwdParams kernel_params = {problem,     tiles_by_q,    tiles_by_kv, params.q,
                                              params.k,    params.v,      params.o,    params.dout,
                                              params.dq,   params.dk,     params.dv,   params.lse,
                                              params.dlse, space.lse_exp, space.delta};
   SPATTN_RETURN_IF_ERROR(
       launcher.Launch(SPATTN_BWD_DELTA, kernel_params, DeltaTiles(problem), 1, 1));
-  bool is_launched;
-  SPATTN_RETURN_IF_ERROR(launcher.LaunchBwdSm90(kernel_params, by_kv, space.dq, &is_launched));
-  if (is_launched) return Ok();
+  if (is_fused) {
+    mapped.call = kernel_params;
+    return launcher.LaunchBwdSm90(mapped, by_kv, space.dq);
+  }
   launcher.UsePlan(params.plan);
   if (space.rule.slices() > 0) {
     SPATTN_RETURN_IF_ERROR(

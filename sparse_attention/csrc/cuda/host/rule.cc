@@ -184,7 +184,7 @@ SpattnStatus RuleOnDevice::Prepare(const Stream& stream, SpattnTilePlan* by_q,
     SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_PAIRS, pairs,
                                   problem_.batch * q_blocks_ * int64_t{kv_blocks_} * 32));
   }
-  SPATTN_RETURN_IF_ERROR(LeaveLists(stream, by_q_, by_q));
+  if (by_q != nullptr) SPATTN_RETURN_IF_ERROR(LeaveLists(stream, by_q_, by_q));
   return by_kv == nullptr ? Ok() : LeaveLists(stream, by_kv_, by_kv);
 }
 

@@ -38,7 +38,8 @@ class RuleOnDevice {
   bool LeavesLists() const { return parts_ & (SPATTN_RULE_SEGMENTS | SPATTN_RULE_MASK); }
   const SpattnCudaRule& params() const { return rule_; }
 
-  // Puts the kernels that prepare the rule on the stream, and has the plans list what is left.
+  // Puts the kernels that prepare the rule on the stream, and has the plans list what is left; null:
+  // nobody reads that one.
   SpattnStatus Prepare(const Stream& stream, SpattnTilePlan* by_q, SpattnTilePlan* by_kv);
 
   // The slices into which attention_bwd_dq parts the tiles of a head to add up the gradient of
