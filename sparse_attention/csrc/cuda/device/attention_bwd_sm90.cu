@@ -520,18 +520,15 @@ DEVICE void RuledProbabilities(float (&s)[1][kN][4], uint32_t (&p_frag)[kN / 2][
         rule.Scores(the_case, s, n + i, columns, scores, cap_slopes);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int h = e / 2, j = e % 2;
-          const float shift = i == 0 ? (j == 0 ? lse.x : lse.y) : (j == 0 ? lse.z : lse.w);
-          p[e] = Exp(kChangesScores ? scores[0][e] - shift
-                                    : fmaf(s[0][n + i][e], rule.scale, -shift));
-          if (kHasDropout && !rule.Keeps(0, h, columns, j)) p[e] = -p[e];
+          const float shift = i == 0 ? (e % 2 == 0 ? lse.x : lse.y) : (e % 2 == 0 ? lse.z : lse.w);
+          p[e] =
+              Exp(kChangesScores ? scores[0][e] - shift : fmaf(scores[0][e], rule.scale, -shift));
+          if (kHasDropout && !rule.Keeps(0, e / 2, columns, e % 2)) p[e] = -p[e];
           s[0][n + i][e] = kHasSoftcap ? p[e] * cap_slopes[0][e] : p[e];
         }
-        if (kHasSoftcap) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            p_frag[n / 2][0][i * 2 + h] = PackPair(p[h * 2], p[h * 2 + 1]);
-          }
+        for (int h = 0; kHasSoftcap && h < 2; ++h) {
+          p_frag[n / 2][0][i * 2 + h] = PackPair(p[h * 2], p[h * 2 + 1]);
         }
       }
     }
@@ -716,6 +713,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     if (is_masked) KeepAllowed(dp_frag, smem.mask[stage]);
     if (!kHasSoftcap) PackAllFragments(p_frag, s_frag);
     if (kHasDropout) DropBelowZero(p_frag);
+    if (kHasSoftcap && !kHasDropout) KeepKeys(p_frag, smem.keys_exist);
     PackAllFragments(ds_frag, dp_frag);
     if (kHasRule) KeepKeys(ds_frag, smem.keys_exist);
 
