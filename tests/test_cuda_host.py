@@ -455,9 +455,77 @@ def launch_long_lists_of_queries_elsewhere(core, arch, rule):
 def test_long_lists_of_queries_have_a_kernel_of_their_own(machine):
     machine.run(launch_long_lists_of_queries)
     short = ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"]
-    for arch, rule in ((80, {}), (90, {"logit_softcap": 2.0})):
+    bias = {"relative_bias": 0x4000, "bias_heads": 6, "bias_reach": 1000}
+    for arch, rule in ((80, {}), (90, bias)):
         got = machine.run(launch_long_lists_of_queries_elsewhere, arch, rule)
         assert got == [short, 0]
+
+
+def launch_rules_on_long_lists_of_queries(core, rule):
+    """(name, macro of the rule) of each launch, and what of it the sequences have."""
+    call = Call(core, length=4400)
+    set_rule(call.bwd_params.rule, rule)
+    call.bwd(CudaMappedBwdParams)
+    launches = call.launches()
+    found = [
+        [launch.name.decode()]
+        + [m for m in launch.code.decode().split() if "_RULE=" in m]
+        for launch in launches
+    ]
+    ranks, bwd, finish = launches[-3:]
+    at = Launch.params.offset
+    mapped, finished = (
+        CudaMappedBwdParams.from_buffer_copy(bytes(launch)[at:])
+        for launch in (bwd, finish)
+    )
+    sums, entries = mapped.sums, call.kv_plan.entries
+    zeroed = list((ctypes.c_uint64 * 2).in_dll(call.driver, "zeroed"))
+    assert zeroed == [sums.copied, sums.lists - sums.copied]
+    sequences = ranks.grid[1]
+    end = sums.ranks + -(-4 * sequences * entries // 64) * 64
+    assert call.workspaces()[1] == end - Call.WORKSPACE
+    for part, after in ((sums.indices, sums.mask_ids), (sums.mask_ids, sums.ranks)):
+        assert after - part == -(-4 * sequences * entries // 64) * 64
+    lists = 8 * sequences * call.kv_tiles.tile_blocks.shape[1]
+    assert sums.indices - sums.lists == -(-lists // 64) * 64
+    assert list(ranks.grid) == [1, sequences, 1]
+    times = finished.call.problem.softmax_scale / mapped.call.problem.softmax_scale
+    # Without maps the kernels of short lists run, which read lists by queries too.
+    set_int(call.driver, "failing_map", 1)
+    call.bwd()
+    others = [launch.name.decode() for launch in call.launches()[len(launches) :]]
+    return found, sequences, times, others
+
+
+def test_rules_on_long_lists_of_queries(machine):
+    delta, finish, short = (
+        *(["attention_bwd_delta"], ["attention_bwd_finish"]),
+        ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"],
+    )
+
+    def check_rule(rule, prepared, parts, lists, times=1.0):
+        ranks = ["attention_bwd_ranks", *(["-DSPATTN_RULE=8"] if lists else [])]
+        bwd = ["attention_bwd_sm90", f"-DSPATTN_RULE={parts}"]
+        got = machine.run(launch_rules_on_long_lists_of_queries, rule)
+        names = [name for name, _ in prepared] + ["score_rule_lists"] * lists
+        assert got == [
+            [*prepared, delta, ranks, bwd, finish],
+            *(3 if lists else 1, times, names + short),
+        ]
+
+    address, eight = 0x4000, "-DSPATTN_RULE=8"
+    ranges, lists = ([f"score_rule_{n}", eight] for n in ("ranges", "lists"))
+    pairs = ["score_rule_pairs", "-DSPATTN_RULE=16"]
+    check_rule({"logit_softcap": 2.0, "alibi_slopes": address}, [], 3, False)
+    words = ["score_rule_words", "-DSPATTN_RULE=32"]
+    dropout = {"dropout_rate": 0.5, "dropout_seed": address}
+    check_rule(dropout, [words], 32, False, 2.0)
+    of_keys = {"mask": address, "mask_strides": (4400, 0, 0, 1)}
+    check_rule(of_keys, [ranges, lists], 8, True)
+    documents = {"q_segments": address, "kv_segments": address}
+    check_rule(documents, [ranges, lists], 8, True)
+    of_pairs = {"mask": address, "mask_strides": (4400**2, 0, 4400, 1)}
+    check_rule(of_pairs, [ranges, pairs, lists], 16, True)
 
 
 def workspace_without_device(core):

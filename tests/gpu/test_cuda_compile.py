@@ -28,6 +28,7 @@ SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("bfloat16", 64): ARCHS[2:],
 }
 RULED = ("float16", 64)  # of these, that with score rules
+LONG_RULES = (1, 2, 8, 16, 32, 0b101011, 0b110011)  # each alone, and together
 BLOCKS = {  # of the three ops, (dtype, block_size, head_dim)
     ("float16", 64, 64): (70, 80, 89, 90, 100, 120),
     ("float32", 32, 64): (75, 86),
@@ -56,6 +57,16 @@ def kernels_of(library, arch):
             for phase in abi.LONG_PHASES if has_long else ():
                 kernel = abi.kernel_of(library, shape, phase)
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
+            # attention_bwd_sm90 takes all parts but relative_bias.
+            is_ruled = has_long and dtype == RULED[0]
+            for shape.rule in LONG_RULES if is_ruled else ():
+                kernel = abi.kernel_of(library, shape, "bwd")
+                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
+                yield f"{title}, rule {shape.rule}", kernel
+            if is_ruled:
+                kernel = abi.kernel_of(library, shape, "bwd_ranks")
+                yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel
+            shape.rule = 0
             # The parts of a rule together, where it looks at segments and where at a mask.
             shape.list_keys, segments, mask = 0, 0b1101111, 0b0110111
             for shape.rule in [segments, mask] if (dtype, dim) == RULED else ():
