@@ -39,7 +39,10 @@ def simulate(lists, blocks, workers, heads=1, from_last=False):
     """Steps until all tiles of all heads are done; AssertionError where no CTA can go on.
 
     A CTA computes an entry in a step, and adds it in the same one if it is its turn.
+    `lists` are those of every head, or a tuple of each head's.
     """
+    of_heads = lists if isinstance(lists, tuple) else (lists,) * heads
+    lists = of_heads[0]
     together = 1 if from_last else HEADS
     waiting = [
         (head, tile)
@@ -48,7 +51,10 @@ def simulate(lists, blocks, workers, heads=1, from_last=False):
         for head in range(first, min(first + together, heads))
     ]
     # As a CTA goes through them.
-    entries = [entries if from_last else entries[::-1] for entries in lists]
+    entries = [
+        [entries if from_last else entries[::-1] for entries in lists]
+        for lists in of_heads
+    ]
     counts, steps, running = np.zeros((heads, blocks), int), 0, []
     while waiting or running:
         while waiting and len(running) < workers:
@@ -56,22 +62,22 @@ def simulate(lists, blocks, workers, heads=1, from_last=False):
         added = [
             cta
             for cta in running
-            if cta[2] == len(entries[cta[1]]) or _has_turn(cta, entries, counts)
+            if cta[2] == len(entries[cta[0]][cta[1]]) or _has_turn(cta, entries, counts)
         ]
         assert added, "all CTAs wait"
         for cta in added:
             head, tile, at = cta
-            if at < len(entries[tile]):
-                counts[head, entries[tile][at][0]] += 1
+            if at < len(entries[head][tile]):
+                counts[head, entries[head][tile][at][0]] += 1
             cta[2] += 1
-        running = [cta for cta in running if cta[2] < len(entries[cta[1]])]
+        running = [cta for cta in running if cta[2] < len(entries[cta[0]][cta[1]])]
         steps += 1
     return steps, counts
 
 
 def _has_turn(cta, entries, counts):
     head, tile, at = cta
-    block, rank = entries[tile][at]
+    block, rank = entries[head][tile][at]
     assert counts[head, block] <= rank
     return counts[head, block] == rank
 
@@ -91,6 +97,29 @@ def test_every_addition_has_its_turn(mode, workers, from_last):
     steps, counts = simulate(lists, blocks, workers, 3, from_last)
     assert (counts == np.bincount(indices, minlength=blocks)).all()
     assert steps >= max(map(len, lists))
+
+
+@pytest.mark.parametrize("from_last", [False, True])
+@pytest.mark.parametrize("workers", [1, 7, 132])
+def test_lists_that_a_rule_leaves_have_ranks_of_their_own(workers, from_last):
+    """Of each sequence others are left, of some tiles none."""
+    block_mask = pattern_block_mask("all", 2048, 1, 32, None)
+    indptr, indices = head_of(block_mask.kv_tiles(128, 1))
+    blocks, left, added = block_mask.q_blocks, [], []
+    for sequence in range(3):
+        documents = np.sort(np.random.RandomState(sequence).randint(0, 4, blocks))
+        of_tiles = documents.reshape(len(indptr) - 1, -1)
+        lists = [indices[a:b] for a, b in zip(indptr, indptr[1:])]
+        lists = [
+            list_[np.isin(documents[list_], tile)] if i % 5 else list_[:0]
+            for i, (list_, tile) in enumerate(zip(lists, of_tiles))
+        ]
+        ends = np.cumsum([0, *map(len, lists)])
+        entries = np.concatenate(lists)
+        left.append(copy_plan(ends, entries, blocks, from_last))
+        added.append(np.bincount(entries, minlength=blocks))
+    _, counts = simulate(tuple(left), blocks, workers, 3, from_last)
+    assert (counts == added).all()
 
 
 @pytest.mark.parametrize("from_last", [False, True])

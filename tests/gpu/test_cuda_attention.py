@@ -134,7 +134,12 @@ def test_two_runs_are_bitwise_equal(case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.name.startswith("long-queries") and c.dtype == "bfloat16"],
+    [
+        c
+        for c in CASES + RULE_CASES
+        if c.name.startswith(("long-queries", "documents-long-queries"))
+        and c.dtype == "bfloat16"
+    ],
     ids=lambda case: case.name,
 )
 def test_order_of_additions_does_not_depend_on_time(case):
@@ -165,15 +170,28 @@ def test_order_of_additions_does_not_depend_on_time(case):
     assert not differ.item()
 
 
+@pytest.mark.parametrize("has_rule", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_either_order_of_kv_tiles_gives_the_same_but_for_rounding(head_dim):
+def test_either_order_of_kv_tiles_gives_the_same_but_for_rounding(
+    head_dim, block_size, has_rule
+):
     """Of many sequences the last tile of each head starts first, of one the first."""
     batch, length, heads = 6, 2048, 16
-    block_mask = pattern_block_mask("all", length, heads, 64, None)
+    block_mask = pattern_block_mask("all", length, heads, block_size, None)
     core, (major, minor) = load_core(), torch.cuda.get_device_capability()
     arch, dims = major * 10 + minor, [head_dim] * 2
     plans = abi.plans(core.library, [arch], "bfloat16", dims, block_mask, 1)
-    attention = Attention(core, block_mask, *plans, heads)
+    ids = np.sort(np.random.RandomState(0).randint(0, 3, [batch, length]), axis=1)
+
+    def attention_on(sequences):
+        rule = {"alibi_slopes": 0.5 ** np.arange(1.0, heads + 1)}
+        rule["segment_ids"] = ids[sequences], ids[sequences]
+        return Attention(
+            core, block_mask, *plans, heads, rule=rule if has_rule else None
+        )
+
+    attention = attention_on(slice(None))
     torch.manual_seed(0)
     q, k, v, do = torch.randn(
         (4, batch, length, heads, head_dim), device="cuda", dtype=torch.bfloat16
@@ -182,7 +200,8 @@ def test_either_order_of_kv_tiles_gives_the_same_but_for_rounding(head_dim):
     together = attention.backward(q, k, v, o, lse, do)
     for i in range(batch):
         inputs = (x[i : i + 1] for x in (q, k, v, o, lse, do))
-        for many, one in zip(together, attention.backward(*inputs)):
+        gradients = attention_on(slice(i, i + 1)).backward(*inputs)
+        for many, one in zip(together, gradients):
             rows, alone = many[i].float(), one[0].float()
             assert (rows - alone).abs().max() < 2**-7 * rows.abs().max()
             assert (rows != alone).any() or arch != 90  # the others have one order
@@ -232,6 +251,29 @@ def test_nan_and_inf_keep_to_the_rule(name, case, ptx_arch):
         nan_rule.assert_keeps_to_the_rule(
             *(run, plain.inputs, plain.block_mask.to_dense(), name),
             *(to_dtype(np.array(value), case.dtype), case.kv_lengths),
+        )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in RULE_CASES if c.name.startswith("softcap-long-queries")],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("is_of_keys", [False, True])
+@pytest.mark.parametrize("name", nan_rule.INPUTS)
+def test_nan_and_inf_keep_to_the_rule_of_a_mask(name, is_of_keys, case):
+    block_mask, random = case.block_mask(), np.random.RandomState(0)
+    rows = 1 if is_of_keys else block_mask.q_len
+    allowed = random.random_sample([1, rows, block_mask.kv_len]) < 0.7
+    masked = case._replace(rule={"mask": allowed[None], "logit_softcap": 3.0})
+
+    def run(inputs):
+        return Run(masked, inputs=inputs).results
+
+    for value in nan_rule.VALUES:
+        nan_rule.assert_keeps_to_the_rule(
+            *(run, Run(masked).inputs, block_mask.to_dense() & allowed, name),
+            to_dtype(np.array(value), case.dtype),
         )
 
 
