@@ -209,7 +209,7 @@ struct alignas(16) Smem {
   float dq[kDqBuffers][kTileQ * kHeadDim];
   ColumnStats lse_exp[kStages], delta[kStages];
   uint32_t mask[kStages][kTileQ * kMaskWords];  // of masked tiles alone
-  uint32_t keys_exist[kMaskWords];              // a bit for each key of the tile
+  uint32_t keys_exist[kMaskWords];              // a bit for each key of the tile; FindKeys
   Gathered gathered[kSlots];
   Mbarrier arrived[kStages], prepared[kStages], released[kStages];
   Mbarrier listed[kSlots];
@@ -219,7 +219,7 @@ struct alignas(16) Smem {
 
 // What a rule needs beside, behind it.
 struct RuleSmem {
-  int key_rows[kTileKV];            // -1: nobody attends to the key
+  int key_rows[kTileKV];            // or -1
   int is_checked[kSlots][kGather];  // for segments and mask
   float slope[kStages];
   // Of dropout:
@@ -262,13 +262,12 @@ DEVICE void ForEachTile(const Owned& owned, Work work) {
 DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const int r = threadIdx.x;
   if (r < kTileKV) {
-    int row = owned.KeyRowOfSequence(r);
-    if (kHasSegments && row >= 0 &&
-        KeySegment(rule, owned.mapped.call.problem, owned.batch, row) < 0) {
-      row = -1;
-    }
+    const int row = owned.KeyRowOfSequence(r);
+    const bool has_segment =
+        !kHasSegments ||
+        (row >= 0 && KeySegment(rule, owned.mapped.call.problem, owned.batch, row) >= 0);
+    const uint32_t word = __ballot_sync(kFullWarp, row >= 0 && has_segment);
     RuleOf(smem).key_rows[r] = row;
-    const uint32_t word = __ballot_sync(kFullWarp, row >= 0);
     if (r % 32 == 0) smem.keys_exist[r / 32] = word;
   }
   __syncthreads();
@@ -755,7 +754,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
   for (int i = 0; kHasDropout && i < kOut * 4; ++i) dv_frag[0][i / 4][i % 4] *= kept_times;
   const auto row_of = [&](int r) { return owned.KeyRow(warp_row + r); };
   const auto zero_of = [&](int r) {
-    return kHasRule ? RuleOf(smem).key_rows[warp_row + r] < 0
+    return kHasRule ? !(smem.keys_exist[warp_row / 32] >> (warp_row % 32 + r) & 1)
                     : owned.KeyRowOfSequence(warp_row + r) < 0;
   };
   constexpr int kPitch = StorePitch(kHeadDim);
