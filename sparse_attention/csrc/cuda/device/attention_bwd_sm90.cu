@@ -220,6 +220,7 @@ struct alignas(16) Smem {
 // What a rule needs beside, behind it.
 struct RuleSmem {
   int key_rows[kTileKV];            // or -1
+  int key_segments[kHasSegments ? kTileKV : 1];
   int is_checked[kSlots][kGather];  // for segments and mask
   float slope[kStages];
   // Of dropout:
@@ -263,10 +264,12 @@ DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule)
   const int r = threadIdx.x;
   if (r < kTileKV) {
     const int row = owned.KeyRowOfSequence(r);
-    const bool has_segment =
-        !kHasSegments ||
-        (row >= 0 && KeySegment(rule, owned.mapped.call.problem, owned.batch, row) >= 0);
-    const uint32_t word = __ballot_sync(kFullWarp, row >= 0 && has_segment);
+    int segment = row < 0 ? -1 : 0;
+    if (kHasSegments) {
+      if (row >= 0) segment = KeySegment(rule, owned.mapped.call.problem, owned.batch, row);
+      RuleOf(smem).key_segments[r] = segment;
+    }
+    const uint32_t word = __ballot_sync(kFullWarp, segment >= 0);
     RuleOf(smem).key_rows[r] = row;
     if (r % 32 == 0) smem.keys_exist[r / 32] = word;
   }
@@ -333,18 +336,37 @@ DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   });
 }
 
+// A bit for each of 32 keys whose segment is the query's: a turn for each segment that they have, which
+// are few. Whole warps.
+DEVICE uint32_t KeysOfSegment(int query_segment, int key_segment) {
+  uint32_t keys = 0, left = __ballot_sync(kFullWarp, key_segment >= 0);
+#pragma unroll 1
+  while (left != 0) {
+    const int segment = __shfl_sync(kFullWarp, key_segment, __ffs(left) - 1);
+    const uint32_t same = __ballot_sync(kFullWarp, key_segment == segment);
+    if (query_segment == segment) keys = same;
+    left &= ~same;
+  }
+  return keys;
+}
+
 // Takes what segments and mask do not allow out of a query's words, one after the other: registers are
 // few. Whole warps.
 DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rule, int head,
                        uint4& words, int row, bool is_checked) {
   if (!__any_sync(kFullWarp, is_checked)) return;
+  const SpattnProblem& problem = owned.mapped.call.problem;
 #pragma unroll 1
   for (int w = 0; w < kMaskWords; ++w) {
-    const auto restriction =
-        Restrict<false, kPlanBlock>(rule, owned.mapped.call.problem, owned.batch, head,
-                                    [&](int r) { return RuleOf(smem).key_rows[w * 32 + r]; });
     uint32_t word[1] = {kFullWarp};
-    restriction.Apply(word, row, is_checked);
+    if (kHasMask) {
+      Restrict<false, kPlanBlock>(rule, problem, owned.batch, head, [&](int r) {
+        return RuleOf(smem).key_rows[w * 32 + r];
+      }).Apply(word, row, is_checked);
+    } else {
+      const int segment = row < 0 ? -1 : QuerySegment(rule, problem, owned.batch, row);
+      word[0] = KeysOfSegment(segment, RuleOf(smem).key_segments[w * 32 + threadIdx.x % 32]);
+    }
     words.x &= w == 0 ? word[0] : kFullWarp;
     words.y &= w == 1 ? word[0] : kFullWarp;
     words.z &= w == 2 ? word[0] : kFullWarp;
@@ -358,6 +380,7 @@ DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rul
 DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
   const float delta_times = kHasDropout ? 1 / rule.kept_times : 1;
+  int last_head = -1, left_stages = 0;  // that do not have what the head's tiles share
   ForEachTile(owned, [&](int head, int, unsigned n) {
     const int stage = n % kStages, thread = Opaque(threadIdx.x) % kPrepareThreads;
     const Gathered& tile = smem.gathered[n % kSlots];
@@ -382,16 +405,18 @@ DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) 
         reinterpret_cast<uint2*>(RuleOf(smem).query_words[stage])[r] = words;
       }
     }
-    if (kHasDropout) {
+    if (head != last_head) last_head = head, left_stages = kStages;
+    if (kHasDropout && left_stages > 0) {
       const uint32_t* words = KeyWords(rule, call.problem, owned.batch, head);
 #pragma unroll 1
       for (int r = thread; r < kTileKV; r += kPrepareThreads) {
         RuleOf(smem).key_words[stage][r] = __ldg(words + Max(RuleOf(smem).key_rows[r], 0));
       }
     }
-    if (kHasAlibi) {
+    if (kHasAlibi && left_stages > 0) {
       if (thread == 0) RuleOf(smem).slope[stage] = __ldg(rule.alibi_slopes + head) * kExpScale;
     }
+    --left_stages;
     if (tile.is_masked) {
 #pragma unroll 1
       for (int r = thread; r < kTileQ; r += kPrepareThreads) {
