@@ -2,8 +2,9 @@
 //
 // Math:    rank of entry e, block b in the list of kv tile t = the number of tiles that start before t and
 //          whose lists have b. Tiles start in the order of their numbers, or in the reverse of it.
-// Mapping: one CTA per head of the plan by keys. Its threads take the entries of one tile's list, then
-//          those of the next one to start.
+// Mapping: one CTA per head of the plan by keys, and per sequence where a rule has left lists of each
+//          (score_rule_lists.cu). Its threads take the entries of one tile's list, then those of
+//          the next one to start.
 // Output:  a copy of the plan that no one else writes (SpattnCudaDqSums), each list where `copied` has
 //          made room for it. So whatever the plan holds, and whoever writes to it meanwhile, no two
 //          lists share an entry; an entry out of range is absent, as is a block's second one in a list;
@@ -79,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   };
   const auto rank_of = [&](const Entry& entry, int tile) {
     const int mask_id = MaskId::Of(entry.mask_id).id;
-    const bool is_valid = entry.block >= 0 && entry.block < blocks && mask_id >= -1 &&
-                          mask_id < plan.mask_blocks;
+    const bool is_valid =
+        entry.block >= 0 && entry.block < blocks && mask_id >= -1 && mask_id < plan.mask_blocks;
     if (!is_valid || atomicExch(last_tiles + entry.block, tile + 1) == tile + 1) return -1;
     return counts[entry.block]++;  // no other thread has it in this tile
   };

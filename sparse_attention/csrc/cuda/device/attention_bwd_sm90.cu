@@ -62,13 +62,20 @@
 //                             second tile must not take another's for its own
 //   named        one of both groups: ds is whole; one for each group: the other has left ds
 //
-// Memory:  Smem.   Registers: 2 groups 240, the third 24: the sum is what the launch gives. Below 240
-//          ptxas serializes the products (C7512), and so it does where k or v, or both copies of a
-//          loop over s with and without a mask, take registers.
+// Rules:   score_rule.cuh, all but relative_bias. Segments and mask join the bits of the tiles that need a
+//          mask; but of a key that nobody attends to, one of padding say, ds and the gradients are
+//          zeroed alone (FindKeys), and its tiles need no mask because of it. Lists are then of a
+//          sequence, and so are ranks. What a tile's scores take beside the fragments lies in shared
+//          memory (RuleSmem): registers of the multiplying groups are few.
+//
+// Memory:  Smem, and RuleSmem behind it.   Registers: 2 groups 240, the third 24: the sum is what the
+//          launch gives. Below 240 ptxas serializes the products (C7512), and so it does where k or v,
+//          or both copies of a loop over s with and without a mask, take registers.
 // Cost:    10 * head_dim FLOP per computed pair;
 //          reads: k, v once; q and do once per kv tile that lists them, as attention_bwd_dkv; writes: dk,
 //          dv; and 4 bytes of dq added in L2 for each query and column, per kv tile that lists it.
-// Numerics: as attention_bwd_dkv; dq is summed in float32 over the tiles of 128 keys, as they start.
+// Numerics: as attention_bwd_dkv, with dropout too; dq is summed in float32 over the tiles of 128 keys,
+//          as they start.
 // After:   Shah et al. 2024 (arXiv:2407.08608): producer and consumers, the order of the products.
 // Measured: H100, all, 4 x 16384, with the small kernels around it: 16 x 64 11.6 ms (attention_bwd_dq and
 //          attention_bwd_dkv 14.8, cuDNN 13.5), 8 x 128 10.5 (13.8, 11.0): 490 and 540 TFLOP/s. The products
@@ -219,7 +226,7 @@ struct alignas(16) Smem {
 
 // What a rule needs beside, behind it.
 struct RuleSmem {
-  int key_rows[kTileKV];            // or -1
+  int key_rows[kTileKV];  // or -1
   int key_segments[kHasSegments ? kTileKV : 1];
   int is_checked[kSlots][kGather];  // for segments and mask
   float slope[kStages];
@@ -305,9 +312,8 @@ DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
     int first = block < 0 ? -1 : block * kPlanBlock + sub * kTileQ;
     if (first >= q_len) first = -1;
     const bool is_masked =
-        !all_keys || __any_sync(kFullWarp, lane < kGather &&
-                                               (first < 0 || mask_id >= 0 || is_checked ||
-                                                first + kRun > q_len));
+        !all_keys || __any_sync(kFullWarp, lane < kGather && (first < 0 || mask_id >= 0 ||
+                                                              is_checked || first + kRun > q_len));
     const int stage = n % kStages, slot = n % kSlots;
     smem.released[stage].Wait(Parity<kStages>(n) ^ 1);
     Gathered& tile = smem.gathered[slot];
@@ -374,9 +380,9 @@ DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rul
   }
 }
 
-// Warps 2 and 3: lse_exp and delta of all tiles; of those that need one the mask. Of these q and do
-// become finite: a masked query's NaN must not meet its p = 0 or ds = 0, and a key that may be paired
-// with it has NaN from its lse_exp.
+// Warps 2 and 3: lse_exp and delta of all tiles, and what a rule takes beside; of those that need one the
+// mask. Of these q and do become finite: a masked query's NaN must not meet its p = 0 or ds = 0, and a
+// key that may be paired with it has NaN from its lse_exp.
 DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
   const float delta_times = kHasDropout ? 1 / rule.kept_times : 1;
@@ -399,9 +405,9 @@ DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) 
       smem.lse_exp[stage].values[place] = row >= 0 ? lse_exp : kInf;
       smem.delta[stage].values[place] = row >= 0 ? delta * delta_times : 0;
       if (kHasDropout) {
-        const uint2 words = __ldg(reinterpret_cast<const uint2*>(QueryWords(
-                                      rule, call.problem, owned.batch, head)) +
-                                  Max(row, 0));
+        const uint2 words = __ldg(
+            reinterpret_cast<const uint2*>(QueryWords(rule, call.problem, owned.batch, head)) +
+            Max(row, 0));
         reinterpret_cast<uint2*>(RuleOf(smem).query_words[stage])[r] = words;
       }
     }
@@ -620,13 +626,13 @@ DEVICE void KeepAllowed(uint32_t (&c)[kN / 2][1][4], const uint32_t* mask_smem) 
   }
 }
 
-// ds becomes 0 of keys that nobody attends to.
-DEVICE void KeepKeys(uint32_t (&ds)[kN / 2][1][4], const uint32_t* keys_exist) {
+// What is packed becomes 0 of keys that nobody attends to.
+DEVICE void KeepKeys(uint32_t (&c)[kN / 2][1][4], const uint32_t* keys_exist) {
   const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t bits = keys_exist[key / 32] >> key % 32;
 #pragma unroll
   for (int i = 0; i < kN * 2; ++i) {
-    ds[i / 4][0][i % 4] &= 0u - (bits >> (i % 2 * 8) & 1);
+    c[i / 4][0][i % 4] &= 0u - (bits >> (i % 2 * 8) & 1);
   }
 }
 
@@ -720,11 +726,9 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     if (kChangesScores || kHasDropout) {
       PanelRule<false, 1> of_tile = RuleOfTile(smem, rule, stage, scale_exp);
       const int* firsts = smem.gathered[n % kSlots].first;
-      RuledProbabilities(s_frag, p_frag, smem.lse_exp[stage], of_tile,
-                         RuleOf(smem).query_words[stage], [&](int n) {
-                           return FragmentColumn{firsts[n * 8 / kRun] + lane % 4 * 2,
-                                                 n * 8 % kRun};
-                         });
+      RuledProbabilities(
+          s_frag, p_frag, smem.lse_exp[stage], of_tile, RuleOf(smem).query_words[stage],
+          [&](int n) { return FragmentColumn{firsts[n * 8 / kRun] + lane % 4 * 2, n * 8 % kRun}; });
     } else {
       Probabilities(s_frag, scale_exp, smem.lse_exp[stage]);
     }
@@ -737,6 +741,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     if (is_masked) KeepAllowed(dp_frag, smem.mask[stage]);
     if (!kHasSoftcap) PackAllFragments(p_frag, s_frag);
     if (kHasDropout) DropBelowZero(p_frag);
+    // Of no use but that ptxas serializes products whose factors it finds packed so early (C7512).
     if (kHasSoftcap && !kHasDropout) KeepKeys(p_frag, smem.keys_exist);
     PackAllFragments(ds_frag, dp_frag);
     if (kHasRule) KeepKeys(ds_frag, smem.keys_exist);

@@ -73,14 +73,16 @@ typedef struct {
   int32_t runs;  // of a head of a sequence; those that begin at or past q_len do not exist
   int32_t run_rows;          // a multiple of 8
   int32_t starts_with_last;  // of a head's kv tiles, rather than with the first
+  // What has [sequences]: one for all, or where a rule leaves lists of each, the batch.
   // Zeroed, up to `lists`:
-  uint64_t* copied;    // entries that attention_bwd_ranks has made room for
+  uint64_t* copied;    // [sequences] entries that attention_bwd_ranks has made room for
   int32_t* started;    // CTAs of attention_bwd_sm90
   int32_t* additions;  // [batch, heads, runs] kv tiles whose part is in dq
-  int32_t* listed;     // [plan heads, 2, blocks] of attention_bwd_ranks, or null: they fit its CTAs
+  int32_t* listed;  // [sequences, plan heads, 2, blocks] of attention_bwd_ranks, or null: they fit
+                    // its CTAs
   // The plan by keys as attention_bwd_ranks has copied it, each list to a place of its own:
-  int32_t* lists;                       // [plan heads * tiles, 2] where it begins and ends
-  int32_t *indices, *mask_ids, *ranks;  // [entries]; index -1: absent
+  int32_t* lists;  // [sequences, plan heads * tiles, 2] where it begins and ends in the sequence's
+  int32_t *indices, *mask_ids, *ranks;  // [sequences, entries]; index -1: absent
 } SpattnCudaDqSums;
 
 typedef struct {

@@ -177,9 +177,10 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int scores = tile_kv * tile_q * 2;                        // ds
   const int dq = tile_q * s.head_dim * 4;
   const int barriers = 1024;  // and lists
-  const int rule = s.rule == 0                              ? 0
-                   : (s.rule & SPATTN_RULE_DROPOUT) != 0 ? 1024 + stages * (tile_q * 8 + tile_kv * 4)
-                                                         : 1024;
+  const int rule = s.rule == 0 ? 0
+                   : (s.rule & SPATTN_RULE_DROPOUT) != 0
+                       ? 1024 + stages * (tile_q * 8 + tile_kv * 4)
+                       : 1024;
   const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers + rule;
   SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
@@ -264,8 +265,8 @@ int RoundListQueries(int64_t average, int64_t q_len) {
 
 bool RunsBwdSm90(const SpattnCudaShape& s) {
   return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
-         s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided && s.head_dim == s.head_dim_v &&
-         IsWholePanels(s.head_dim);
+         s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided &&
+         s.head_dim == s.head_dim_v && IsWholePanels(s.head_dim);
 }
 
 int BwdSm90RunRows(const SpattnCudaShape& s) { return std::min(s.block_size, BwdSm90TileQ(s)); }
