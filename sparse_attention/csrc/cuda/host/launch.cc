@@ -205,7 +205,7 @@ struct DqWorkspace {
     const int64_t all_runs = p.batch * p.heads * runs, lists = plan.heads * plan.kv_tiles;
     sums.runs = static_cast<int32_t>(runs);
     sums.run_rows = static_cast<int32_t>(run_rows);
-    sums.dq = arena->Take<float>(all_runs * run_rows * p.head_dim);
+    sums.dq = arena->Take<float>(all_runs * run_rows * BwdSm90DqColumns(shape));
     const int64_t zeroed_from = arena->bytes();
     sums.copied = arena->Take<uint64_t>(1);
     sums.started = arena->Take<int32_t>(1);
@@ -285,14 +285,15 @@ class Launcher {
                              const DqWorkspace& space, bool* is_launched) {
     const SpattnProblem& p = params.problem;
     SpattnCudaMappedBwdParams mapped = {{}, {}, params, space.sums};
-    const auto map = [&](const SpattnTensor& tensor, SpattnTensorMap* to) {
-      return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, p.head_dim,
-                             space.sums.run_rows, to);
+    const auto map = [&](const SpattnTensor& tensor, int dim, SpattnTensorMap* to) {
+      return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, dim, space.sums.run_rows,
+                             to);
     };
     const bool are_all_wanted = params.dq.data != nullptr && params.dk.data != nullptr;
     const int64_t ctas = plan.kv_tiles * p.kv_heads * p.batch;
     *is_launched = are_all_wanted && space.sums.dq != nullptr && ctas <= kMaxGridX &&
-                   map(params.q, &mapped.q) && map(params.dout, &mapped.dout);
+                   map(params.q, p.head_dim, &mapped.q) &&
+                   map(params.dout, p.head_dim_v, &mapped.dout);
     if (!*is_launched) return Ok();
     int multiprocessors = 0;
     SPATTN_RETURN_IF_ERROR(stream_.CountMultiprocessors(&multiprocessors));
@@ -302,7 +303,7 @@ class Launcher {
     SPATTN_RETURN_IF_ERROR(stream_.Zero(space.sums.copied, space.zeroed_words));
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD_RANKS, mapped, plan.heads, 1, 1));
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD, mapped, ctas, 1, 1));
-    const int64_t pieces = p.batch * p.heads * p.q_len * (p.head_dim / 16);
+    const int64_t pieces = p.batch * p.heads * p.q_len * (BwdSm90DqColumns(shape_) / 16);
     return Launch(SPATTN_BWD_FINISH, mapped, (pieces + 255) / 256, 1, 1);
   }
 
