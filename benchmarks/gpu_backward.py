@@ -3,13 +3,14 @@
     python benchmarks/gpu_backward.py             # shapes x modes, some minutes
     python benchmarks/gpu_backward.py --check     # small shapes: what differs, and where
     python benchmarks/gpu_backward.py --profile   # of each shape, ms of every kernel
+    python benchmarks/gpu_backward.py --dims 72 80 96 112   # heads of these dims alone
 
 One process, one library. A call for dq alone and one for dk and dv run attention_bwd_dq and
 attention_bwd_dkv; a call for all three runs the new kernel where lists are long. "before" is
 the sum of the two calls less one attention_bwd_delta. Rounds take turns, with L2 flushed
 before every run; ms are medians of the rounds' medians. `differ` is the largest difference
 to the kernels before, relative to their largest element; `bits` whether 20 more calls gave
-the same ones.
+the same ones. The last columns are of the forward pass, ours and cuDNN's.
 """
 
 import argparse
@@ -90,14 +91,18 @@ class Shape:
         return before, now, differ, bits
 
     def cudnn(self):
-        """A call of cuDNN's backward."""
+        """A call of cuDNN's forward, and one of its backward."""
         leaves = [
             x.transpose(1, 2).detach().requires_grad_()
             for x in (self.q, self.k, self.v)
         ]
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            o = scaled_dot_product_attention(*leaves, is_causal=True)
-        return lambda: torch.autograd.grad(
+
+        def forward():
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return scaled_dot_product_attention(*leaves, is_causal=True)
+
+        o = forward()
+        return forward, lambda: torch.autograd.grad(
             o, leaves, self.do.transpose(1, 2), retain_graph=True
         )
 
@@ -114,8 +119,8 @@ def show_where(before, now, tile=128):
         print(f"    {name} by {tile} rows: {' '.join(tiles)}; by 16 columns:", *columns)
 
 
-def check(core):
-    for sizes in CHECKED:
+def check(core, shapes):
+    for sizes in shapes:
         for mode in MODES:
             shape = Shape(core, mode, *sizes)
             before, now, differ, bits = shape.check()
@@ -128,8 +133,8 @@ def check(core):
                 show_where(before, now)
 
 
-def profile(core, modes):
-    for sizes in SHAPES:
+def profile(core, modes, shapes):
+    for sizes in shapes:
         for mode in modes:
             shape = Shape(core, mode, *sizes)
             gradients = shape.gradients()
@@ -144,11 +149,11 @@ def profile(core, modes):
                 print(f"    {row.key:40} {row.device_time / 1e3:8.3f}", flush=True)
 
 
-def measure(core, modes):
+def measure(core, modes, shapes):
     print(
         f"{'shape':16} {'mode':6} {'queries':>7}  before    now  cuDNN  of the forward"
     )
-    for sizes in SHAPES:
+    for sizes in shapes:
         for mode in modes:
             shape = Shape(core, mode, *sizes)
             _, _, differ, bits = shape.check()
@@ -163,7 +168,7 @@ def measure(core, modes):
                 ),
             }
             if mode == "all":
-                calls["cudnn"] = shape.cudnn()
+                calls["cudnn fwd"], calls["cudnn"] = shape.cudnn()
             times = {name: [] for name in calls}
             for _ in range(ROUNDS):
                 for name, call in calls.items():
@@ -173,8 +178,8 @@ def measure(core, modes):
             before = ms["dq"] + ms["dkv"] - ms["delta"]
             print(
                 f"{'x'.join(map(str, sizes)):16} {mode:6} {shape.queries():7} "
-                f"{before:7.3f} {ms['now']:6.3f} {ms.get('cudnn', 0):6.3f} {ms['fwd']:6.3f}"
-                f"  differ {max(differ):.1e}, bits {bits}",
+                f"{before:7.3f} {ms['now']:6.3f} {ms.get('cudnn', 0):6.3f} {ms['fwd']:6.3f} "
+                f"{ms.get('cudnn fwd', 0):6.3f}  differ {max(differ):.1e}, bits {bits}",
                 flush=True,
             )
 
@@ -184,15 +189,20 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--dims", nargs="+", type=int, help="4 x 8192 x 16 heads of each"
+    )
     options = parser.parse_args()
+    shapes = [(4, 8192, 16, dim) for dim in options.dims or ()] or SHAPES
     print(torch.cuda.get_device_name(), torch.__version__)
     core = launcher.load_core()
     if options.check:
-        check(core)
+        dims = [(2, 3000, 3, dim) for dim in options.dims or ()]
+        check(core, dims or CHECKED)
     elif options.profile:
-        profile(core, options.modes)
+        profile(core, options.modes, shapes)
     else:
-        measure(core, options.modes)
+        measure(core, options.modes, shapes)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ class Call:
 
     STREAM, WORKSPACE = 0x5151, 0x10000
 
-    def __init__(self, core, batch=3, arch=90, ptx_arch=0, length=400):
+    def __init__(
+        self, core, batch=3, arch=90, ptx_arch=0, length=400, head_dims=(64, 64)
+    ):
         self.core = core
         self.driver = ctypes.CDLL("libcuda.so.1")
         set_int(self.driver, "capability", arch)
@@ -91,10 +93,13 @@ class Call:
         mode = "fixed" if length == 400 else "all"
         self.block_mask = pattern_block_mask(mode, length, 6, 32, 128, num_verts=1)
         self.tiles, self.kv_tiles = abi.plans(
-            core.library, [arch], "float16", [64, 64], self.block_mask, 3
+            core.library, [arch], "float16", head_dims, self.block_mask, 3
         )
-        q, o, do, dq = (aligned(batch, length, 6, 64) for _ in range(4))
-        k, v, dk, dv = (aligned(batch, length, 2, 64) for _ in range(4))
+        dim, dim_v = head_dims
+        q, dq = (aligned(batch, length, 6, dim) for _ in range(2))
+        o, do = (aligned(batch, length, 6, dim_v) for _ in range(2))
+        k, dk = (aligned(batch, length, 2, dim) for _ in range(2))
+        v, dv = (aligned(batch, length, 2, dim_v) for _ in range(2))
         self.lse = np.zeros([batch, 6, length], np.float32)
         self.arrays = q, k, v, o, do, dq, dk, dv
         self.problem = core.problem(q, k, v, self.block_mask, None, None)
@@ -351,36 +356,46 @@ def test_a_kernel_that_many_threads_want_is_compiled_once(machine):
     assert machine.runs() == 1
 
 
-def launch_long_lists(core):
-    """The parts of 4,400 queries of 18 heads: 132 CTAs have two, the others one."""
-    call = Call(core, length=4400)
+def launch_long_lists(core, head_dims, groups, tiles, wave_parts):
+    """The parts of 4,400 queries of 18 heads: 132 CTAs have several, the others one."""
+    call = Call(core, length=4400, head_dims=head_dims)
     call.fwd(CudaMappedFwdParams)
     set_int(call.driver, "failing_map", 1)
     call.fwd()
     mapped, other = call.launches()
     assert other.name == b"attention_fwd"
     assert mapped.name == b"attention_fwd_sm90"
-    assert (list(mapped.grid), mapped.threads) == ([24 * 18 - 132, 1, 1], 4 * 128)
+    ctas = tiles * 18 - 132 * (wave_parts - 1)
+    assert (list(mapped.grid), mapped.threads) == ([ctas, 1, 1], (groups + 1) * 128)
+    for macro, dim in zip(("HEAD_DIM", "HEAD_DIM_V"), head_dims):
+        assert f"-DSPATTN_{macro}={dim} " in mapped.code.decode()
     params = CudaMappedFwdParams.from_buffer_copy(bytes(mapped)[Launch.params.offset :])
     assert_same_plan(
         *(params.call.by_q, call.plan, call.plan.kv_indptr, call.plan.kv_indices)
     )
-    assert (params.tiles, params.section_heads) == (24, 18)
-    assert (params.wave_ctas, params.wave_parts) == (132, 2)
-    row = 2 * 64 * 2  # bytes
-    for name in "kv":
-        address = getattr(call.fwd_params, name).data
-        sizes, strides = [64, 4400, 2, 3], [row, row // 2, row * 4400]
+    assert (params.tiles, params.section_heads) == (tiles, 18)
+    assert (params.wave_ctas, params.wave_parts) == (132, wave_parts)
+    for name, dim in zip("kv", head_dims):
+        address, row = getattr(call.fwd_params, name).data, 2 * dim * 2  # bytes
+        sizes, strides = [dim, 4400, 2, 3], [row, row // 2, row * 4400]
         expected = [6, address, *sizes, *strides, 64, 32, 1]
         assert list(getattr(params, name))[:12] == expected
 
 
-def test_long_lists_have_a_kernel_of_their_own(machine):
-    machine.run(launch_long_lists)
+# What is past a head's dim the copy engine makes zero: boxes of 64 columns, a head by itself.
+@pytest.mark.parametrize(
+    "head_dims, groups, tiles, wave_parts",
+    [((64, 64), 3, 24, 2), ((40, 56), 3, 24, 2), ((80, 72), 2, 35, 4)],
+)
+def test_long_lists_have_a_kernel_of_their_own(
+    machine, head_dims, groups, tiles, wave_parts
+):
+    machine.run(launch_long_lists, head_dims, groups, tiles, wave_parts)
 
 
-def launch_long_lists_of_queries(core):
-    call = Call(core, length=4400)
+def launch_long_lists_of_queries(core, dim, dim_v):
+    call = Call(core, length=4400, head_dims=(dim, dim_v))
+    sum_columns = -(-dim // 16) * 16
     call.bwd(CudaMappedBwdParams)
     delta, ranks, bwd, finish = call.launches()
     names = [launch.name.decode() for launch in (delta, ranks, bwd, finish)]
@@ -388,7 +403,7 @@ def launch_long_lists_of_queries(core):
     kv_tiles = call.kv_tiles.tile_blocks.shape[1]
     assert (list(ranks.grid), ranks.threads) == ([1, 1, 1], 512)
     assert (list(bwd.grid), bwd.threads) == ([kv_tiles * 2 * 3, 1, 1], 384)
-    pieces = 4400 * 6 * 3 * 64 // 16
+    pieces = 4400 * 6 * 3 * sum_columns // 16
     assert (list(finish.grid), finish.threads) == ([-(-pieces // 256), 1, 1], 256)
     for launch in (ranks, bwd, finish):
         at = Launch.params.offset
@@ -397,9 +412,9 @@ def launch_long_lists_of_queries(core):
         assert_same_plan(
             *(params.call.by_kv, kv_plan, kv_plan.q_indptr, kv_plan.q_indices)
         )
-        for name in ("q", "dout"):
-            row = 6 * 64 * 2  # bytes
-            sizes, strides = [64, 4400, 6, 3], [row, 128, row * 4400]
+        for name, width in (("q", dim), ("dout", dim_v)):
+            row = 6 * width * 2  # bytes
+            sizes, strides = [width, 4400, 6, 3], [row, width * 2, row * 4400]
             address = getattr(call.bwd_params, name).data
             expected = [6, address, *sizes, *strides, 64, 32, 1]
             assert list(getattr(params, name))[:12] == expected
@@ -408,7 +423,7 @@ def launch_long_lists_of_queries(core):
     assert (sums.runs, sums.run_rows, sums.listed) == (runs, 32, None)
     entries = call.kv_plan.entries
     sizes = dict(
-        dq=4 * 3 * 6 * runs * 32 * 64,
+        dq=4 * 3 * 6 * runs * 32 * sum_columns,
         copied=8,
         started=4,
         additions=4 * 3 * 6 * runs,
@@ -452,8 +467,12 @@ def launch_long_lists_of_queries_elsewhere(core, arch, rule):
     return names, call.workspaces()[1] - 2 * 4 * call.lse.size
 
 
-def test_long_lists_of_queries_have_a_kernel_of_their_own(machine):
-    machine.run(launch_long_lists_of_queries)
+@pytest.mark.parametrize("head_dims", [(64, 64), (40, 56), (72, 128)])
+def test_long_lists_of_queries_sum_dq_in_whole_16s_of_columns(machine, head_dims):
+    machine.run(launch_long_lists_of_queries, *head_dims)
+
+
+def test_where_long_lists_of_queries_have_no_kernel_of_their_own(machine):
     short = ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"]
     bias = {"relative_bias": 0x4000, "bias_heads": 6, "bias_reach": 1000}
     for arch, rule in ((80, {}), (90, bias)):

@@ -212,6 +212,57 @@ def _long():
         )
 
 
+# Dims that fill no whole panels of 64 columns: of queries and keys, and of values.
+PADDED_DIMS = [(40, 40), (48, 48), (56, 40), (72, 72), (80, 80), (96, 96), (112, 112)]
+PADDED_DIMS += [(96, 64), (64, 96), (120, 40)]
+
+
+def _long_padded():
+    """The same two kernels with such dims, for lists of keys and of queries."""
+    sizes = 8, 64, 16, 128, 32
+    for dtype in ("float16", "bfloat16"):
+        for i, (head_dim, head_dim_v) in enumerate(PADDED_DIMS):
+            dims = dict(head_dim=head_dim, head_dim_v=head_dim_v)
+            size = sizes[(i + (dtype == "float16")) % len(sizes)]
+            # Up to 64 columns, two groups multiply or three.
+            lengths = (1800, 2900) if max(head_dim, head_dim_v) <= 64 else (700,)
+            for kv_len in lengths:
+
+                def by_queries(size=size, kv_len=kv_len):
+                    return random_block_mask(6, size, 333, kv_len, 2, density=0.9)
+
+                yield case(
+                    f"long-dims-{head_dim}-{head_dim_v}-{kv_len}",
+                    by_queries,
+                    dtype,
+                    tile_q=128,
+                    tile_kv=128,
+                    **dims,
+                )
+
+            def by_keys(size=size):
+                return random_block_mask(9, size, 1533, 333, 2, density=0.9)
+
+            yield case(
+                f"long-queries-dims-{head_dim}-{head_dim_v}",
+                by_keys,
+                dtype,
+                tile_q=128,
+                tile_kv=128,
+                **dims,
+            )
+        yield case(
+            "long-queries-dims-shared-heads",
+            lambda: random_block_mask(7, 32, 1500, 700, 1, density=0.95),
+            dtype,
+            heads=4,
+            kv_heads=2,
+            kv_lengths=(0, 601),
+            head_dim=72,
+            head_dim_v=88,
+        )
+
+
 def _long_by_keys():
     """Lists of queries for which `configs.cc` has attention_bwd_sm90."""
 
@@ -316,6 +367,10 @@ def _rules():
             lambda: random_block_mask(8, 16, 300, 700, 2, density=0.7),
             dict(long, head_dim=128),
         ),
+        "long-dims-72-88": (
+            lambda: random_block_mask(8, 32, 300, 700, 2, density=0.7),
+            dict(long, head_dim=72, head_dim_v=88),
+        ),
     }
     for dtype in DTYPES:
         is_short = dtype in ("float32", "tf32")
@@ -357,6 +412,11 @@ def _rules_by_keys():
             lambda: random_block_mask(8, 128, 1400, 520, 6, density=0.9),
             dict(long, head_dim=128, heads=6, kv_heads=2, kv_lengths=(0, 130)),
         ),
+        # Dims that fill no whole panels of 64 columns.
+        "dims-72-88": (
+            lambda: random_block_mask(9, 32, 1733, 336, 2, density=0.9),
+            dict(long, head_dim=72, head_dim_v=88),
+        ),
         "causal-64": (
             lambda: BlockMask(np.tri(41), causal_mask(), 64, 2600, 2600),
             dict(long, head_dim=64, heads=1),
@@ -382,7 +442,10 @@ def _rules_by_keys():
                 yield case(title, block_mask, dtype, rule=rules[name], **options)
 
 
-CASES = [*_patterns(), *_dims(), *_features(), *_long(), *_long_by_keys()]
+CASES = [
+    *(*_patterns(), *_dims(), *_features()),
+    *(*_long(), *_long_padded(), *_long_by_keys()),
+]
 RULE_CASES = [*_rules(), *_rules_by_keys()]
 
 

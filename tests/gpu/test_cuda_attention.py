@@ -121,6 +121,8 @@ def test_rules_are_bitwise_reproducible(case):
 FEATURES = (
     *("tile_q-64", "row-stride", "dim-64", "long-2900-32", "long-1500-8", "long-128"),
     *("long-queries-32", "long-queries-own"),
+    *("long-dims-40-40-2900", "long-dims-80-80", "long-dims-64-96"),
+    *("long-queries-dims-40-40", "long-queries-dims-80-80", "long-queries-dims-64-96"),
 )
 FEATURE_CASES = [c for c in CASES if c.name.startswith(FEATURES)]
 
@@ -172,7 +174,7 @@ def test_order_of_additions_does_not_depend_on_time(case):
 
 @pytest.mark.parametrize("has_rule", [False, True])
 @pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_either_order_of_kv_tiles_gives_the_same_but_for_rounding(
     head_dim, block_size, has_rule
 ):
@@ -302,7 +304,9 @@ def test_scores_may_outgrow_those_of_the_first_keys(case):
     Run(case, inputs=inputs._replace(q=q, k=k)).check()
 
 
-@pytest.mark.parametrize("head_dim, q_len", [(32, 150), (128, 150), (64, 1500)])
+@pytest.mark.parametrize(
+    "head_dim, q_len", [(32, 150), (128, 150), (64, 1500), (80, 1500)]
+)
 @pytest.mark.parametrize("seed", range(8))
 def test_corrupt_plans_stay_in_bounds(seed, head_dim, q_len):
     """Random plan values end without a fault; compute-sanitizer sees the rest.

@@ -26,6 +26,10 @@ SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("float16", 64): ARCHS,
     ("float16", 128): ARCHS[2:],
     ("bfloat16", 64): ARCHS[2:],
+    # Of the kernels for sm_90a: dims that fill no whole panels of 64 columns.
+    ("float16", 40): (90,),
+    ("bfloat16", 80): (90,),
+    ("float16", 96): (90,),
 }
 RULED = ("float16", 64)  # of these, that with score rules
 LONG_RULES = (1, 2, 8, 16, 32, 0b101011, 0b110011)  # each alone, and together

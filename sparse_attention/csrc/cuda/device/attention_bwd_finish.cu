@@ -11,8 +11,8 @@ namespace spattn {
 // ---- config ----
 
 constexpr int kHeadDim = SPATTN_HEAD_DIM, kThreads = 256;
-constexpr int kPieces = kHeadDim / 16;  // of 16 columns of 8 queries
-static_assert(kHeadDim % 16 == 0 && sizeof(T) == 2, "pieces of 16 columns, 32 bytes");
+constexpr int kPieces = CeilDiv(kHeadDim, 16);  // of 16 columns of 8 queries
+static_assert(kHeadDim % 8 == 0 && sizeof(T) == 2, "pieces of 16 columns, 32 bytes; the last: 16");
 
 // ---- kernel ----
 
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   uint4* to =
       reinterpret_cast<uint4*>(RowSpan::Make(mapped.call.dq, batch, head).Row(row) + piece * 16);
   to[0] = packed[0];
-  to[1] = packed[1];
+  if (kHeadDim % 16 == 0 || piece < kPieces - 1) to[1] = packed[1];
 }
 
 }  // namespace spattn

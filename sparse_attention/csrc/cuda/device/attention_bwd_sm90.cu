@@ -9,13 +9,16 @@
 //          (Copy), the next one or two add dq up in device memory (AddDq), and the rest bring the
 //          numbers of the queries and see to tiles that need a mask (Prepare).
 // Tiles:   k, v, k_finite [kTileKV, dim]    k_finite: without NaN and Inf, and without keys past
-//                                           kv_lengths, for dq alone
+//                                           kv_lengths, for dq alone. Where the groups share dq by
+//                                           columns, each group's part begins a panel
 //          q, dout [kStages][kTileQ, dim]   brought by the copy engine, a box for each run
 //          ds [kTileKV, kTileQ]             dsT as the groups have it, for dq alone
 //          dq [kDqBuffers][kTileQ, dim] f32 on its way out, in units of 8 queries (StoreDq)
+//          All but dq are in whole panels of 64 columns: those past the dim are zeros, and are
+//          multiplied up to the next multiple of 16
 //          s_frag, dp_frag [64 keys, kTileQ] f32, registers
 //          dk_frag, dv_frag [64 keys, dim] f32, registers
-//          dq_frag [64, 64] f32, registers: 64 of 128 queries, or 64 of 128 columns
+//          dq_frag [64, kDqN * 8] f32, registers: 64 of 128 queries, or half of the columns
 //
 // Schedule of a multiplying group, for each passing tile n; s(n) is there:
 //
@@ -88,7 +91,7 @@ namespace spattn {
 
 // ---- config ----
 
-constexpr int kHeadDim = SPATTN_HEAD_DIM;      // of v too
+constexpr int kHeadDim = SPATTN_HEAD_DIM, kHeadDimV = SPATTN_HEAD_DIM_V;
 constexpr int kPlanBlock = SPATTN_PLAN_BLOCK;  // keys of an owned, queries of a passing block
 constexpr int kTileKV = 128;                   // keys of a plan tile
 constexpr int kTileQ = SPATTN_TILE_Q;          // queries of a passing tile
@@ -107,21 +110,25 @@ constexpr int kOwned = kTileKV / kPlanBlock;          // blocks of a tile
 constexpr int kGather = Max(kTileQ / kPlanBlock, 1);  // blocks of a passing tile
 constexpr int kSplit = Max(kPlanBlock / kTileQ, 1);   // passing tiles of a block
 constexpr int kRun = Min(kTileQ, kPlanBlock);         // queries that a block gives to a tile
-constexpr int kPanels = kHeadDim / 64;
-constexpr int kN = kTileQ / 8, kOut = kHeadDim / 8;
+constexpr int kPanels = CeilDiv(kHeadDim, 64), kPanelsV = CeilDiv(kHeadDimV, 64);
+constexpr int kN = kTileQ / 8, kOut = PaddedDim(kHeadDim) / 8, kOutV = PaddedDim(kHeadDimV) / 8;
 constexpr int kMaskWords = MaskWords(kTileKV);
 // How the groups share dq: by queries, or by columns.
 constexpr bool kSharesQueries = kTileQ == 2 * kGroupRows;
-static_assert(kHasWgmma && kHeadDim % 64 == 0, "panels of 64 columns");
-static_assert(kSharesQueries ? kHeadDim == 64 : kTileQ == 64 && kHeadDim == 128,
-              "dq_frag is 64 x 64");
-static_assert(kGather * kPanels <= 32, "a lane for each box");
+// dq: pieces of 16 columns, and n8 tiles of a group. By columns, the first group has kDqN * 8.
+constexpr int kDqPieces = kOut / 2, kDqN = kSharesQueries ? kOut : CeilDiv(kDqPieces, 2) * 2;
+static_assert(kHasWgmma && kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "whole units of 16 bytes");
+static_assert((kSharesQueries || kTileQ == 64) && kDqN <= 8, "64 queries and a panel to a group");
+static_assert(kGather * Max(kPanels, kPanelsV) <= 32, "a lane for each box");
 constexpr bool kHasRule = SPATTN_RULE != 0;
 static_assert(!kHasBias, "its gradient is added up by attention_bwd_dq");
 
 using KTile = Tile<kTileKV, kHeadDim>;
+using VTile = Tile<kTileKV, kHeadDimV>;
 using QTile = Tile<kTileQ, kHeadDim>;
+using DoTile = Tile<kTileQ, kHeadDimV>;
 using DsTile = Tile<kTileKV, kTileQ>;
+constexpr int kFiniteSize = (kSharesQueries ? 1 : 2) * KTile::kPanel;  // elements of k_finite
 
 // ---- work ----
 
@@ -210,10 +217,10 @@ struct ColumnStats {
 };
 
 struct alignas(16) Smem {
-  T k[kTileKV * kHeadDim], v[kTileKV * kHeadDim], k_finite[kTileKV * kHeadDim];
-  T q[kStages][kTileQ * kHeadDim], dout[kStages][kTileQ * kHeadDim];
+  T k[KTile::kSize], v[VTile::kSize], k_finite[kFiniteSize];
+  T q[kStages][QTile::kSize], dout[kStages][DoTile::kSize];
   T ds[kTileKV * kTileQ];
-  float dq[kDqBuffers][kTileQ * kHeadDim];
+  float dq[kDqBuffers][kTileQ * kDqPieces * 16];
   ColumnStats lse_exp[kStages], delta[kStages];
   uint32_t mask[kStages][kTileQ * kMaskWords];  // of masked tiles alone
   uint32_t keys_exist[kMaskWords];              // a bit for each key of the tile; FindKeys
@@ -238,7 +245,9 @@ DEVICE RuleSmem& RuleOf(Smem& smem) { return reinterpret_cast<RuleSmem*>(&smem +
 static_assert(sizeof(Smem) + (kHasRule ? sizeof(RuleSmem) : 0) <= SPATTN_SHARED_MEMORY,
               "the host counts fewer bytes");
 // dk and dv leave through k, v and k_finite.
-static_assert(2 * StorePitch(kHeadDim) <= 3 * kHeadDim, "they have room there");
+static_assert(2 * kTileKV * StorePitch(Max(kHeadDim, kHeadDimV)) <=
+                  KTile::kSize + VTile::kSize + kFiniteSize,
+              "they have room there");
 
 // Named barriers; 0 is the CTA's.
 constexpr int kMathBarrier = 1, kDsWritten = 2, kDsLeft = 3;
@@ -325,18 +334,22 @@ DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
     }
     if (lane == 0) {
       tile.is_masked = is_masked;
-      smem.arrived[stage].ArriveAndExpect(2 * QTile::kBytes);
+      smem.arrived[stage].ArriveAndExpect(QTile::kBytes + DoTile::kBytes);
     }
     __syncwarp();
     if (lane == 0) smem.listed[slot].Arrive();
     const int g = lane % kGather, panel = lane / kGather;
     const int row = __shfl_sync(kFullWarp, first < 0 ? q_len : first, g);
-    if (lane < kGather * kPanels) {
+    if (lane < kGather * Max(kPanels, kPanelsV)) {
       const int to = panel * QTile::kPanel + g * kRun * 64;
-      CopyBox(smem.q[stage] + to, mapped.q, panel * 64, row, head, owned.batch,
-              smem.arrived[stage]);
-      CopyBox(smem.dout[stage] + to, mapped.dout, panel * 64, row, head, owned.batch,
-              smem.arrived[stage]);
+      if (kPanels >= kPanelsV || panel < kPanels) {
+        CopyBox(smem.q[stage] + to, mapped.q, panel * 64, row, head, owned.batch,
+                smem.arrived[stage]);
+      }
+      if (kPanelsV >= kPanels || panel < kPanelsV) {
+        CopyBox(smem.dout[stage] + to, mapped.dout, panel * 64, row, head, owned.batch,
+                smem.arrived[stage]);
+      }
     }
     __syncwarp();
   });
@@ -447,8 +460,9 @@ DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) 
 #pragma unroll 1
       for (int t = 0; t < 2; ++t) {
         T* rows = t == 0 ? smem.q[stage] : smem.dout[stage];
+        const int bytes = t == 0 ? QTile::kBytes : DoTile::kBytes;
 #pragma unroll 1
-        for (int i = thread; i < QTile::kBytes / 16; i += kPrepareThreads) {
+        for (int i = thread; i < bytes / 16; i += kPrepareThreads) {
           ZeroNonfinite(reinterpret_cast<uint4*>(rows) + i);
         }
       }
@@ -476,7 +490,7 @@ DEVICE void AddDq(Smem& smem, const Owned& owned, int adder) {
     __syncwarp();
     smem.dq_filled[n % 2].Wait(Parity<2>(n));
     if (first >= 0) {
-      constexpr int kFloats = kRun * kHeadDim;
+      constexpr int kFloats = kRun * kDqPieces * 16;
       float* to = sums.dq + run * kFloats;
       const float* from = smem.dq[buffer] + lane * kFloats;
       if (rank == 0) {
@@ -648,20 +662,22 @@ DEVICE void StoreDs(T* ds_smem, const uint32_t (&ds)[kN / 2][1][4], int first_ro
   }
 }
 
-// Writes a group's part of dq, 64 x 64, where AddDq takes it from. A unit of 8 queries is kHeadDim / 16
-// pieces of 16 columns, and a piece is a float4 of each lane as it holds it: columns 16 c + 2 (lane %
-// 4) + {0, 1, 8, 9} of query lane / 4. So a run of any block size is contiguous, and nothing is
-// shuffled but once, by attention_bwd_finish.
-DEVICE void StoreDq(float* dq_smem, const float (&dq)[1][8][4], int group) {
-  constexpr int kPieces = kHeadDim / 16, kPiece = 32 * 4;
+// Writes a group's part of dq where AddDq takes it from. A unit of 8 queries is kDqPieces pieces of 16
+// columns, and a piece is a float4 of each lane as it holds it: columns 16 c + 2 (lane % 4) +
+// {0, 1, 8, 9} of query lane / 4. So a run of any block size is contiguous, and nothing is shuffled but
+// once, by attention_bwd_finish.
+DEVICE void StoreDq(float* dq_smem, const float (&dq)[1][kDqN][4], int group) {
+  constexpr int kPiece = 32 * 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int first_unit = (kSharesQueries ? group * 8 : 0) + warp * 2;
-  const int first_piece = kSharesQueries ? 0 : group * 4;
+  const int first_piece = kSharesQueries ? 0 : group * (kDqN / 2);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float* to = dq_smem + ((first_unit + h) * kPieces + first_piece) * kPiece + lane * 4;
+    float* to = dq_smem + ((first_unit + h) * kDqPieces + first_piece) * kPiece + lane * 4;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < kDqN / 2; ++c) {
+      // With an odd number of pieces the second group has one less.
+      if (!kSharesQueries && kDqN / 2 + c >= kDqPieces && group == 1) continue;
       *reinterpret_cast<float4*>(to + c * kPiece) = {dq[0][c * 2][h * 2], dq[0][c * 2][h * 2 + 1],
                                                      dq[0][c * 2 + 1][h * 2],
                                                      dq[0][c * 2 + 1][h * 2 + 1]};
@@ -674,14 +690,24 @@ DEVICE void LoadKeys(Smem& smem, const Owned& owned) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
   const RowSpan k = RowSpan::Make(call.k, owned.batch, owned.kv_head),
                 v = RowSpan::Make(call.v, owned.batch, owned.kv_head);
-  LoadRowPair<kTileKV, kHeadDim, kHeadDim, kMathThreads, false>(
+  LoadRowPair<kTileKV, kHeadDim, kHeadDimV, kMathThreads, false>(
       smem.k, k, smem.v, v, [&](int r) { return owned.KeyRow(r); });
-  LoadRows<kTileKV, kHeadDim, kMathThreads, false>(
-      smem.k_finite, k, [&](int r) { return owned.KeyRowOfSequence(r); });
+  // The columns that a panel of k_finite begins with, and where that is not as k lies, the second's.
+  constexpr bool kIsAsK = kSharesQueries || kDqN == 8;
+  constexpr int kFirst = kIsAsK ? kHeadDim : kDqN * 8, kSecond = kHeadDim - kFirst;
+  const auto key_row = [&](int r) { return owned.KeyRowOfSequence(r); };
+  LoadRows<kTileKV, kFirst, kMathThreads, false>(smem.k_finite, k, key_row);
+  if constexpr (kSecond > 0) {
+    LoadRows<kTileKV, kSecond, kMathThreads, false>(smem.k_finite + KTile::kPanel, k.From(kFirst),
+                                                    key_row);
+  }
   CopyCommit();
   CopyWait<0>();
   // A masked key's NaN must not meet its ds = 0. A query that does attend to it has ds NaN anyway.
-  ZeroNonfiniteRows<kTileKV, kHeadDim, kMathThreads>(smem.k_finite);
+  ZeroNonfiniteRows<kTileKV, kFirst, kMathThreads>(smem.k_finite);
+  if constexpr (kSecond > 0) {
+    ZeroNonfiniteRows<kTileKV, kSecond, kMathThreads>(smem.k_finite + KTile::kPanel);
+  }
   FenceForWgmma();
   BarrierSync(kMathBarrier, kMathThreads);
 }
@@ -699,8 +725,9 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
   LoadKeys(smem, owned);
   BarrierArrive(kDsLeft + 1 - group, kMathThreads);
 
-  RowOperand<1, KTile, false> k, v;
-  float dk_frag[1][kOut][4] = {}, dv_frag[1][kOut][4] = {};
+  RowOperand<1, KTile, false> k;
+  RowOperand<1, VTile, false> v;
+  float dk_frag[1][kOut][4] = {}, dv_frag[1][kOutV][4] = {};
   float s_frag[1][kN][4];
   const auto queue_scores = [&](unsigned n, float (&s)[1][kN][4]) {
     const int stage = n % kStages;
@@ -721,7 +748,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
 
     float dp_frag[1][kN][4];
     v.group = SmemOperand::Make(smem.v + group * kGroupRows * 64);
-    MatmulABt<QTile>(dp_frag, v, SmemOperand::Make(do_smem), nullptr);
+    MatmulABt<DoTile>(dp_frag, v, SmemOperand::Make(do_smem), nullptr);
     uint32_t p_frag[kN / 2][1][4], ds_frag[kN / 2][1][4];
     if (kChangesScores || kHasDropout) {
       PanelRule<false, 1> of_tile = RuleOfTile(smem, rule, stage, scale_exp);
@@ -748,10 +775,10 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
 
     BarrierSync(kDsLeft + group, kMathThreads);  // dq of the tile before does not read ds any more
     StoreDs(smem.ds, ds_frag, warp_row);
-    WgmmaPB<QTile>(dv_frag, p_frag, SmemOperand::Make(do_smem));
+    WgmmaPB<DoTile>(dv_frag, p_frag, SmemOperand::Make(do_smem));
     FenceForWgmma();  // takes long: beside dv
     BarrierSync(kDsWritten, kMathThreads);
-    float dq_frag[1][8][4];
+    float dq_frag[1][kDqN][4];
     WgmmaAtB<kTileKV>(
         dq_frag, SmemOperand::Make(smem.ds + (kSharesQueries ? group * DsTile::kPanel : 0)),
         SmemOperand::Make(smem.k_finite + (kSharesQueries ? 0 : group * KTile::kPanel)));
@@ -781,17 +808,17 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     dk_frag[0][i / 4][i % 4] *= call.problem.softmax_scale * kept_times;
   }
 #pragma unroll
-  for (int i = 0; kHasDropout && i < kOut * 4; ++i) dv_frag[0][i / 4][i % 4] *= kept_times;
+  for (int i = 0; kHasDropout && i < kOutV * 4; ++i) dv_frag[0][i / 4][i % 4] *= kept_times;
   const auto row_of = [&](int r) { return owned.KeyRow(warp_row + r); };
   const auto zero_of = [&](int r) {
     return kHasRule ? !(smem.keys_exist[warp_row / 32] >> (warp_row % 32 + r) & 1)
                     : owned.KeyRowOfSequence(warp_row + r) < 0;
   };
-  constexpr int kPitch = StorePitch(kHeadDim);
+  constexpr int kPitch = StorePitch(Max(kHeadDim, kHeadDimV));
   StoreRows<kHeadDim>(dk_frag, smem.k + warp_row * kPitch,
                       RowSpan::Make(call.dk, owned.batch, owned.kv_head), 0, row_of, zero_of);
-  StoreRows<kHeadDim>(dv_frag, smem.k + (kTileKV + warp_row) * kPitch,
-                      RowSpan::Make(call.dv, owned.batch, owned.kv_head), 0, row_of, zero_of);
+  StoreRows<kHeadDimV>(dv_frag, smem.k + (kTileKV + warp_row) * kPitch,
+                       RowSpan::Make(call.dv, owned.batch, owned.kv_head), 0, row_of, zero_of);
 }
 
 // ---- kernel ----

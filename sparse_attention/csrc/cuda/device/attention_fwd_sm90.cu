@@ -10,6 +10,8 @@
 //          copies (Copy), and warps 1 to 3 see to tiles that need a mask (Mask).
 // Tiles:   q     [kGroups][64, head_dim]        brought by the group that owns it
 //          k, v  [kStages][kTileKV, dim]        brought by the copy engine, a box for each block
+//                in whole panels of 64 columns: those past the dim are zeros, and are multiplied up to
+//                the next multiple of 16
 //          mask  [kSlots][kTileKV]              words with a bit for each query of the part
 //          o     [warps][16, head_dim_v]        on its way out
 //          s_frag [64, kTileKV], o_frag [64, head_dim_v] f32 and p_frag [64, kTileKV] T of a group:
@@ -65,11 +67,11 @@ constexpr int kGroupRows = 64, kTileQ = kGroups * kGroupRows, kMaskWords = kTile
 constexpr int kTileKV = 128;
 constexpr int kLists = kGroups == 3 ? 2 : 1;  // plan tiles that a part's queries lie in
 constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
-constexpr int kN = kTileKV / 8, kOut = kHeadDimV / 8;
+constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
 constexpr int kCopyRegisters = kGroups == 3 ? 32 : 72, kMathRegisters = kGroups == 3 ? 160 : 216;
 static_assert(kGroups == 2 || kGroups == 3, "a tile of the plan, or one and a half");
 static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a tile's stage is a remainder");
-static_assert(kHasWgmma && kHeadDim % 64 == 0 && kHeadDimV % 64 == 0, "panels of 64 columns");
+static_assert(kHasWgmma && kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "whole units of 16 bytes");
 static_assert(SPATTN_SCALE_POSITIVE, "the largest score is the largest <q, k>");
 
 using QTile = Tile<kGroupRows, kHeadDim>;
@@ -247,9 +249,9 @@ struct UnionList {
 // ---- shared memory ----
 
 struct Smem {
-  T q[kGroups][kGroupRows * kHeadDim];
-  T k[kStages][kTileKV * kHeadDim];
-  T v[kStages][kTileKV * kHeadDimV];
+  T q[kGroups][QTile::kSize];
+  T k[kStages][KTile::kSize];
+  T v[kStages][VTile::kSize];
   T o[kGroups * 4][16 * StorePitch(kHeadDimV)];
   // These are written for masked tiles alone, key_words for all:
   uint32_t mask[kSlots][kTileKV * kMaskWords];
@@ -312,12 +314,12 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
   for (int i = 0; i < PartsOfCta(mapped); ++i) {
     // Each lane brings one block's rows of one panel. Rows that do not exist, and those of absent
     // blocks, become zeros.
-    const auto start = [&](auto dim, T* tile, const SpattnTensorMap& map, unsigned n,
+    const auto start = [&](auto panels, T* tile, const SpattnTensorMap& map, unsigned n,
                            Mbarrier& arrived) {
-      constexpr int kDim = decltype(dim)::kValue, kBoxes = kGather * (kDim / 64);
+      constexpr int kPanels = decltype(panels)::kValue, kBoxes = kGather * kPanels;
       const int lane = Opaque(threadIdx.x) % 32;  // registers: nothing of this outlives a tile
       const int g = lane % kGather, panel = lane / kGather;
-      if (lane == 0) arrived.ArriveAndExpect(kTileKV * kDim * sizeof(T));
+      if (lane == 0) arrived.ArriveAndExpect(kTileKV * kPanels * 64 * sizeof(T));
       __syncwarp();
       if (lane >= kBoxes) return;
       const int first = smem.gathered[n % kSlots].first[g];
@@ -328,7 +330,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
     const auto start_v = [&](unsigned n) {
       const int stage = n % kStages;
       smem.v_released[stage].Wait(Parity(n) ^ 1);
-      start(Number<kHeadDimV>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
+      start(Number<VTile::kPanels>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
     };
     smem.list.Init(PartOfCta(mapped, i), rule);
     const unsigned first = n;
@@ -344,7 +346,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         if (smem.gathered[slot].is_last) end = n + 1;
         if (threadIdx.x % 32 == 0) smem.listed[slot].Arrive();
         smem.k_released[stage].Wait(Parity(n) ^ 1);
-        start(Number<kHeadDim>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
+        start(Number<KTile::kPanels>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
       }
       if (n != first) start_v(n - 1);
       if (n == end) break;
@@ -400,7 +402,7 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
       bool found = false;
       uint4* v_vectors = reinterpret_cast<uint4*>(smem.v[n % kStages]);
 #pragma unroll 2
-      for (int i = thread; i < kTileKV * kHeadDimV / kVector; i += kMaskThreads) {
+      for (int i = thread; i < VTile::kSize / kVector; i += kMaskThreads) {
         found |= ZeroNonfinite(v_vectors + i);
       }
       const bool any_found = BarrierOr(kMaskBarrier, kMaskThreads, found);
@@ -436,7 +438,7 @@ DEVICE void ScoresByWarp(float (&s)[1][kN][4], const T* q_smem, const T* k_smem)
   q.rows = q_smem + threadIdx.x / 32 % 4 * 16 * QTile::kRowPitch;
   Clear(s);
 #pragma unroll 1
-  for (int k = 0; k < kHeadDim / 16; ++k) {
+  for (int k = 0; k < CeilDiv(kHeadDim, 16); ++k) {
     uint32_t a[1][4], b[4];
     q.Read(k, a);
 #pragma unroll

@@ -7,8 +7,8 @@
 //   SPATTN_TF32         1 to multiply float32 on tensor cores, its factors rounded to TF32 (sm_80 up)
 //   SPATTN_ROW_STRIDED  1 where problem.row_stride > 1
 //   SPATTN_ANEW         1 to derive addresses anew for each tile (Anew)
-//   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; dims in whole 64s;
-//                       passing and owned tiles of whole 64 rows)
+//   SPATTN_WGMMA        1 to multiply with sm_90a's wgmma (16-bit types; passing and owned tiles of
+//                       whole 64 rows)
 //   SPATTN_RULE         what of a score rule is in use (SpattnRuleParts, score_rule.cuh); none: not set
 #pragma once
 #include "cuda/device/params.h"
@@ -192,16 +192,17 @@ constexpr int kTileAlign = kHasWgmma ? 1024 : 16;  // bytes
 // banks:
 //   padded    by 16 bytes, so that a row is an odd number of 16-byte units
 //   swizzled  as wgmma reads it: panels of 64 columns, each row's 16-byte units permuted by row mod
-//             8
+//             8; past the dim, the last panel holds zeros
 template <int kRows, int kDim>
 struct Tile {
   static constexpr int kDimension = kDim;
   static constexpr int kRowPitch = kHasWgmma ? 64 : PaddedDim(kDim) + kVector;
   static constexpr int kPanel = kRows * 64;  // elements, swizzled
-  static constexpr int kBytes =
-      kRows * (kHasWgmma ? kDim : kRowPitch) * static_cast<int>(sizeof(T));
-  static_assert(!kHasWgmma || (kDim % 64 == 0 && kRows % 8 == 0),
-                "wgmma reads whole swizzled panels");
+  static constexpr int kPanels = CeilDiv(kDim, 64);
+  static constexpr int kColumns = kHasWgmma ? kPanels * 64 : PaddedDim(kDim);  // that are written
+  static constexpr int kSize = kRows * (kHasWgmma ? kColumns : kRowPitch);     // elements
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));
+  static_assert(!kHasWgmma || kRows % 8 == 0, "wgmma reads whole swizzled panels");
 
   // Elements from the tile's start to a column that begins a 16-byte unit.
   DEVICE int Offset(int row, int column) {
@@ -294,7 +295,8 @@ DEVICE unsigned Anew(unsigned value) { return SPATTN_ANEW ? Opaque(value) : valu
 // Chunks of 16 bytes of a tile, shared among the threads of a CTA: the i-th of this thread.
 template <int kRows, int kDim, int kThreads>
 struct ThreadChunk {
-  static constexpr int kRowChunks = PaddedDim(kDim) / kVector, kPassRows = kThreads / kRowChunks;
+  static constexpr int kRowChunks = Tile<kRows, kDim>::kColumns / kVector,
+                       kPassRows = kThreads / kRowChunks;
   static constexpr int kCount = CeilDiv(kRows * kRowChunks, kThreads);
   // Where a pass is whole rows, a thread keeps its column and steps a fixed way through the tile.
   static constexpr bool kSteady = kThreads % kRowChunks == 0 && kPassRows % 8 == 0;
@@ -319,7 +321,7 @@ DEVICE void LoadRowsOf(T* const (&tiles)[kTensors], const RowSpan (&from)[kTenso
 #pragma unroll
   for (int i = 0; i < Chunk::kCount; ++i) {
     const Chunk chunk = Chunk::Make(i, thread);
-    const bool is_column = kDim % 16 == 0 || chunk.column < kDim;
+    const bool is_column = kDim == Tile<kRows, kDim>::kColumns || chunk.column < kDim;
     const int row = row_of(chunk.IsInTile() ? chunk.row : 0);
     const bool exists = (kAllExist || row >= 0) && is_column;
     if (!chunk.IsInTile()) continue;

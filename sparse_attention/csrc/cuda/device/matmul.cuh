@@ -10,7 +10,7 @@
 // columns 8 n + 2 (l % 4) and the next. Four ways to get there:
 //   float32            FFMA; p travels between the four lanes of a row by shuffles
 //   float32 as TF32    sm_80 up: mma.sync m16n8k8; ldmatrix moves pairs of 16 bits, so also floats
-//   16-bit, sm_90a     wgmma m64n64k16: the four warps of a warpgroup have 16 rows each
+//   16-bit, sm_90a     wgmma m64nNk16: the four warps of a warpgroup have 16 rows each
 //   16-bit, sm_80 up   mma.sync m16n8k16 and ldmatrix
 //   float16, sm_70/75  wmma m16n16k16, whose fragments have no defined layout: accumulators pass
 //                      through ScratchBytes of shared memory per warp, so nothing here relies on
@@ -49,7 +49,7 @@ struct SmemOperand {
   __forceinline__ SmemOperand At(int elements) const {
     return {data + elements, address + elements * static_cast<int>(sizeof(T)) / 16};
   }
-  // Where b of MatmulPB is wider than a panel.
+  // Where a transposed b is wider than a panel.
   __forceinline__ SmemOperand WithDistance(int panel_elements) const {
     return {data, address + (panel_elements * static_cast<int>(sizeof(T)) / 16 << 16)};
   }
@@ -238,30 +238,25 @@ DEVICE void Tf32PB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const f
 
 // ---- sm_90a ----
 
-// The registers of c, 32 or 64: their names in an instruction, and what they are.
-#define SPATTN_C64_NAMES                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SPATTN_C128_NAMES                                                            \
-  SPATTN_C64_NAMES                                                                   \
-  ", "                                                                               \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SPATTN_C64(c)                                                                           \
-  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),     \
-      "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-      "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), \
-      "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-      "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), \
-      "+f"(c[7][2]), "+f"(c[7][3])
-#define SPATTN_C128(c)                                                                             \
-  SPATTN_C64(c), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]),        \
-      "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), \
-      "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),              \
-      "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]),              \
-      "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]),              \
-      "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]),              \
-      "+f"(c[15][3])
+// The registers of c, half as many as its columns: their names in an instruction, and what they are from
+// n8 tile i on.
+#define SPATTN_C16_NAMES "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SPATTN_C32_NAMES SPATTN_C16_NAMES ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SPATTN_C48_NAMES SPATTN_C32_NAMES ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define SPATTN_C64_NAMES SPATTN_C48_NAMES ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define SPATTN_C80_NAMES SPATTN_C64_NAMES ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define SPATTN_C96_NAMES SPATTN_C80_NAMES ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define SPATTN_C112_NAMES SPATTN_C96_NAMES ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define SPATTN_C128_NAMES SPATTN_C112_NAMES ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPATTN_C8(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define SPATTN_C16(c, i) SPATTN_C8(c, i), SPATTN_C8(c, i + 1)
+#define SPATTN_C32(c, i) SPATTN_C16(c, i), SPATTN_C16(c, i + 2)
+#define SPATTN_C48(c, i) SPATTN_C32(c, i), SPATTN_C16(c, i + 4)
+#define SPATTN_C64(c, i) SPATTN_C32(c, i), SPATTN_C32(c, i + 4)
+#define SPATTN_C80(c, i) SPATTN_C64(c, i), SPATTN_C16(c, i + 8)
+#define SPATTN_C96(c, i) SPATTN_C64(c, i), SPATTN_C32(c, i + 8)
+#define SPATTN_C112(c, i) SPATTN_C64(c, i), SPATTN_C48(c, i + 8)
+#define SPATTN_C128(c, i) SPATTN_C64(c, i), SPATTN_C64(c, i + 8)
 // A descriptor, from its low half; the high half says: 1024 bytes from 8 rows to the next 8,
 // 128-byte swizzle. And the predicate p: whether c is added to.
 #define SPATTN_DESCRIPTOR(name, low) \
@@ -270,44 +265,65 @@ DEVICE void Tf32PB(float (&c)[kM][kOut][4], const float (&p)[kM][kN][4], const f
 #define SPATTN_M64(n) \
   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." SPATTN_PTX_TYPE "." SPATTN_PTX_TYPE
 
-// c = a b or c += a b for 64 or 128 columns, 16 products deep. b: K-major as it lies (scores), or
+// c = a b or c += a b for up to 128 columns, 16 products deep. b: K-major as it lies (scores), or
 // transposed.
 template <int kColumns, bool kTransposed>
 DEVICE void Wgmma(float (*c)[4], const uint32_t (&a)[4], uint32_t b, int accumulates) {
-  if constexpr (kColumns == 64) {
-    asm volatile("{" SPATTN_IF("%37") SPATTN_DESCRIPTOR("b", "%36")
-                     SPATTN_M64(64) " {" SPATTN_C64_NAMES
-                                    "}, {%32, %33, %34, %35}, b, p, 1, 1, %38;}"
-                 : SPATTN_C64(c)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulates),
-                   "n"(kTransposed ? 1 : 0));
-  } else {
-    asm volatile("{" SPATTN_IF("%69") SPATTN_DESCRIPTOR("b", "%68")
-                     SPATTN_M64(128) " {" SPATTN_C128_NAMES
-                                     "}, {%64, %65, %66, %67}, b, p, 1, 1, %70;}"
-                 : SPATTN_C128(c)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulates),
-                   "n"(kTransposed ? 1 : 0));
+  static_assert(kColumns % 16 == 0 && kColumns <= 128, "an instruction each");
+#define SPATTN_FROM_REGISTERS(n, a_names, b_name, accumulates_name, transposed_name)              \
+  if constexpr (kColumns == n) {                                                                  \
+    asm volatile("{" SPATTN_IF(accumulates_name) SPATTN_DESCRIPTOR("b", b_name)                   \
+                     SPATTN_M64(n) " {" SPATTN_C##n##_NAMES "}, " a_names                         \
+                                                            ", b, p, 1, 1, " transposed_name ";}" \
+                 : SPATTN_C##n(c, 0)                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulates),          \
+                   "n"(kTransposed ? 1 : 0));                                                     \
   }
+  SPATTN_FROM_REGISTERS(16, "{%8, %9, %10, %11}", "%12", "%13", "%14")
+  SPATTN_FROM_REGISTERS(32, "{%16, %17, %18, %19}", "%20", "%21", "%22")
+  SPATTN_FROM_REGISTERS(48, "{%24, %25, %26, %27}", "%28", "%29", "%30")
+  SPATTN_FROM_REGISTERS(64, "{%32, %33, %34, %35}", "%36", "%37", "%38")
+  SPATTN_FROM_REGISTERS(80, "{%40, %41, %42, %43}", "%44", "%45", "%46")
+  SPATTN_FROM_REGISTERS(96, "{%48, %49, %50, %51}", "%52", "%53", "%54")
+  SPATTN_FROM_REGISTERS(112, "{%56, %57, %58, %59}", "%60", "%61", "%62")
+  SPATTN_FROM_REGISTERS(128, "{%64, %65, %66, %67}", "%68", "%69", "%70")
+#undef SPATTN_FROM_REGISTERS
 }
 // The same with a in shared memory too; kTransposed: both are.
 template <int kColumns, bool kTransposed>
 DEVICE void Wgmma(float (*c)[4], uint32_t a, uint32_t b, int accumulates) {
-  if constexpr (kColumns == 64) {
-    asm volatile("{" SPATTN_IF("%34") SPATTN_DESCRIPTOR("a", "%32") SPATTN_DESCRIPTOR("b", "%33")
-                     SPATTN_M64(64) " {" SPATTN_C64_NAMES "}, a, b, p, 1, 1, %35, %35;}"
-                 : SPATTN_C64(c)
-                 : "r"(a), "r"(b), "r"(accumulates), "n"(kTransposed ? 1 : 0));
-  } else {
-    asm volatile("{" SPATTN_IF("%66") SPATTN_DESCRIPTOR("a", "%64") SPATTN_DESCRIPTOR("b", "%65")
-                     SPATTN_M64(128) " {" SPATTN_C128_NAMES "}, a, b, p, 1, 1, %67, %67;}"
-                 : SPATTN_C128(c)
-                 : "r"(a), "r"(b), "r"(accumulates), "n"(kTransposed ? 1 : 0));
+  static_assert(kColumns >= 32 && kColumns % 16 == 0 && (kColumns <= 64 || kColumns == 128),
+                "an instruction each");
+#define SPATTN_FROM_MEMORY(n, a_name, b_name, accumulates_name, transposed_name)           \
+  if constexpr (kColumns == n) {                                                           \
+    asm volatile("{" SPATTN_IF(accumulates_name) SPATTN_DESCRIPTOR("a", a_name)            \
+                     SPATTN_DESCRIPTOR("b", b_name) SPATTN_M64(n) " {" SPATTN_C##n##_NAMES \
+                 "}, a, b, p, 1, 1, " transposed_name ", " transposed_name ";}"            \
+                 : SPATTN_C##n(c, 0)                                                       \
+                 : "r"(a), "r"(b), "r"(accumulates), "n"(kTransposed ? 1 : 0));            \
   }
+  SPATTN_FROM_MEMORY(32, "%16", "%17", "%18", "%19")
+  SPATTN_FROM_MEMORY(48, "%24", "%25", "%26", "%27")
+  SPATTN_FROM_MEMORY(64, "%32", "%33", "%34", "%35")
+  SPATTN_FROM_MEMORY(128, "%64", "%65", "%66", "%67")
+#undef SPATTN_FROM_MEMORY
 }
+#undef SPATTN_C16_NAMES
+#undef SPATTN_C32_NAMES
+#undef SPATTN_C48_NAMES
 #undef SPATTN_C64_NAMES
+#undef SPATTN_C80_NAMES
+#undef SPATTN_C96_NAMES
+#undef SPATTN_C112_NAMES
 #undef SPATTN_C128_NAMES
+#undef SPATTN_C8
+#undef SPATTN_C16
+#undef SPATTN_C32
+#undef SPATTN_C48
 #undef SPATTN_C64
+#undef SPATTN_C80
+#undef SPATTN_C96
+#undef SPATTN_C112
 #undef SPATTN_C128
 #undef SPATTN_DESCRIPTOR
 #undef SPATTN_IF
@@ -337,33 +353,46 @@ DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const SmemOperand& b) {
   WgmmaCommit();
 }
 
-// p in fragments of 16 columns.
+// Whether an instruction takes its columns from two panels of a transposed b where it needs the second in
+// part: 80, 96 and 112 columns. Else each panel has an instruction of its own.
+constexpr bool kTakesPartOfPanel = true;
+
+// p in fragments of 16 columns. c may have fewer columns than b: the first ones.
 template <typename BTile, int kSteps, int kOut>
 DEVICE void WgmmaPB(float (&c)[1][kOut][4], const uint32_t (&p)[kSteps][1][4],
                     const SmemOperand& b) {
-  constexpr int kWide = kOut % 16 == 0 ? 16 : 8;  // n8 tiles at a time
-  static_assert(kOut % kWide == 0, "64 or 128 columns at a time");
+  // n8 tiles at a time, and those of the last instruction
+  constexpr int kWide = kTakesPartOfPanel || kOut % 8 == 0 ? Min(kOut, 16) : Min(kOut, 8);
+  constexpr int kRest = kOut % kWide;
   const SmemOperand panels = b.WithDistance(BTile::kPanel);
+  const auto start = [&](int n, int k) {
+    return panels.At(n / 8 * BTile::kPanel + k * 16 * 64).address;
+  };
   WgmmaFence();
 #pragma unroll
-  for (int n = 0; n < kOut; n += kWide) {
+  for (int n = 0; n + kWide <= kOut; n += kWide) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      Wgmma<kWide * 8, true>(&c[0][n], p[k][0],
-                             panels.At(n / 8 * BTile::kPanel + k * 16 * 64).address, 1);
+      Wgmma<kWide * 8, true>(&c[0][n], p[k][0], start(n, k), 1);
+    }
+  }
+  if constexpr (kRest > 0) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      Wgmma<kRest * 8, true>(&c[0][kOut - kRest], p[k][0], start(kOut - kRest, k), 1);
     }
   }
   WgmmaCommit();
 }
 
-// c = aT b for 64 rows and 64 columns of c, summed over all kRows rows of the tiles; a and b point to a
-// panel of theirs.
-template <int kRows>
-DEVICE void WgmmaAtB(float (&c)[1][8][4], const SmemOperand& a, const SmemOperand& b) {
+// c = aT b for 64 rows and up to 64 columns of c, summed over all kRows rows of the tiles; a and b point
+// to a panel of theirs.
+template <int kRows, int kN>
+DEVICE void WgmmaAtB(float (&c)[1][kN][4], const SmemOperand& a, const SmemOperand& b) {
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < kRows / 16; ++k) {
-    Wgmma<64, true>(&c[0][0], a.At(k * 16 * 64).address, b.At(k * 16 * 64).address, k > 0);
+    Wgmma<kN * 8, true>(&c[0][0], a.At(k * 16 * 64).address, b.At(k * 16 * 64).address, k > 0);
   }
   WgmmaCommit();
 }

@@ -45,7 +45,7 @@ typedef struct alignas(64) {
 } SpattnTensorMap;
 
 typedef struct {
-  SpattnTensorMap k, v;  // boxes of 64 columns and a plan block's rows
+  SpattnTensorMap k, v;  // boxes of 64 columns and a plan block's rows; zeros past the dim
   SpattnCudaFwdParams call;
   int32_t tiles;                  // parts of a head
   int32_t section_heads;          // heads whose parts take turns
@@ -69,7 +69,7 @@ typedef struct {
 // a plan block gives to a passing tile: run_rows queries, counted from 0 in each head. All of it is
 // workspace.
 typedef struct {
-  float* dq;     // [batch, heads, runs, run_rows, head_dim], a run as attention_bwd_sm90.cu has it
+  float* dq;     // [batch, heads, runs, run_rows, columns], a run as attention_bwd_sm90.cu has it
   int32_t runs;  // of a head of a sequence; those that begin at or past q_len do not exist
   int32_t run_rows;          // a multiple of 8
   int32_t starts_with_last;  // of a head's kv tiles, rather than with the first
@@ -86,7 +86,7 @@ typedef struct {
 } SpattnCudaDqSums;
 
 typedef struct {
-  SpattnTensorMap q, dout;  // boxes of 64 columns and run_rows rows
+  SpattnTensorMap q, dout;  // boxes of 64 columns and run_rows rows; zeros past the dim
   SpattnCudaBwdParams call;
   SpattnCudaDqSums sums;
 } SpattnCudaMappedBwdParams;

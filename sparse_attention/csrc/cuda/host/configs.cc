@@ -19,6 +19,10 @@ int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
 
+// attention_fwd_sm90 and attention_bwd_sm90 pad a dim to whole panels: below 40 nearly half would be padding.
+bool FitsPanels(int dim) { return dim % 8 == 0 && dim >= 40 && dim <= 128; }
+int WholePanels(int dim) { return RoundUp(dim, 64); }
+
 // Whether attention_bwd_dq adds up the gradient of relative_bias.
 bool SumsBias(const SpattnCudaShape& s, SpattnPhase phase) {
   return phase == SPATTN_BWD_DQ && (s.rule & SPATTN_RULE_BIAS_SUMS);
@@ -113,6 +117,7 @@ int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
 //   2,160               fixed 128       1.446 | 1.439 | 1.370
 //   8,256               all             5.205 | 4.643 | 4.072
 // With head_dim 128 it is faster for all of them: local 128 0.325 | 0.251, all 4.956 | 3.116.
+// Other dims are taken as the next of these two: not measured.
 constexpr int kLongList = 1024, kLongestList = 2048;
 
 // A kernel without a rule is compiled as if there were no rules.
@@ -125,8 +130,8 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   const int groups = FwdSm90PartQueries(s) / 64, stages = WidestDim(s) <= 64 ? 4 : 2;
   const int tile_kv = 128;
   const int queries =
-      groups * 64 * (s.head_dim + s.head_dim_v + 8) * 2;        // q, and o with its padding
-  const int stage = tile_kv * (s.head_dim + s.head_dim_v) * 2;  // k, v
+      groups * 64 * (WholePanels(s.head_dim) + RoundUp(s.head_dim_v, 16) + 8) * 2;        // q, o
+  const int stage = tile_kv * (WholePanels(s.head_dim) + WholePanels(s.head_dim_v)) * 2;  // k, v
   const int words = s.rule & SPATTN_RULE_DROPOUT ? 4 : 0;
   const int slot = tile_kv * (groups * 8 + 4 + words);  // mask, rows of its keys
   const int barriers = 2048;                            // and lists
@@ -161,21 +166,24 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
 //   1,772                 fixed 128                      4.596 | 4.175 | 4.178   4.479 | 5.352 | 4.190
 //   4,160                 all, 2 x 8192 x 16             2.033 | 1.665 | 1.708   3.776 | 2.968 | 3.262
 //   8,256                 all                           14.799 |11.606 |12.446  13.788 |10.471 |12.113
+// Other dims are taken as the next of these two: not measured.
 constexpr int kLongQueries = 768, kLongUnevenQueries = 1536;
 
 bool IsEven(int64_t average, int64_t q_len) { return average * 4 >= q_len; }
 
 // Queries of a passing tile: all that the registers hold the scores of.
-int BwdSm90TileQ(const SpattnCudaShape& s) { return s.head_dim <= 64 ? 128 : 64; }
+int BwdSm90TileQ(const SpattnCudaShape& s) { return WidestDim(s) <= 64 ? 128 : 64; }
 
 SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int tile_kv = 128, tile_q = BwdSm90TileQ(s), stages = 2;
-  const int dq_buffers = s.head_dim <= 64 ? 2 : 1;
-  const int keys = 3 * tile_kv * s.head_dim * 2;  // k twice, v
+  const int dq_buffers = tile_q == 128 ? 2 : 1;
+  const int dim = WholePanels(s.head_dim), dim_v = WholePanels(s.head_dim_v);
+  const int finite = tile_q == 128 ? 64 : 128;  // columns of k for dq
+  const int keys = tile_kv * (dim + dim_v + finite) * 2;
   const int stage =
-      tile_q * (2 * s.head_dim * 2 + 2 * 4 + tile_kv / 8) + 128;  // q, do, numbers, mask
-  const int scores = tile_kv * tile_q * 2;                        // ds
-  const int dq = tile_q * s.head_dim * 4;
+      tile_q * ((dim + dim_v) * 2 + 2 * 4 + tile_kv / 8) + 128;  // q, do, numbers, mask
+  const int scores = tile_kv * tile_q * 2;                       // ds
+  const int dq = tile_q * BwdSm90DqColumns(s) * 4;
   const int barriers = 1024;  // and lists
   const int rule = s.rule == 0 ? 0
                    : (s.rule & SPATTN_RULE_DROPOUT) != 0
@@ -187,6 +195,7 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   define("DTYPE", s.dtype);
   define("TF32", 0);
   define("HEAD_DIM", s.head_dim);
+  define("HEAD_DIM_V", s.head_dim_v);
   define("ROW_STRIDED", 0);
   define("PLAN_BLOCK", s.block_size);
   define("TILE_Q", tile_q);
@@ -249,8 +258,8 @@ int RoundListKeys(int64_t average) {
 bool RunsFwdSm90(const SpattnCudaShape& s) {
   const int shortest = WidestDim(s) <= 64 ? kLongList : 0;
   return s.list_keys >= shortest && s.arch == 90 && ElementSize(s.dtype) == 2 && s.tile_q == 128 &&
-         s.is_scale_positive && !s.is_row_strided && IsWholePanels(s.head_dim) &&
-         IsWholePanels(s.head_dim_v);
+         s.is_scale_positive && !s.is_row_strided && FitsPanels(s.head_dim) &&
+         FitsPanels(s.head_dim_v);
 }
 
 // The accumulators of three groups fit the registers with head_dim 64 alone, and with no rule beside them.
@@ -266,10 +275,11 @@ int RoundListQueries(int64_t average, int64_t q_len) {
 bool RunsBwdSm90(const SpattnCudaShape& s) {
   return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
          s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided &&
-         s.head_dim == s.head_dim_v && IsWholePanels(s.head_dim);
+         FitsPanels(s.head_dim) && FitsPanels(s.head_dim_v);
 }
 
 int BwdSm90RunRows(const SpattnCudaShape& s) { return std::min(s.block_size, BwdSm90TileQ(s)); }
+int BwdSm90DqColumns(const SpattnCudaShape& s) { return RoundUp(s.head_dim, 16); }
 
 // Half the longest list is what an SM waits at the end: little where it works on six times as much.
 bool StartsWithLast(int64_t average, int64_t q_len, int64_t ctas, int multiprocessors) {

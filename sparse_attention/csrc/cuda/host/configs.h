@@ -23,9 +23,11 @@ int FwdSm90PartQueries(const SpattnCudaShape& shape);
 int RoundListQueries(int64_t average, int64_t q_len);
 
 // Whether attention_bwd_sm90 runs the backward pass of a shape by keys. It takes
-// SpattnCudaMappedBwdParams, and so many queries of a plan block at a time (run_rows).
+// SpattnCudaMappedBwdParams, so many queries of a plan block at a time (run_rows), and adds dq up in so
+// many columns.
 bool RunsBwdSm90(const SpattnCudaShape& shape);
 int BwdSm90RunRows(const SpattnCudaShape& shape);
+int BwdSm90DqColumns(const SpattnCudaShape& shape);
 // Whether its kv tiles start with the last one of each head (SpattnCudaDqSums), so many `ctas` in all.
 bool StartsWithLast(int64_t average, int64_t q_len, int64_t ctas, int multiprocessors);
 // Blocks of queries for which attention_bwd_ranks needs no SpattnCudaDqSums::listed.

@@ -208,7 +208,7 @@ struct DqWorkspace {
     const int64_t entries = sequences * plan.entries;
     sums.runs = static_cast<int32_t>(runs);
     sums.run_rows = static_cast<int32_t>(run_rows);
-    sums.dq = arena->Take<float>(all_runs * run_rows * p.head_dim);
+    sums.dq = arena->Take<float>(all_runs * run_rows * BwdSm90DqColumns(shape));
     const int64_t zeroed_from = arena->bytes();
     sums.copied = arena->Take<uint64_t>(sequences);
     sums.started = arena->Take<int32_t>(1);
@@ -288,14 +288,14 @@ class Launcher {
                   SpattnCudaMappedBwdParams* mapped) const {
     const SpattnProblem& p = params.problem;
     mapped->sums = space.sums;
-    const auto map = [&](const SpattnTensor& tensor, SpattnTensorMap* to) {
-      return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, p.head_dim,
-                             space.sums.run_rows, to);
+    const auto map = [&](const SpattnTensor& tensor, int dim, SpattnTensorMap* to) {
+      return stream_.MakeMap(tensor, p.dtype, p.batch, p.q_len, p.heads, dim, space.sums.run_rows,
+                             to);
     };
     const bool are_all_wanted = params.dq.data != nullptr && params.dk.data != nullptr;
     return are_all_wanted && space.sums.dq != nullptr &&
-           plan.kv_tiles * p.kv_heads * p.batch <= kMaxGridX && map(params.q, &mapped->q) &&
-           map(params.dout, &mapped->dout);
+           plan.kv_tiles * p.kv_heads * p.batch <= kMaxGridX &&
+           map(params.q, p.head_dim, &mapped->q) && map(params.dout, p.head_dim_v, &mapped->dout);
   }
 
   // Launches it, and what comes before and behind it.
@@ -313,7 +313,7 @@ class Launcher {
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD, mapped, ctas, 1, 1));
     // dq is added up without this factor.
     if (shape_.rule & SPATTN_RULE_DROPOUT) mapped.call.problem.softmax_scale *= rule_.kept_times;
-    const int64_t pieces = p.batch * p.heads * p.q_len * (p.head_dim / 16);
+    const int64_t pieces = p.batch * p.heads * p.q_len * (BwdSm90DqColumns(shape_) / 16);
     return Launch(SPATTN_BWD_FINISH, mapped, (pieces + 255) / 256, 1, 1);
   }
 
