@@ -55,6 +55,49 @@ def test_quick_run_measures_all_contenders(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_patterns_are_compared_in_equal_steps_and_equal_seconds(monkeypatch, tmp_path):
+    """With a program in place of the examples that takes 0.5 s a step, or twice that."""
+    monkeypatch.syspath_prepend(FOLDER)
+    compare_patterns = importlib.import_module("compare_patterns")
+    commands = []
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        options = dict(zip(command[2::2], command[3::2]))
+        if command[1].endswith("train_lm.py"):
+            folder = tmp_path / options["--output"] / options["--attention"]
+            folder.mkdir(parents=True)
+            rate = 0.5 if options["--attention"] == "strided" else 1.0
+            steps = range(10, int(options["--steps"]) + 1, 10)
+            curve = [{"step": n, "seconds": 9 + rate * n, "valid": 2.0} for n in steps]
+            config = {"model": {"attention": "x"}, "training": {"steps": len(steps)}}
+            (folder / "curve.json").write_text(json.dumps(curve))
+            (folder / "config.json").write_text(json.dumps(config))
+        else:
+            ranges = [(0, 10, 3.0), (10, 40, 1.0)]
+            rows = [{"from": a, "to": b, "bits_per_byte": x} for a, b, x in ranges]
+            text = json.dumps({folder: rows for folder in command[2:4]})
+            (tmp_path / command[-1]).write_text(text)
+
+    monkeypatch.setattr(compare_patterns.subprocess, "run", run)
+    options = ["--out", str(tmp_path), "--patterns", "dense", "strided"]
+    options += "--steps 40 --steps-per-epoch 10 --seconds 30 --seed 7".split()
+    compare_patterns.main(options)
+    assert all(c[c.index("--seed") + 1] == "7" for c in commands if "--steps" in c)
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = {(r["pattern"], r["equal"]): r for r in report["rows"]}
+    assert {key: row["steps"] for key, row in found.items()} == {
+        ("dense", "steps"): 40,
+        ("dense", "seconds"): 30,
+        ("strided", "steps"): 40,
+        ("strided", "seconds"): 60,
+    }
+    assert found["strided", "steps"]["seconds_a_step"] == 0.5
+    assert found["dense", "steps"]["test"] == 1.5
+    assert "steps" not in report["config"]["training"]
+
+
 class FakeWorker:
     """Contenders whose results, and times by turn, are given."""
 

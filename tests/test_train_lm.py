@@ -224,6 +224,60 @@ def test_another_run_gives_its_weights(uninterrupted, train_lm, data, tmp_path, 
     assert "source must have the same sizes: width = 32 there, 64 here" in error
 
 
+@pytest.fixture(scope="module")
+def loss_by_position():
+    with example("loss_by_position") as module:
+        yield module
+
+
+def test_loss_by_position_is_that_of_the_model(
+    uninterrupted, train_lm, loss_by_position, data, tmp_path, capsys
+):
+    folder, output = uninterrupted / "fixed", tmp_path / "positions.json"
+    options = ["--data", str(data), "--output", str(output)]
+    assert loss_by_position.main([str(folder), *options]) == 0
+    (row,) = json.loads(output.read_text())[str(folder)]
+    assert f"{row['bits_per_byte']:.3f} to 64" in capsys.readouterr().out
+
+    test = np.frombuffer(train_lm.split(data.read_bytes())[2], np.uint8)
+    count = (len(test) - 1) // 64
+    tokens = np.stack([test[64 * i : 64 * i + 65] for i in range(count)]).astype(int)
+    logits = np.float64(train_lm.load_model(folder).predict(tokens[:, :-1], verbose=0))
+    bits = np.log2(np.exp(logits).sum(-1))
+    bits -= np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0] / np.log(2)
+    assert row == {
+        "from": 0,
+        "to": 64,
+        "bits_per_byte": pytest.approx(bits.mean(), abs=1e-4),
+    }
+
+
+def test_ranges_of_positions_double(loss_by_position):
+    rows = loss_by_position.in_ranges(np.arange(200.0))
+    assert [tuple(row.values()) for row in rows] == [
+        (0, 64, 31.5),
+        (64, 128, 95.5),
+        (128, 200, 163.5),
+    ]
+
+
+def test_loss_by_position_wants_the_data_of_the_run(
+    uninterrupted, loss_by_position, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(2000))
+    for arguments, message in (
+        (
+            [str(uninterrupted / "fixed"), "--data", str(other)],
+            "holds a run of other data",
+        ),
+        ([str(tmp_path)], "has no config.json"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            loss_by_position.main(arguments)
+        assert message in capsys.readouterr().err
+
+
 def test_default_data_are_the_sources_of_python(train_lm):
     data = train_lm.read_data(None)
     assert len(data) > 5e6

@@ -64,6 +64,7 @@
 //   of n % 2     dq_filled    every multiplying warp. Two, whatever the buffers: an adder that takes every
 //                             second tile must not take another's for its own
 //   named        one of both groups: ds is whole; one for each group: the other has left ds
+//   At listed and prepared every thread that has written arrives: that orders its own writes.
 //
 // Rules:   score_rule.cuh, all but relative_bias. Segments and mask join the bits of the tiles that need a
 //          mask; but of a key that nobody attends to, one of padding say, ds and the gradients are
@@ -336,8 +337,7 @@ DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
       tile.is_masked = is_masked;
       smem.arrived[stage].ArriveAndExpect(QTile::kBytes + DoTile::kBytes);
     }
-    __syncwarp();
-    if (lane == 0) smem.listed[slot].Arrive();
+    smem.listed[slot].Arrive();
     const int g = lane % kGather, panel = lane / kGather;
     const int row = __shfl_sync(kFullWarp, first < 0 ? q_len : first, g);
     if (lane < kGather * Max(kPanels, kPanelsV)) {
@@ -468,8 +468,7 @@ DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) 
       }
       FenceForWgmma();
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.prepared[stage].Arrive();
+    smem.prepared[stage].Arrive();
   });
 }
 
@@ -833,11 +832,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       smem.arrived[i].Init(1);
-      smem.prepared[i].Init(kPrepareThreads / 32);
+      smem.prepared[i].Init(kPrepareThreads);
       smem.released[i].Init(kMathThreads / 32);
     }
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) smem.listed[i].Init(1);
+    for (int i = 0; i < kSlots; ++i) smem.listed[i].Init(32);
     for (Mbarrier& filled : smem.dq_filled) filled.Init(kMathThreads / 32);
     for (Mbarrier& emptied : smem.dq_emptied) emptied.Init(1);
     FenceMbarrierInit();
