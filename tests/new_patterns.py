@@ -41,9 +41,12 @@ NEW_PATTERNS = {
 
 
 def new_rule(name, q_len, heads, window):
-    """bool [heads, q_len, q_len], True = attend: the new pattern, written out."""
+    """bool [heads, q_len, q_len], True = attend: a pattern, written out."""
     i, j = np.arange(q_len)[:, None], np.arange(q_len)
     is_near = (0 <= i - j) & (i - j < window)
+    if name == "merged":
+        is_near |= (i >= j) & ((i - j) % window == 0)
+        return np.broadcast_to(is_near, [heads, q_len, q_len])
     steps = [1 + h % 2 if name == "dilated" else 2 for h in range(heads)]
     return np.stack([is_near & ((i - j) % step == 0) for step in steps])
 

@@ -11,6 +11,7 @@ from keras_helpers import model_by_hand
 from tf_helpers import assert_same_bits, run_on_two_cpus
 
 import sparse_attention as sa
+from sparse_attention.keras.transformer_block import Embedding
 from sparse_attention.plan.reference import attention_fwd
 
 TIME, WIDTH, LAYERS, VOCAB = 64, 32, 2, 50
@@ -121,6 +122,21 @@ def test_weights_start_as_documented():
     ):
         assert 0.95 < np.std(weights.numpy()) / deviation < 1.05
     assert not np.any(block.contract.bias.numpy())
+
+
+@pytest.mark.parametrize("rows", [7, 2000])  # below and above FEW_ROWS
+def test_the_gradient_of_a_token_is_the_sum_over_where_it_stands(rows):
+    layer = Embedding(rows, 8)
+    found = np.array([[0, 3, -1, 3], [3, 6, rows - 1, 0]], np.int32)
+    upstream = np.random.RandomState(0).randint(-9, 9, [2, 4, 8])
+    with tf.GradientTape() as tape:
+        x = layer(found)
+        loss = tf.reduce_sum(x * tf.cast(upstream, x.dtype))
+    np.testing.assert_array_equal(x, layer.get_weights()[0][found])
+    gradient = tape.gradient(loss, layer.trainable_variables[0].value)
+    want = np.zeros([rows, 8])
+    np.add.at(want, found, upstream)
+    np.testing.assert_array_equal(tf.convert_to_tensor(gradient), want)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])

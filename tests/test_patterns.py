@@ -107,7 +107,7 @@ def test_no_other_number_is_taken_for_one_that_is_known(name, size):
         (("sideways", 64, 4), "attn_mode must be 'all', .*, got 'sideways'"),
         (
             ("dense", 64, 4),
-            "'strided', 'fixed', 'dilated' or 'other_rows', got 'dense'",
+            "'fixed', 'merged', 'dilated' or 'other_rows', got 'dense'",
         ),
         ((["all"], 64, 4), r"attn_mode must be .*, got \['all'\]"),
         ((None, 64, 4), "attn_mode must be .*, got None"),

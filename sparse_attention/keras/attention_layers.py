@@ -217,8 +217,8 @@ class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,
     Args:
       *args, **kwargs: As for `keras.layers.MultiHeadAttention`, and by name:
       attn_mode: A causal pattern of `pattern_block_mask`, for query and value of one
-        length: "all", "local", "strided" or "fixed". None: as Keras, everything, or with
-        `use_causal_mask=True` what is causal.
+        length: "all", "local", "strided", "fixed" or "merged". None: as Keras, everything,
+        or with `use_causal_mask=True` what is causal.
       local_attn_ctx, block_size, num_verts, vertsize: As for `pattern_block_mask`.
       block_mask: `BlockMask` to use instead, for the lengths of query and value, which
         may differ, with one head or `num_heads`.

@@ -65,8 +65,8 @@ class SparseTransformer(NotQuantized, keras.Model):
       width: Width of what flows between them; a multiple of 8 * heads.
       heads: Attention heads.
       attention: The patterns that the layers have in turn, with commas between: "all"
-        (or "dense"), "local", "strided", "fixed"; all are causal. The paper's strided
-        attention is "local,strided". Left out beside a `block_mask`.
+        (or "dense"), "local", "strided", "fixed", "merged"; all are causal. The paper's
+        strided attention is "local,strided". Left out beside a `block_mask`.
       local_attn_ctx, block_size, num_verts, vertsize: As for `pattern_block_mask`.
       dropout: The fraction dropped of what a block adds.
       recompute: Whether the backward pass computes each block again from what it reads,

@@ -12,6 +12,7 @@ from typing import Any, Callable, NamedTuple
 
 from .block_mask import BlockMask
 from .checks import as_ints, check_positive
+from .images import merged_layout, merged_mask
 from .layouts import all_layout, fixed_layout, local_layout, strided_layout
 from .masks import (
     VERTSIZE,
@@ -75,6 +76,10 @@ PATTERNS = {
         lambda s: fixed_mask(s.local_attn_ctx, s.block_size, s.num_verts, s.vertsize),
         needs=("local_attn_ctx", "num_verts", "vertsize"),
     ),
+    "merged": Pattern(
+        lambda s: merged_layout(s.q_len, s.block_size, _stride(s)),
+        lambda s: merged_mask(_stride(s)),
+    ),
 }
 
 # What the paper calls a dense and a strided model: the patterns of its layers in turn, as
@@ -87,7 +92,7 @@ def check_known(attn_mode: str, known: Any = None) -> None:
 
     >>> check_known("dense")
     Traceback (most recent call last):
-    ValueError: attn_mode must be 'all', 'local', 'strided' or 'fixed', got 'dense'
+    ValueError: attn_mode must be 'all', 'local', 'strided', 'fixed' or 'merged', got 'dense'
     """
     known = PATTERNS if known is None else known
     if not isinstance(attn_mode, str) or attn_mode not in known:
@@ -185,12 +190,13 @@ def pattern_block_mask(
     ·█·█·██▒  █·█·█·█▒
 
     Args:
-      attn_mode: A name of `PATTERNS`: "all", "local", "strided" or "fixed".
+      attn_mode: A name of `PATTERNS`: "all", "local", "strided", "fixed" or "merged", in
+        which each head has what local and strided have.
       q_len: Sequence length in positions.
       heads: Attention heads; only "fixed" tells them apart.
       block_size: Side of a block in positions: 8, 16, 32, 64 or 128.
-      local_attn_ctx: The window of "local" and "fixed", the stride of "strided", in
-        positions; unused by "all".
+      local_attn_ctx: The window of "local" and "fixed", the stride of "strided", both for
+        "merged", in positions; unused by "all".
       num_verts: Different summary columns among the heads of "fixed"; None: as many as
         divide the heads and fit a window, at most 4.
       vertsize: Blocks in a summary column of "fixed"; None: 1.
@@ -203,7 +209,7 @@ def pattern_block_mask(
         others.
 
     Reference: Child et al. 2019, "Generating Long Sequences with Sparse Transformers",
-      arXiv:1904.10509, sections 4.2 and 4.3.
+      arXiv:1904.10509, sections 4.2, 4.3 and 5.1.
     """
     return _block_mask(
         *resolve(

@@ -61,6 +61,7 @@
 //   of n % 2     dq_filled    every multiplying warp. Two, whatever the buffers: an adder that takes every
 //                             second tile must not take another's for its own
 //   named        one of both groups: ds is whole; one for each group: the other has left ds
+//   At listed and prepared every thread that has written arrives: that orders its own writes.
 //
 // Memory:  Smem.   Registers: 2 groups 240, the third 24: the sum is what the launch gives. Below 240
 //          ptxas serializes the products (C7512), and so it does where k or v, or both copies of a
@@ -276,8 +277,7 @@ DEVICE void Copy(Smem& smem, const Owned& owned) {
       tile.is_masked = is_masked;
       smem.arrived[stage].ArriveAndExpect(2 * QTile::kBytes);
     }
-    __syncwarp();
-    if (lane == 0) smem.listed[slot].Arrive();
+    smem.listed[slot].Arrive();
     const int g = lane % kGather, panel = lane / kGather;
     const int row = __shfl_sync(kFullWarp, first < 0 ? q_len : first, g);
     if (lane < kGather * kPanels) {
@@ -341,8 +341,7 @@ DEVICE void Prepare(Smem& smem, const Owned& owned) {
       }
       FenceForWgmma();
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.prepared[stage].Arrive();
+    smem.prepared[stage].Arrive();
   });
 }
 
@@ -579,11 +578,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       smem.arrived[i].Init(1);
-      smem.prepared[i].Init(kPrepareThreads / 32);
+      smem.prepared[i].Init(kPrepareThreads);
       smem.released[i].Init(kMathThreads / 32);
     }
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) smem.listed[i].Init(1);
+    for (int i = 0; i < kSlots; ++i) smem.listed[i].Init(32);
     for (Mbarrier& filled : smem.dq_filled) filled.Init(kMathThreads / 32);
     for (Mbarrier& emptied : smem.dq_emptied) emptied.Init(1);
     FenceMbarrierInit();

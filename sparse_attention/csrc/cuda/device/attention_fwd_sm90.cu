@@ -37,6 +37,8 @@
 //                mask_written            Mask: the mask is there, if the tile needs one
 //                v_checked               Mask: v is finite, if the tile needs a mask
 //   named        turns, one for each group; one among the warps of a group; one among Mask's
+//   Copy and Mask arrive with every thread that has written, not one for its warp: each arrival then
+//   orders that thread's own writes.
 //
 // Memory:  Smem; the table of bytes is in configs.cc.   Registers: 3 groups 160, copying group 32;
 //          2 groups 216 and 72: the sum is what the launch gives.
@@ -342,7 +344,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
         smem.list.Take(&smem.gathered[slot], plan);
         if (smem.gathered[slot].is_last) end = n + 1;
-        if (threadIdx.x % 32 == 0) smem.listed[slot].Arrive();
+        smem.listed[slot].Arrive();
         smem.k_released[stage].Wait(Parity(n) ^ 1);
         start(Number<kHeadDim>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
       }
@@ -390,8 +392,7 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         for (int w = 0; w < kMaskWords; ++w) smem.mask[slot][key * kMaskWords + w] = words[w];
       }
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.mask_written[slot].Arrive();
+    smem.mask_written[slot].Arrive();
   };
   const auto check_v = [&](unsigned n) {
     const int slot = n % kSlots;
@@ -407,8 +408,7 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
       if (thread == 0) smem.has_nonfinite[slot] = any_found;
       FenceForWgmma();
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) smem.v_checked[slot].Arrive();
+    smem.v_checked[slot].Arrive();
   };
   unsigned n = 0;
 #pragma unroll 1
@@ -626,9 +626,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      smem.listed[i].Init(1);
-      smem.mask_written[i].Init(kMaskThreads / 32);
-      smem.v_checked[i].Init(kMaskThreads / 32);
+      smem.listed[i].Init(32);
+      smem.mask_written[i].Init(kMaskThreads);
+      smem.v_checked[i].Init(kMaskThreads);
     }
     FenceMbarrierInit();
   }
