@@ -302,23 +302,27 @@ ffi::Error BwdOnCuda(void* stream, ffi::RemainingArgs args, ffi::RemainingRets r
 }
 
 #define SPATTN_FOUR_INT64 int64_t, int64_t, int64_t, int64_t
-#define SPATTN_HANDLER(Name, CONTEXT)                                                        \
+#define SPATTN_HANDLER(Name, CONTEXT, TRAITS)                                                \
   XLA_FFI_Error* Name##Handler(XLA_FFI_CallFrame* frame) {                                   \
     static const auto* handler = SPATTN_BIND(CONTEXT)                                        \
                                      .To(Name<SPATTN_FOUR_INT64, SPATTN_FOUR_INT64,          \
-                                              SPATTN_FOUR_INT64, int64_t, int64_t, int64_t>) \
+                                              SPATTN_FOUR_INT64, int64_t, int64_t, int64_t>, \
+                                         TRAITS)                                             \
                                      .release();                                             \
     return handler->Call(frame);                                                             \
   }
-SPATTN_HANDLER(FwdOnHost, ffi::ThreadPool)
-SPATTN_HANDLER(BwdOnHost, ffi::ThreadPool)
-SPATTN_HANDLER(FwdOnCuda, ffi::PlatformStream<void*>)
-SPATTN_HANDLER(BwdOnCuda, ffi::PlatformStream<void*>)
+SPATTN_HANDLER(FwdOnHost, ffi::ThreadPool, {})
+SPATTN_HANDLER(BwdOnHost, ffi::ThreadPool, {})
+// XLA may record these calls into a command buffer, which is a CUDA graph: all that they do on the
+// device goes through the stream, with memory of XLA's plan, and they wait for nothing.
+SPATTN_HANDLER(FwdOnCuda, ffi::PlatformStream<void*>, {ffi::Traits::kCmdBufferCompatible})
+SPATTN_HANDLER(BwdOnCuda, ffi::PlatformStream<void*>, {ffi::Traits::kCmdBufferCompatible})
 
+constexpr XLA_FFI_Handler_Traits kRecordable = XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE;
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kFwdTarget, "Host", FwdOnHostHandler);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBwdTarget, "Host", BwdOnHostHandler);
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kFwdTarget, "CUDA", FwdOnCudaHandler);
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBwdTarget, "CUDA", BwdOnCudaHandler);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kFwdTarget, "CUDA", FwdOnCudaHandler, kRecordable);
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kBwdTarget, "CUDA", BwdOnCudaHandler, kRecordable);
 
 }  // namespace
 }  // namespace spattn

@@ -35,6 +35,7 @@ Opened Open() {
   find(&driver.cuLaunchKernel, "cuLaunchKernel");
   find(&driver.cuModuleGetFunction, "cuModuleGetFunction");
   find(&driver.cuModuleLoadData, "cuModuleLoadData");
+  find(&driver.cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
   *reinterpret_cast<void**>(&driver.cuTensorMapEncodeTiled) =
       dlsym(library, "cuTensorMapEncodeTiled");
   return opened;

@@ -21,6 +21,7 @@ struct Driver {
   int (*cuMemsetD32Async)(uint64_t address, unsigned value, size_t count, CuHandle stream);
   int (*cuModuleGetFunction)(CuHandle* function, CuHandle module, const char* name);
   int (*cuModuleLoadData)(CuHandle* module, const void* code);
+  int (*cuThreadExchangeStreamCaptureMode)(int* mode);
   // Null in drivers older than CUDA 12.
   int (*cuTensorMapEncodeTiled)(void* map, int type, unsigned rank, void* address,
                                 const uint64_t* sizes, const uint64_t* strides, const unsigned* box,
@@ -32,6 +33,7 @@ struct Driver {
 };
 
 // Values of the driver's enumerations.
+constexpr int kCaptureRelaxed = 2;
 constexpr int kFuncMaxDynamicSharedMemory = 8;
 constexpr int kDeviceMultiprocessors = 16;
 constexpr int kDeviceCapabilityMajor = 75, kDeviceCapabilityMinor = 76;

@@ -52,6 +52,20 @@ SpattnStatus FindArch(const Driver& driver, CuHandle context, int* arch) {
   return Ok();
 }
 
+// While it lives, this thread may do what a stream that is being recorded into a graph forbids.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Driver& driver) : driver_(driver) { Exchange(); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { Exchange(); }
+
+ private:
+  void Exchange() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+
+  const Driver& driver_;
+  int mode_ = kCaptureRelaxed;  // then what was before
+};
+
 SpattnStatus Load(const Driver& driver, int arch, LoadedKernel* kernel) {
   Kernels& kernels = TheKernels();
   const std::lock_guard<std::mutex> lock(kernels.coding);  // also until the code is loaded
@@ -62,6 +76,8 @@ SpattnStatus Load(const Driver& driver, int arch, LoadedKernel* kernel) {
   SpattnStatus status = Ok();
   kernels.code(&kernel->config, arch, &code, &status);
   SPATTN_RETURN_IF_ERROR(status);
+  // A first call may be recorded into a graph: loading is no part of what is recorded.
+  const RelaxedCapture relaxed(driver);
   CuHandle module;
   SPATTN_RETURN_IF_ERROR(driver.Check(driver.cuModuleLoadData(&module, code), "cuModuleLoadData"));
   SPATTN_RETURN_IF_ERROR(
