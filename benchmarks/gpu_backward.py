@@ -1,4 +1,4 @@
-"""attention_bwd_sm90 beside the kernels that it replaces, and beside cuDNN, on one H100.
+"""attention_bwd_sm90 beside the kernels that it replaces, and beside cuDNN, on one H100 or H200.
 
     python benchmarks/gpu_backward.py             # shapes x modes, some minutes
     python benchmarks/gpu_backward.py --check     # small shapes: what differs, and where

@@ -47,7 +47,14 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 int cuCtxGetCurrent(H* c) { *c = context; return 0; }
 int cuCtxGetDevice(int* device) { *device = 0; return 0; }
 int cuGetErrorString(int code, const char** text) { *text = "the fake fails"; return 0; }
+int capture_mode = 1;  // of a thread whose stream is being recorded: loading is an error
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  int before = capture_mode;
+  capture_mode = *mode, *mode = before;
+  return 0;
+}
 int cuModuleLoadData(H* module, const void* code) {
+  if (capture_mode != 2) return 900;
   if (failing_load) return 209;
   strcpy(functions[loads].code, code);
   *module = &functions[loads++];

@@ -30,7 +30,7 @@ def look_up(table, rows):
     """The rows of a table, whose gradient is a product with one-hot rows.
 
     TensorFlow's is a scatter. That adds in no fixed order on a GPU, or, where XLA is told to
-    be deterministic, one row after the other: a second for a step of 49,152 tokens.
+    be deterministic, one row after the other.
     """
 
     def gradient(upstream):

@@ -34,4 +34,5 @@ def test_the_script_trains_as_on_one(data, tmp_path):
         process = train_lm.start(output, data, "--strategy", strategy, **options)
         train_lm.finish(process)
         curves.append(train_lm.read_curve(output))
-    train_lm.assert_same_curve(*curves)
+    # Attention rounds to TF32 in both, where what float32 rounds may change the last bit.
+    train_lm.assert_same_curve(*curves, rounding=2.0**-18)
