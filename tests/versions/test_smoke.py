@@ -179,8 +179,9 @@ def test_keras_own_layer_runs_by_the_fused_op_or_the_error_says_what_is_needed()
     if version < (3, 10):
         with pytest.raises(ImportError, match="needs Keras 3.10"):
             sa.enable_flash_attention()
-        with pytest.raises(ImportError, match="needs Keras 3"):
-            sa.MultiHeadAttention(2, 16)
+        for name in ("MultiHeadAttention", "GroupQueryAttention"):
+            with pytest.raises(ImportError, match=f"^{name} needs Keras 3"):
+                getattr(sa, name)(2, 16)
         return
     x = np.random.RandomState(0).normal(size=[2, LENGTH, 32]).astype(np.float32)
     theirs, ours = keras.layers.MultiHeadAttention(2, 16), sa.MultiHeadAttention(2, 16)
