@@ -353,34 +353,16 @@ DEVICE void WgmmaABt(float (&c)[1][kN][4], const A& a, const SmemOperand& b) {
   WgmmaCommit();
 }
 
-// Whether an instruction takes its columns from two panels of a transposed b where it needs the second in
-// part: 80, 96 and 112 columns. Else each panel has an instruction of its own.
-constexpr bool kTakesPartOfPanel = true;
-
-// p in fragments of 16 columns. c may have fewer columns than b: the first ones.
+// p in fragments of 16 columns. c may have fewer columns than b: the first ones. One instruction takes
+// them from two panels, of the second also in part.
 template <typename BTile, int kSteps, int kOut>
 DEVICE void WgmmaPB(float (&c)[1][kOut][4], const uint32_t (&p)[kSteps][1][4],
                     const SmemOperand& b) {
-  // n8 tiles at a time, and those of the last instruction
-  constexpr int kWide = kTakesPartOfPanel || kOut % 8 == 0 ? Min(kOut, 16) : Min(kOut, 8);
-  constexpr int kRest = kOut % kWide;
   const SmemOperand panels = b.WithDistance(BTile::kPanel);
-  const auto start = [&](int n, int k) {
-    return panels.At(n / 8 * BTile::kPanel + k * 16 * 64).address;
-  };
   WgmmaFence();
 #pragma unroll
-  for (int n = 0; n + kWide <= kOut; n += kWide) {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      Wgmma<kWide * 8, true>(&c[0][n], p[k][0], start(n, k), 1);
-    }
-  }
-  if constexpr (kRest > 0) {
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      Wgmma<kRest * 8, true>(&c[0][kOut - kRest], p[k][0], start(kOut - kRest, k), 1);
-    }
+  for (int k = 0; k < kSteps; ++k) {
+    Wgmma<kOut * 8, true>(&c[0][0], p[k][0], panels.At(k * 16 * 64).address, 1);
   }
   WgmmaCommit();
 }
