@@ -170,7 +170,7 @@ def plain_attention_bwd(
     return (*(collect(*pair) for pair in gradients), *extra)
 
 
-def assert_attention_close(results, inputs, mask, tf32=False, **options):
+def assert_attention_close(results, inputs, mask, tf32=False, by_row=False, **options):
     """Holds attention to the one tolerance.
 
     Args:
@@ -178,6 +178,9 @@ def assert_attention_close(results, inputs, mask, tf32=False, **options):
       inputs: `Inputs`; without dlse, if it is None.
       mask: bool [heads or 1, q_len, kv_len].
       tf32: Whether the factors of products may be TF32.
+      by_row: Whether rows are also looked at one by one. The one tolerance follows the
+        largest values of a tensor, beside which all of a long list's row may be wrong
+        unseen.
       options: `softmax_scale`, `kv_lengths`, and the arguments of `reference.Rule`.
     """
     *qkv, do, dlse = inputs
@@ -197,6 +200,45 @@ def assert_attention_close(results, inputs, mask, tf32=False, **options):
                 assert_close(results[name], oracle[i], own, factor, sizes)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
+    if by_row:
+        sizes = _rows_of_delta(inputs, mask, oracle[0], tf32=tf32, **options)
+        _assert_rows_close(results, oracle, plain, sizes)
+
+
+def _assert_rows_close(results, oracle, plain, sizes):
+    """Holds each row of o, dq, dk and dv to a tolerance of its own.
+
+    A row may be off by a fourth of its length, by four times what the plain
+    implementation's is off, and by its size in `sizes`.
+    """
+    for name, want, own, size in zip(RESULTS, oracle, plain, sizes):
+        if name == "lse" or name not in results:
+            continue
+        error = np.linalg.norm(results[name].astype(np.float64) - want, axis=3)
+        rows = np.linalg.norm(want, axis=3)
+        own_error = np.linalg.norm(own.astype(np.float64) - want, axis=3)
+        least = 2.0**-12 * np.sqrt(np.mean(rows**2))  # of a row that cancels to nothing
+        excess = error - (rows / 4 + 4 * own_error + size + least)
+        at = np.unravel_index(np.argmax(excess), excess.shape)  # the first NaN, if any
+        assert excess[at] <= 0, (
+            f"{name}: row {at} is off by {error[at]:.3e}, its length is {rows[at]:.3e}"
+        )
+
+
+def _rows_of_delta(inputs, mask, o, tf32, softmax_scale=None, kv_lengths=None, **rule):
+    """How far rounding o moves rows of RESULTS: delta is computed from o as stored."""
+    q, k, v, do, _ = inputs
+    p, _, (q32, k32, _), scale, _, slope = _plain_softmax(
+        q, k, v, mask, softmax_scale, kv_lengths, tf32, rule
+    )
+    products = _by_head(o) * _by_head(do)
+    delta = eps(q.dtype) * np.linalg.norm(products, axis=3, keepdims=True)
+    ds = p * slope * delta * np.abs(scale)
+    dq = np.linalg.norm(ds @ k32, axis=3).swapaxes(1, 2)
+    squares = (ds**2).swapaxes(2, 3) @ np.sum(q32**2, axis=3, keepdims=True)
+    batch, kv_len, kv_heads = k.shape[:3]
+    squares = squares.reshape(batch, kv_heads, -1, kv_len).sum(axis=2)
+    return 0, 0, dq, np.sqrt(squares).swapaxes(1, 2), 0
 
 
 def _factor(x, tf32):

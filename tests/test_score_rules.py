@@ -75,7 +75,7 @@ def check_once(
         )
     }
     mask = block_mask.to_dense() & rule.pop("mask", True)
-    assert_attention_close(results, inputs, mask, **rule, **options)
+    assert_attention_close(results, inputs, mask, by_row=True, **rule, **options)
 
 
 # ---- numbers ----

@@ -84,6 +84,7 @@ class Run:
             kv_lengths=self.case.kv_lengths,
             softmax_scale=self.case.softmax_scale,
             tf32=self.case.allow_tf32,
+            by_row=bool(self.case.rule),
             **rule,
         )
 
