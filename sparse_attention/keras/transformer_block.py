@@ -50,8 +50,10 @@ class Embedding(NotQuantized, keras.layers.Embedding):
     def call(self, inputs):
         if self.input_dim > FEW_ROWS:
             return super().call(inputs)
+        rows = tf.convert_to_tensor(inputs)
+        if rows.dtype not in (tf.int32, tf.int64):
+            rows = tf.cast(rows, tf.int32)
         # From the end if negative, as Keras counts.
-        rows = tf.cast(inputs, tf.int32)
         rows = tf.where(rows < 0, rows + self.input_dim, rows)
         table = tf.convert_to_tensor(self.embeddings)
         return tf.cast(look_up(table, rows), self.compute_dtype)
