@@ -403,9 +403,9 @@ def _rules_by_keys():
             lambda: random_block_mask(10, 64, 1733, 333, 2, density=0.9),
             dict(long, head_dim=128),
         ),
-        # One plan for all heads; tiles of many blocks; keys that end within a tile.
+        # One plan for all heads; tiles of 16 blocks; keys that end within a tile.
         "shared-heads-64": (
-            lambda: random_block_mask(7, 16, 1500, 700, 1, density=0.95),
+            lambda: random_block_mask(7, 8, 1500, 700, 1, density=0.95),
             dict(long, head_dim=64, heads=4, kv_heads=2, kv_lengths=(611, 700)),
         ),
         "own-heads-128": (

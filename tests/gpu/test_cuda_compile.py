@@ -70,6 +70,13 @@ def kernels_of(library, arch):
             if is_ruled:
                 kernel = abi.kernel_of(library, shape, "bwd_ranks")
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel
+                # A passing tile has the most blocks where they are of 8.
+                size, shape.block_size = shape.block_size, 8
+                shape.rule = LONG_RULES[-2]
+                kernel = abi.kernel_of(library, shape, "bwd")
+                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
+                yield f"{title}, blocks of 8, rule {shape.rule}", kernel
+                shape.block_size = size
             shape.rule = 0
             # The parts of a rule together, where it looks at segments and where at a mask.
             shape.list_keys, segments, mask = 0, 0b1101111, 0b0110111

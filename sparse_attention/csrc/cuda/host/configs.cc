@@ -185,10 +185,8 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int scores = tile_kv * tile_q * 2;                       // ds
   const int dq = tile_q * BwdSm90DqColumns(s) * 4;
   const int barriers = 1024;  // and lists
-  const int rule = s.rule == 0 ? 0
-                   : (s.rule & SPATTN_RULE_DROPOUT) != 0
-                       ? 1024 + stages * (tile_q * 8 + tile_kv * 4)
-                       : 1024;
+  const int words = s.rule & SPATTN_RULE_DROPOUT ? stages * (tile_q * 8 + tile_kv * 4) : 0;
+  const int rule = s.rule == 0 ? 0 : 1536 + words;  // rows and segments of keys; blocks to look at
   const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers + rule;
   SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
