@@ -1,8 +1,10 @@
 // attention_bwd_finish.cu — dq from what attention_bwd_sm90 has added up.
 //
-// Math:    dq_i = T(softmax_scale * sum_i), 0 where no kv tile lists the run of query i
-// Mapping: a thread has 16 columns of one query: 64 contiguous bytes of a unit of 8 queries, which lie as
-//          the lanes of a warp had them (StoreDq in attention_bwd_sm90.cu). Columns fastest.
+// Math:    dq_i = T(softmax_scale * sum_i), 0 where no kv tile lists the run of query i;
+//          with dropout the host has multiplied softmax_scale by kept_times
+// Mapping: a thread has 16 columns of one query, of the last piece 8 or 16: 64 contiguous bytes of a unit of
+//          8 queries, which lie as the lanes of a warp had them (StoreDq in attention_bwd_sm90.cu).
+//          Columns fastest.
 // Cost:    reads 4 bytes and writes 2 per element of dq.
 #include "cuda/device/device.cuh"
 
@@ -12,7 +14,7 @@ namespace spattn {
 
 constexpr int kHeadDim = SPATTN_HEAD_DIM, kThreads = 256;
 constexpr int kPieces = CeilDiv(kHeadDim, 16);  // of 16 columns of 8 queries
-static_assert(kHeadDim % 8 == 0 && sizeof(T) == 2, "pieces of 16 columns, 32 bytes; the last: 16");
+static_assert(kHeadDim % 8 == 0 && sizeof(T) == 2, "a piece has 16 columns, the last one 8 or 16");
 
 // ---- kernel ----
 

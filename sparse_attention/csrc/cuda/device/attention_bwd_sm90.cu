@@ -67,10 +67,10 @@
 //   At listed and prepared every thread that has written arrives: that orders its own writes.
 //
 // Rules:   score_rule.cuh, all but relative_bias. Segments and mask join the bits of the tiles that need a
-//          mask; but of a key that nobody attends to, one of padding say, ds and the gradients are
-//          zeroed alone (FindKeys), and its tiles need no mask because of it. Lists are then of a
-//          sequence, and so are ranks. What a tile's scores take beside the fragments lies in shared
-//          memory (RuleSmem): registers of the multiplying groups are few.
+//          mask, and each sequence has lists and ranks of its own. A key that nobody attends to, as one
+//          of padding, gives no tile a mask: its ds and its gradients are set to zero (FindKeys). What
+//          a tile's scores need besides the fragments lies in shared memory (RuleSmem), as the
+//          multiplying groups have few registers.
 //
 // Memory:  Smem, and RuleSmem behind it.   Registers: 2 groups 240, the third 24: the sum is what the
 //          launch gives. Below 240 ptxas serializes the products (C7512), and so it does where k or v,
@@ -232,7 +232,7 @@ struct alignas(16) Smem {
   unsigned number;
 };
 
-// What a rule needs beside, behind it.
+// What a rule needs besides; it lies behind Smem.
 struct RuleSmem {
   int key_rows[kTileKV];  // or -1
   int key_segments[kHasSegments ? kTileKV : 1];
@@ -275,8 +275,8 @@ DEVICE void ForEachTile(const Owned& owned, Work work) {
   }
 }
 
-// By all threads, where there is a rule: which of the tile's keys anyone may attend to. Of the others ds
-// and the gradients are 0, whatever their products are, and no tile needs a mask because of them.
+// All threads find which of the tile's keys anyone may attend to, where there is a rule. The ds and the
+// gradients of the others are 0, whatever their products are, and no tile needs a mask because of them.
 DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const int r = threadIdx.x;
   if (r < kTileKV) {
@@ -355,8 +355,8 @@ DEVICE void Copy(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   });
 }
 
-// A bit for each of 32 keys whose segment is the query's: a turn for each segment that they have, which
-// are few. Whole warps.
+// Sets the bits of those of 32 keys whose segment is the query's. Takes a turn for each segment that the
+// keys have, which are few. Called by whole warps.
 DEVICE uint32_t KeysOfSegment(int query_segment, int key_segment) {
   uint32_t keys = 0, left = __ballot_sync(kFullWarp, key_segment >= 0);
 #pragma unroll 1
@@ -369,8 +369,8 @@ DEVICE uint32_t KeysOfSegment(int query_segment, int key_segment) {
   return keys;
 }
 
-// Takes what segments and mask do not allow out of a query's words, one after the other: registers are
-// few. Whole warps.
+// Clears the bits of a query's words that segments and mask do not allow, word by word, as registers are
+// few. Called by whole warps.
 DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rule, int head,
                        uint4& words, int row, bool is_checked) {
   if (!__any_sync(kFullWarp, is_checked)) return;
@@ -393,13 +393,13 @@ DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rul
   }
 }
 
-// Warps 2 and 3: lse_exp and delta of all tiles, and what a rule takes beside; of those that need one the
-// mask. Of these q and do become finite: a masked query's NaN must not meet its p = 0 or ds = 0, and a
-// key that may be paired with it has NaN from its lse_exp.
+// The warps behind AddDq's bring lse_exp and delta of all tiles and what a rule needs besides, and make the
+// masks of those tiles that need one. In these q and do become finite: a masked query's NaN must not meet
+// its p = 0 or ds = 0, and a key that may be paired with it has NaN from its lse_exp.
 DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
   const SpattnCudaBwdParams& call = owned.mapped.call;
   const float delta_times = kHasDropout ? 1 / rule.kept_times : 1;
-  int last_head = -1, left_stages = 0;  // that do not have what the head's tiles share
+  int last_head = -1, left_stages = 0;  // stages that still lack what the head's tiles share
   ForEachTile(owned, [&](int head, int, unsigned n) {
     const int stage = n % kStages, thread = Opaque(threadIdx.x) % kPrepareThreads;
     const Gathered& tile = smem.gathered[n % kSlots];
@@ -639,7 +639,7 @@ DEVICE void KeepAllowed(uint32_t (&c)[kN / 2][1][4], const uint32_t* mask_smem) 
   }
 }
 
-// What is packed becomes 0 of keys that nobody attends to.
+// Packed values of keys that nobody attends to become 0.
 DEVICE void KeepKeys(uint32_t (&c)[kN / 2][1][4], const uint32_t* keys_exist) {
   const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const uint32_t bits = keys_exist[key / 32] >> key % 32;
@@ -767,7 +767,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     if (is_masked) KeepAllowed(dp_frag, smem.mask[stage]);
     if (!kHasSoftcap) PackAllFragments(p_frag, s_frag);
     if (kHasDropout) DropBelowZero(p_frag);
-    // Of no use but that ptxas serializes products whose factors it finds packed so early (C7512).
+    // This changes no result, but without it ptxas serializes the products (C7512): p is packed so early.
     if (kHasSoftcap && !kHasDropout) KeepKeys(p_frag, smem.keys_exist);
     PackAllFragments(ds_frag, dp_frag);
     if (kHasRule) KeepKeys(ds_frag, smem.keys_exist);

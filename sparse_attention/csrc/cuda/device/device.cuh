@@ -192,7 +192,7 @@ constexpr int kTileAlign = kHasWgmma ? 1024 : 16;  // bytes
 // banks:
 //   padded    by 16 bytes, so that a row is an odd number of 16-byte units
 //   swizzled  as wgmma reads it: panels of 64 columns, each row's 16-byte units permuted by row mod
-//             8; past the dim, the last panel holds zeros
+//             8; the last panel holds zeros in the columns past the dim
 template <int kRows, int kDim>
 struct Tile {
   static constexpr int kDimension = kDim;

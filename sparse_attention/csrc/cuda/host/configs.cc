@@ -19,7 +19,7 @@ int WidestDim(const SpattnCudaShape& s) { return std::max(s.head_dim, s.head_dim
 
 bool IsWholePanels(int dim) { return dim == 64 || dim == 128; }
 
-// attention_fwd_sm90 and attention_bwd_sm90 pad a dim to whole panels: below 40 nearly half would be padding.
+// attention_fwd_sm90 and attention_bwd_sm90 pad a dim to whole panels; fewer than 40 columns fill half of one at best.
 bool FitsPanels(int dim) { return dim % 8 == 0 && dim >= 40 && dim <= 128; }
 int WholePanels(int dim) { return RoundUp(dim, 64); }
 
@@ -117,7 +117,7 @@ int LargestTile(const SpattnCudaShape& shape, SpattnPhase phase) {
 //   2,160               fixed 128       1.446 | 1.439 | 1.370
 //   8,256               all             5.205 | 4.643 | 4.072
 // With head_dim 128 it is faster for all of them: local 128 0.325 | 0.251, all 4.956 | 3.116.
-// Other dims are taken as the next of these two: not measured.
+// Other dims are treated as the next larger of these two, which was not measured.
 constexpr int kLongList = 1024, kLongestList = 2048;
 
 // A kernel without a rule is compiled as if there were no rules.
@@ -166,7 +166,7 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
 //   1,772                 fixed 128                      4.596 | 4.175 | 4.178   4.479 | 5.352 | 4.190
 //   4,160                 all, 2 x 8192 x 16             2.033 | 1.665 | 1.708   3.776 | 2.968 | 3.262
 //   8,256                 all                           14.799 |11.606 |12.446  13.788 |10.471 |12.113
-// Other dims are taken as the next of these two: not measured.
+// Other dims are treated as the next larger of these two, which was not measured.
 constexpr int kLongQueries = 768, kLongUnevenQueries = 1536;
 
 bool IsEven(int64_t average, int64_t q_len) { return average * 4 >= q_len; }
@@ -260,7 +260,7 @@ bool RunsFwdSm90(const SpattnCudaShape& s) {
          FitsPanels(s.head_dim_v);
 }
 
-// The accumulators of three groups fit the registers with head_dim 64 alone, and with no rule beside them.
+// The accumulators of three groups fit the registers with head dims up to 64 alone, and with no rule beside them.
 int FwdSm90PartQueries(const SpattnCudaShape& s) {
   return WidestDim(s) <= 64 && s.list_keys >= kLongestList && s.rule == 0 ? 192 : 128;
 }

@@ -311,7 +311,7 @@ class Launcher {
     SPATTN_RETURN_IF_ERROR(stream_.Zero(space.sums.copied, space.zeroed_words));
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD_RANKS, mapped, plan.heads, space.sequences, 1));
     SPATTN_RETURN_IF_ERROR(Launch(SPATTN_BWD, mapped, ctas, 1, 1));
-    // dq is added up without this factor.
+    // attention_bwd_sm90 adds dq up without the factor of dropout, too.
     if (shape_.rule & SPATTN_RULE_DROPOUT) mapped.call.problem.softmax_scale *= rule_.kept_times;
     const int64_t pieces = p.batch * p.heads * p.q_len * (BwdSm90DqColumns(shape_) / 16);
     return Launch(SPATTN_BWD_FINISH, mapped, (pieces + 255) / 256, 1, 1);
