@@ -148,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
   const float scale = 1,
               first_scale = problem.softmax_scale;  // the largest score is not the largest <q, k>
 #endif
+  const auto scale_exp = [&] { return kChangesScores ? 1 : scale * kExpScale; };
   PanelRule<true, kM> panel_rule{rule, kv_rows};
   panel_rule.Init(problem, batch, head, [&](int m, int h) {
     return q_row(warp.index * kWarpRows + m * 16 + h * 8 + warp.lane / 4);
@@ -189,7 +190,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         MatmulWait<0>(s_frag);
         scaled(s_frag, blocks, sub);
         if (masked) ApplyMask<kTileRows>(s_frag, stage.mask, sub);
-        softmax.Update(s_frag, o_frag, kChangesScores ? 1 : scale * kExpScale);
+        softmax.Shift(s_frag, o_frag, scale_exp());
+        softmax.Rescale(o_frag);
+        softmax.Exponentiate(s_frag, scale_exp());
         drop(s_frag, stage, sub);
         output(s_frag, stage, sub);
         MatmulWait<0>(o_frag);
@@ -210,8 +213,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, SPATTN_MIN_CTAS)
         if (!kAhead && i > 0) scores(s_frags[i], stage, i * kSubKV);
         MatmulWait<kAhead ? kSubs - 1 : 0>(s_frags[i]);
         scaled(s_frags[i], blocks, i * kSubKV);
-        softmax.Update(s_frags[i], o_frag, kChangesScores ? 1 : scale * kExpScale);
+        softmax.Shift(s_frags[i], o_frag, scale_exp());
+        softmax.Exponentiate(s_frags[i], scale_exp());
         drop(s_frags[i], stage, i * kSubKV);
+        MatmulWait<0>(o_frag);  // of the sub-tile before, long complete
+        softmax.Rescale(o_frag);
         output(s_frags[i], stage, i * kSubKV);
       }
       MatmulWait<0>(o_frag);

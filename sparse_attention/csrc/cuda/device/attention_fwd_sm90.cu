@@ -540,7 +540,8 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
       ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
     }
-    softmax.Update(s_frag, o_frag, scale_exp);
+    softmax.Shift(s_frag, o_frag, scale_exp);
+    softmax.Exponentiate(s_frag, scale_exp);
     drop(n);
   };
 
@@ -580,6 +581,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
       exponentiate(n);
       release_k(n);
       MatmulWait<0>(o_frag);
+      softmax.Rescale(o_frag);
       release_v(n - 1, i);
       PackAllFragments(p_frag, s_frag);
       v_is_masked = is_masked;

@@ -27,6 +27,10 @@ struct OnlineSoftmax {
   float shift[kM][2];    // subtracted; 0 as long as there was no key
   float limit[kM][2];    // the largest score that the shift is good for; -inf: any key is more
   float row_sum[kM][2];  // this lane's share
+  // With wgmma `Shift` leaves o to `Rescale`: products into it may be under way, for which the warps of
+  // a warpgroup must all wait or none, and each shifts by its own rows.
+  float factor[kM][2];
+  bool has_shifted;  // any row of the warp
 
   // exp(score - shift) may be up to 2^8: no type here overflows, 16 bits are as exact there, and
   // once a row has seen some keys its shift hardly moves. Exact float32 takes the maximum itself.
@@ -38,10 +42,13 @@ struct OnlineSoftmax {
       shift[i / 2][i % 2] = row_sum[i / 2][i % 2] = 0;
       limit[i / 2][i % 2] = -kInf;
     }
+    has_shifted = false;
   }
 
-  // Turns scores into exp(s - shift), after it has rescaled what came before where that must be.
-  __forceinline__ void Update(float (&s)[kM][kN][4], float (&o)[kM][kOut][4], float scale_exp) {
+  // Raises the shifts of rows with scores over their limits. Then come, in any order, `Exponentiate` and,
+  // once all products into o are complete, `Rescale`.
+  __forceinline__ void Shift(const float (&s)[kM][kN][4], float (&o)[kM][kOut][4],
+                             float scale_exp) {
     float peaks[kM][2];
     bool is_over = false;
 #pragma unroll
@@ -56,12 +63,24 @@ struct OnlineSoftmax {
       peaks[m][h] = __fmul_rn(fmaxf(peak, other_peak), scale_exp);
       is_over |= peaks[m][h] > limit[m][h];
     }
-    if (__any_sync(kFullWarp, is_over)) Shift(peaks, o);
+    has_shifted = __any_sync(kFullWarp, is_over);
+    if (has_shifted) ShiftTo(peaks, o);
+  }
+
+  // Turns scores into exp(s - shift).
+  __forceinline__ void Exponentiate(float (&s)[kM][kN][4], float scale_exp) {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
       row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], scale_exp);
     }
+  }
+
+  // Multiplies o as `Shift` has shifted.
+  __forceinline__ void Rescale(float (&o)[kM][kOut][4]) const {
+    if (!kHasWgmma || !has_shifted) return;
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) RescaleRow(o, i / 2, i % 2, factor[i / 2][i % 2]);
   }
 
   // Whether TryUpdate may be called: all rows of the warp have had keys.
@@ -72,12 +91,13 @@ struct OnlineSoftmax {
     return __all_sync(kFullWarp, has_shifts);
   }
 
-  // Update without a look at the scores: the shifts stay. False where the sums show that a score was
+  // Exponentiate without a look at the scores: the shifts stay. False where the sums show that a score was
   // too large for its row's, more than 2^13 of exp(s - shift): then the scores are lost, and nothing
   // else has changed. Scores seldom outgrow those of the first keys, and their maximum is a fifth of
-  // Update's instructions, all of which the exponentials wait for.
+  // all instructions here, for which the exponentials would wait.
   __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], float scale_exp) {
     constexpr float kLargestSum = 8192;
+    has_shifted = false;
     float tile_sum[kM][2];
     bool is_over = false;
 #pragma unroll
@@ -109,24 +129,29 @@ struct OnlineSoftmax {
 
   // Shifts the rows whose limit is exceeded, and those alone: no row may notice another's keys.
   // peaks: maxima over this lane's columns.
-  __forceinline__ void Shift(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
-    MatmulWait<0>(o);
+  __forceinline__ void ShiftTo(const float (&peaks)[kM][2], float (&o)[kM][kOut][4]) {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
       float peak = peaks[m][h];
       peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, 2));
+      factor[m][h] = 1;
       if (!(peak > limit[m][h])) continue;
       const float correction = limit[m][h] == -kInf ? 1 : Exp(shift[m][h] - peak);
       shift[m][h] = peak;
       limit[m][h] = peak + kSlack;
       row_sum[m][h] *= correction;
+      factor[m][h] = correction;
+      if (!kHasWgmma) RescaleRow(o, m, h, correction);
+    }
+  }
+
+  static __forceinline__ void RescaleRow(float (&o)[kM][kOut][4], int m, int h, float factor) {
 #pragma unroll
-      for (int n = 0; n < kOut; ++n) {
-        o[m][n][h * 2] *= correction;
-        o[m][n][h * 2 + 1] *= correction;
-      }
+    for (int n = 0; n < kOut; ++n) {
+      o[m][n][h * 2] *= factor;
+      o[m][n][h * 2 + 1] *= factor;
     }
   }
 
