@@ -204,10 +204,14 @@ def test_truncated_library_is_built_anew(environment, compiler):
 
 def test_no_compiler_gives_right_numbers_and_one_warning(environment):
     script = (
-        "import warnings; from sparse_attention import doctor\n"
+        "import warnings; import sparse_attention as sa, tensorflow as tf\n"
+        "from sparse_attention import doctor\n"
+        "plan = sa.pattern_block_mask('local', 32, 2, 16, local_attn_ctx=16)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
-        "    assert doctor.main() == 0 == doctor.main()\n"
+        "    for x in [tf.ones([1, 32, 16])] * 2:\n"
+        "        sa.block_sparse_attention(x, x, x, plan, heads=2)\n"
+        "assert doctor.main() == 0 == doctor.main()\n"
         "print([str(w.message) for w in caught if 'compiled' in str(w.message)])\n"
     )
     environment["CXX"] = "missing-g++"
