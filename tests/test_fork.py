@@ -82,7 +82,8 @@ def test_our_ops_hang_no_more_than_tensorflows(before):
     assert set(ended.values()) == {0}
     for name in "small", "large", "function":
         assert f"ours {name}" in ended or f"tensorflow {name}" not in ended
-    assert {"ours small", "tensorflow small"} <= set(ended)
+    # TensorFlow's own small product may hang too: whether it waits for a pool depends on the CPU.
+    assert "ours small" in ended
     if before == "nothing":
         assert len(ended) == 6
 
