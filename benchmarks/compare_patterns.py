@@ -20,7 +20,6 @@ import sys
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 PATTERNS = ["dense", "fixed", "strided", "merged"]
-RUNS = ("steps", "seconds")
 
 
 def train(options, pattern, run, steps, more):
@@ -68,9 +67,10 @@ def report(out):
     rows, head = [], {}
     for path in sorted(out.glob("positions_*.json")):
         for folder, by_position in json.loads(path.read_text()).items():
-            folder = out / pathlib.Path(folder).relative_to(out)
+            folder = pathlib.Path(folder)
             config = json.loads((folder / "config.json").read_text())
             curve = json.loads((folder / "curve.json").read_text())
+            del config["training"]["steps"]  # each run has its own, as its pattern
             head = {**config, "model": {**config["model"], "attention": None}}
             rows.append(
                 {
@@ -83,7 +83,6 @@ def report(out):
                     "curve": curve,
                 }
             )
-    head["training"] = {k: v for k, v in head["training"].items() if k != "steps"}
     return {"config": head, "rows": rows}
 
 
