@@ -60,6 +60,10 @@ def case(
     )
 
 
+# Of tiles of 128 queries and keys, which the kernels of long lists have.
+whole_tiles = functools.partial(case, tile_q=128, tile_kv=128)
+
+
 def random_block_mask(
     seed, block_size, q_len, kv_len, heads, row_stride=1, density=0.5
 ):
@@ -199,7 +203,7 @@ def _long():
             heads=1,
             head_dim=64,
         )
-        yield case(
+        yield whole_tiles(
             "long-128",
             lambda: random_block_mask(8, 16, 500, 700, 4, density=0.7),
             dtype,
@@ -207,8 +211,6 @@ def _long():
             kv_heads=2,
             kv_lengths=(700, 433),
             head_dim=128,
-            tile_q=128,
-            tile_kv=128,
         )
 
 
@@ -231,25 +233,18 @@ def _long_padded():
                 def by_queries(size=size, kv_len=kv_len):
                     return random_block_mask(6, size, 333, kv_len, 2, density=0.9)
 
-                yield case(
+                yield whole_tiles(
                     f"long-dims-{head_dim}-{head_dim_v}-{kv_len}",
                     by_queries,
                     dtype,
-                    tile_q=128,
-                    tile_kv=128,
                     **dims,
                 )
 
             def by_keys(size=size):
                 return random_block_mask(9, size, 1533, 333, 2, density=0.9)
 
-            yield case(
-                f"long-queries-dims-{head_dim}-{head_dim_v}",
-                by_keys,
-                dtype,
-                tile_q=128,
-                tile_kv=128,
-                **dims,
+            yield whole_tiles(
+                f"long-queries-dims-{head_dim}-{head_dim_v}", by_keys, dtype, **dims
             )
         yield case(
             "long-queries-dims-shared-heads",
@@ -266,9 +261,9 @@ def _long_padded():
 def _long_by_keys():
     """Lists of queries for which `configs.cc` has attention_bwd_sm90."""
 
-    def long(name, dtype, block_mask, head_dim=64, **options):
-        sizes = dict(head_dim=head_dim, tile_q=128, tile_kv=128)
-        return case(f"long-queries-{name}", block_mask, dtype, **sizes, **options)
+    def long(name, dtype, block_mask, head_dim, **options):
+        name = f"long-queries-{name}"
+        return whole_tiles(name, block_mask, dtype, head_dim=head_dim, **options)
 
     for dtype in ("float16", "bfloat16"):
         for size in (8, 16, 32, 64, 128):
