@@ -42,6 +42,7 @@ class Sparse(CompiledWhereXlaCan):
     Of Keras it relies on `_compute_attention`, which Keras documents for overriding.
     """
 
+    exported_as: str  # by the package; Keras's class of grouped heads has another name
     dropout: float
     local_attn_ctx: int | None
     block_size: int
@@ -49,8 +50,7 @@ class Sparse(CompiledWhereXlaCan):
     vertsize: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Keras says "Grouped" in the name of its class, but not where it exports it.
-        require_keras_3(type(self).__name__.replace("Grouped", "Group"))
+        require_keras_3(self.exported_as)
         pattern = {name: kwargs.pop(name, PATTERN[name]) for name in PATTERN}
         super().__init__(*args, **kwargs)
         self.set_pattern(**pattern)
@@ -238,6 +238,8 @@ class MultiHeadAttention(Sparse, KerasMultiHeadAttention):  # type: ignore[misc,
     Numerics: As `block_sparse_attention`, in the policy's compute dtype.
     """
 
+    exported_as = "MultiHeadAttention"
+
 
 @partial(serializable, name="GroupQueryAttention")
 class GroupedQueryAttention(Sparse, KerasGroupQueryAttention):  # type: ignore[misc,valid-type]
@@ -252,6 +254,8 @@ class GroupedQueryAttention(Sparse, KerasGroupQueryAttention):  # type: ignore[m
     Raises:
       As `sa.MultiHeadAttention`.
     """
+
+    exported_as = "GroupQueryAttention"
 
 
 # Keras has the same two names. It calls what is in its files after the first.
