@@ -13,6 +13,7 @@ place of our op.
     speed    seconds a step of 30 layers, as the paper has; median, waiting for each step
     memory   the peak at some lengths, batch 1, 12 layers: weights, Adam, activations
     length   the largest of LENGTHS at which 30 layers train, batch 1, recomputed and not
+    million  steps of 30 layers of `strided` at 1,048,576 positions, in blocks of 64
 
 Lines are printed as they come, and gpu_training.json is written anew with each. Once
 --seconds are over nothing more is begun; what is left out is listed.
@@ -31,6 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import turns  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
 from sparse_attention.plan.patterns import PAPERS_MODELS  # noqa: E402
@@ -54,6 +56,8 @@ FULL = {
         "lengths": LENGTHS,
         "first": {False: 131072, True: 262144},  # where the search begins
     },
+    # A plan is made from every pair of blocks: with blocks of 32 from 2^30 of them.
+    "million": {"length": 1048576, "layers": 30, "steps": 3, "block_size": 64},
 }
 SMALL = {
     "model": {"width": 32, "heads": 4, "local_attn_ctx": 32, "block_size": 8},
@@ -63,6 +67,7 @@ SMALL = {
         **{"layers": 1, "lengths": [64, 96, 128]},
         "first": {False: 96, True: 128},
     },
+    "million": {"length": 256, "layers": 1, "steps": 1, "block_size": 16},
 }
 
 
@@ -128,10 +133,21 @@ class Benchmark:
                 longest = length
         return longest
 
+    def million(self):
+        self.measure("million", "strided", **self.sizes["million"])
+
     # ---- one point ----
 
     def measure(
-        self, part, contender, length, layers, batch=1, steps=1, recompute=True
+        self,
+        part,
+        contender,
+        length,
+        layers,
+        batch=1,
+        steps=1,
+        recompute=True,
+        block_size=None,
     ):
         """The row of a point, which goes on after an error; None: the time is over."""
         row = {
@@ -141,6 +157,7 @@ class Benchmark:
             "batch": batch,
             "layers": layers,
             "recompute": recompute,
+            "block_size": block_size or self.sizes["model"]["block_size"],
         }
         start = time.monotonic()
         if start > self.end:
@@ -183,7 +200,7 @@ class Benchmark:
             attention=ATTENTION[row["attention"]],
             recompute=row["recompute"],
             dtype="mixed_bfloat16",
-            **self.sizes["model"],
+            **{**self.sizes["model"], "block_size": row["block_size"]},
         )
         model.build((None, row["length"]))
         self.variables = list(model.trainable_variables)
@@ -213,11 +230,15 @@ def tensorflow_attention():
 def seconds_of_steps(train, steps):
     """Of each of them, after two that trace, compile and allocate."""
     seconds = []
-    for _ in range(2 + steps):
-        start = time.perf_counter()
-        train().numpy()  # the copy of the loss waits for all that was launched before
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:]
+    with turns.preparing():
+        for _ in range(2):
+            train().numpy()
+    with turns.timing():
+        for _ in range(steps):
+            start = time.perf_counter()
+            train().numpy()  # the copy of the loss waits for all launched before it
+            seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def as_line(row):
@@ -236,7 +257,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["speed", "memory", "length"]
+    parts = ["speed", "memory", "length", "million"]
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--attention", nargs="*", choices=ATTENTION, default=ATTENTION)
     parser.add_argument("--uncompiled", action="store_true", help="without XLA")

@@ -23,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import turns  # noqa: E402
 
 import sparse_attention as sa  # noqa: E402
 from sparse_attention.plan.patterns import PATTERNS  # noqa: E402
@@ -82,7 +83,8 @@ def measured(row, policy, is_flash, make_model, batch_and_steps):
     if is_flash:
         sa.enable_flash_attention()
     try:
-        model = make_model()
+        with turns.preparing():
+            model = make_model()
         row["jit_compile"] = model.jit_compile
         row.update(time_steps(model, *batch_and_steps))
     except (tf.errors.ResourceExhaustedError, tf.errors.InternalError) as error:
@@ -96,14 +98,18 @@ def measured(row, policy, is_flash, make_model, batch_and_steps):
 def time_steps(model, x, y, steps):
     """The median time of `train_on_batch`, after three, and the peak of the GPU's memory."""
     seconds, row = [], {}
-    for step in range(3 + steps):
-        if step == 3 and sees_gpu():
-            tf.config.experimental.reset_memory_stats("GPU:0")
-        start = time.perf_counter()
-        model.train_on_batch(x, y)  # it returns the loss as a number: it waits
-        seconds.append(time.perf_counter() - start)
-    row["ms"] = round(1e3 * statistics.median(seconds[3:]), 3)
-    row["spread_ms"] = [round(1e3 * f(seconds[3:]), 3) for f in (min, max)]
+    with turns.preparing():
+        for _ in range(3):
+            model.train_on_batch(x, y)
+    if sees_gpu():
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    with turns.timing():
+        for _ in range(steps):
+            start = time.perf_counter()
+            model.train_on_batch(x, y)  # it returns the loss as a number: it waits
+            seconds.append(time.perf_counter() - start)
+    row["ms"] = round(1e3 * statistics.median(seconds), 3)
+    row["spread_ms"] = [round(1e3 * f(seconds), 3) for f in (min, max)]
     if sees_gpu():
         row["peak_bytes"] = tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return row

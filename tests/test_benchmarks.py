@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,43 +60,71 @@ def test_patterns_are_compared_in_equal_steps_and_equal_seconds(monkeypatch, tmp
     """With a program in place of the examples that takes 0.5 s a step, or twice that."""
     monkeypatch.syspath_prepend(FOLDER)
     compare_patterns = importlib.import_module("compare_patterns")
-    commands = []
+    commands, gpus = [], set()
 
-    def run(command, check):
+    def run(command, check, env, stdout, stderr):
         assert check
         commands.append(command)
-        options = dict(zip(command[2::2], command[3::2]))
+        gpus.add(env["CUDA_VISIBLE_DEVICES"])
         if command[1].endswith("train_lm.py"):
+            options = dict(zip(command[2::2], command[3::2]))
             folder = tmp_path / options["--output"] / options["--attention"]
             folder.mkdir(parents=True)
             rate = 0.5 if options["--attention"] == "strided" else 1.0
-            steps = range(10, int(options["--steps"]) + 1, 10)
-            curve = [{"step": n, "seconds": 9 + rate * n, "valid": 2.0} for n in steps]
-            config = {"model": {"attention": "x"}, "training": {"steps": len(steps)}}
+            steps, epoch = int(options["--steps"]), int(options["--steps-per-epoch"])
+            ends = range(epoch, steps + 1, epoch)
+            curve = [{"step": n, "seconds": 9 + rate * n, "valid": 2.0} for n in ends]
+            config = {"model": {"attention": "x"}, "training": {"steps": steps}}
             (folder / "curve.json").write_text(json.dumps(curve))
             (folder / "config.json").write_text(json.dumps(config))
         else:
             ranges = [(0, 10, 3.0), (10, 40, 1.0)]
             rows = [{"from": a, "to": b, "bits_per_byte": x} for a, b, x in ranges]
-            text = json.dumps({folder: rows for folder in command[2:4]})
-            (tmp_path / command[-1]).write_text(text)
+            output = tmp_path / command[command.index("--output") + 1]
+            output.write_text(json.dumps({command[2]: rows}))
 
     monkeypatch.setattr(compare_patterns.subprocess, "run", run)
     options = ["--out", str(tmp_path), "--patterns", "dense", "strided"]
-    options += "--steps 40 --steps-per-epoch 10 --seconds 30 --seed 7".split()
+    options += "--steps 40 --steps-per-epoch 10 --gpus 0 1 --seed 7".split()
     compare_patterns.main(options)
     assert all(c[c.index("--seed") + 1] == "7" for c in commands if "--steps" in c)
+    assert gpus == {"0", "1"}
     report = json.loads((tmp_path / "report.json").read_text())
-    found = {(r["pattern"], r["equal"]): r for r in report["rows"]}
-    assert {key: row["steps"] for key, row in found.items()} == {
-        ("dense", "steps"): 40,
-        ("dense", "seconds"): 30,
-        ("strided", "steps"): 40,
-        ("strided", "seconds"): 60,
-    }
-    assert found["strided", "steps"]["seconds_a_step"] == 0.5
-    assert found["dense", "steps"]["test"] == 1.5
+    found = {(row["pattern"], row["steps"]): row for row in report["rows"]}
+    assert set(found) == {("dense", 40), ("strided", 40), ("strided", 80)}
+    assert len(found) == len(report["rows"])
+    for (pattern, steps), row in found.items():
+        seconds = 0.5 if pattern == "strided" else 1.0
+        assert row["seconds_a_step"] == seconds
+        assert row["curve"][-1]["seconds"] == seconds * steps
+        assert row["test"] == 1.5
     assert "steps" not in report["config"]["training"]
+
+
+def test_processes_are_timed_by_turns(monkeypatch, tmp_path):
+    """Two prepare at once; the one that is timed waits for both, and they for it."""
+    monkeypatch.syspath_prepend(FOLDER)
+    turns = importlib.import_module("turns")
+    monkeypatch.setenv("SPARSE_ATTENTION_TURNS", str(tmp_path / "turns"))
+    events = []
+
+    def time_it():
+        with turns.timing():
+            events.append("timed")
+
+    thread = threading.Thread(target=time_it)
+    with turns.preparing():
+        with turns.preparing():
+            thread.start()
+            thread.join(0.3)
+            events.append("one is ready")
+        thread.join(0.3)
+        events.append("both are ready")
+    thread.join()
+    assert events == ["one is ready", "both are ready", "timed"]
+    monkeypatch.delenv("SPARSE_ATTENTION_TURNS")
+    with turns.timing(), turns.timing():
+        pass  # nobody waits
 
 
 class FakeWorker:
@@ -190,6 +219,7 @@ def test_the_axis_says_that_the_batch_shrinks_as_the_length_grows(cpu):
 
 PART = """
 import sys
+import threading
 import gpu
 gpu.emit({"framework": "fake 1", "gpu": "fake", "matmul_tflops": 500.0})
 print("not a row", sys.argv[1:])

@@ -18,9 +18,9 @@ def gpu_training(monkeypatch):
     return importlib.import_module("gpu_training")
 
 
-def run(gpu_training, folder, *arguments):
-    """The rows of the part `speed`."""
-    small = ["--small", "--parts", "speed", "--out", str(folder)]
+def run(gpu_training, folder, *arguments, part="speed"):
+    """The rows of a part."""
+    small = ["--small", "--parts", part, "--out", str(folder)]
     gpu_training.main([*small, *arguments])
     path = folder / "gpu_training.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
@@ -38,6 +38,12 @@ def test_all_contenders_train(gpu_training, tmp_path, monkeypatch):
     assert [row["attention"] for row in rows] == NAMES
     assert all(row["seconds_a_step"] > 0 for row in rows)
     assert set(batches) == {1} == {rows[-1]["batch"]}  # the others have 2
+
+
+def test_a_step_of_a_million(gpu_training, tmp_path):
+    (row,) = run(gpu_training, tmp_path, part="million")
+    assert row["attention"] == "strided" and row["seconds_a_step"] > 0
+    assert (row["length"], row["block_size"]) == (256, 16)
 
 
 def test_contenders_are_chosen(gpu_training, capsys):
