@@ -43,7 +43,6 @@ ATTENTION = {
     "strided": PAPERS_MODELS["strided"],
     "TensorFlow dense": PAPERS_MODELS["dense"],
 }
-OPTIMIZERS = {"sa.Adam": sa.Adam, "keras.optimizers.Adam": keras.optimizers.Adam}
 PAPER = {"dense": 1.31, "fixed": 0.55, "strided": 0.35}  # s/step on V100s
 LENGTHS = [16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144]
 
@@ -84,7 +83,6 @@ class Benchmark:
         self.head = {
             "device": details[0]["device_name"] if gpus else None,
             "compiled_by_xla": not options.uncompiled,
-            "optimizer": options.optimizer,
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
             "paper_seconds_a_step": PAPER,
@@ -205,7 +203,7 @@ class Benchmark:
         model.build((None, row["length"]))
         self.variables = list(model.trainable_variables)
         model.compile(
-            OPTIMIZERS[self.head["optimizer"]](),
+            "adam",
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=self.head["compiled_by_xla"],
         )
@@ -261,7 +259,6 @@ def main(arguments=None):
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--attention", nargs="*", choices=ATTENTION, default=ATTENTION)
     parser.add_argument("--uncompiled", action="store_true", help="without XLA")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sa.Adam")
     parser.add_argument("--seconds", type=float, default=340)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the rows as JSON")
     parser.add_argument("--small", action="store_true")

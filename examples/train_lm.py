@@ -254,7 +254,7 @@ def train(name, config, data, folder, strategy, compiled, source=None):
 def optimizer(training):
     """Keras's Muon, which learns from far fewer bytes, or Adam."""
     if training["optimizer"] == "adam":
-        return sa.Adam(learning_rate(training))
+        return keras.optimizers.Adam(learning_rate(training))
     return keras.optimizers.Muon(learning_rate(training))
 
 

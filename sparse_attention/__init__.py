@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     from .keras.generation import Decoder, generate
     from .keras.layers import SparseSelfAttention
     from .keras.model import SparseTransformer
-    from .keras.optimizer import Adam
     from .keras.sparsify import sparsify
     from .ops.attention import block_sparse_attention
     from .ops.plan_tensors import clear_plans
@@ -101,7 +100,6 @@ __version__ = "0.2.0"
 
 # Which module has which of the names that need TensorFlow.
 _TENSORFLOW_NAMES = {
-    "Adam": "keras.optimizer",
     "BlocksparseTransformer": "compat.transformer",
     "Decoder": "keras.generation",
     "GroupQueryAttention": "keras.attention_layers",

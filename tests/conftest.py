@@ -16,7 +16,7 @@ NEWER_TESTS = [
     f"test_{name}.py"
     for name in (
         "attention_layers check_numerics flash_attention generation gpu_training keras_3 "
-        "model_images model_rules models new_pattern optimizer portable recompute_layers "
+        "model_images model_rules models new_pattern portable recompute_layers "
         "train_images train_lm xla"
     ).split()
 ]

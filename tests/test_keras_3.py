@@ -126,25 +126,27 @@ assert not {"keras", "tensorflow"} & set(sys.modules)
 import keras
 assert "sparse_attention.keras.layers" not in sys.modules
 model = keras.models.load_model(sys.argv[1])
-print(type(model).__name__, type(model.optimizer).__module__)
+print(type(model).__name__, type(model.optimizer).__name__)
 """
 
 
 def test_a_model_and_its_optimizer_load_without_being_named(tmp_path):
     model = sa.SparseTransformer(20, 32, 1, 16, 2, "all", 8, 8)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(sa.Adam(), loss)
+    model.compile("adam", loss)
     tokens = np.zeros([2, 32], np.int32)
     model.fit(tokens, tokens, verbose=0)
     model.save(tmp_path / "model.keras")
     printed = run_script(LOAD_MODEL, tmp_path / "model.keras")
-    assert printed == "SparseTransformer sparse_attention.keras.optimizer\n"
+    assert printed == "SparseTransformer Adam\n"
 
 
 def test_all_that_is_registered_has_a_stand_in():
     classes = {f"sparse_attention>{name}": getattr(sa, name) for name in sa.__all__}
     registered = keras.utils.get_custom_objects()
     ours = {k: v for k, v in registered.items() if k.startswith("sparse_attention>")}
+    # The Adam that there was before stands for Keras's.
+    assert ours.pop("sparse_attention>Adam") is keras.optimizers.Adam
     assert set(ours) == {f"sparse_attention>{name}" for name in registration.CLASSES}
     assert all(classes[name] is cls for name, cls in ours.items())
 
@@ -202,7 +204,7 @@ import numpy as np
 import sparse_attention as sa
 x = np.zeros([1, 32, 32], np.float32)
 print(sa.blocksparse_attention_impl(x, x, x, 4, "all").shape)
-for name in ("SparseSelfAttention", "SparseTransformer", "Adam"):
+for name in ("SparseSelfAttention", "SparseTransformer"):
     try:
         getattr(sa, name)
     except ImportError as error:
@@ -230,4 +232,4 @@ for name in ("SparseSelfAttention", "SparseTransformer", "Adam"):
 def test_all_but_layers_work_without_keras(arguments, environment, message):
     first, *errors = run_script(WITHOUT_KERAS, *arguments, **environment).splitlines()
     assert first == "(1, 32, 32)"
-    assert len(errors) == 3 and all(re.search(message, error) for error in errors)
+    assert len(errors) == 2 and all(re.search(message, error) for error in errors)

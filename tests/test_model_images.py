@@ -53,7 +53,7 @@ def tokens(time=TIME, seed=0):
 def trained(**options):
     model = transformer(**options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(sa.Adam(1e-2), loss)
+    model.compile(keras.optimizers.Adam(1e-2), loss)
     x = tokens()
     history = model.fit(x, np.roll(x, -1, axis=1), epochs=6, verbose=0).history
     assert history["loss"][-1] < history["loss"][0] - 0.1
@@ -163,7 +163,7 @@ def test_axes_are_added_in_the_dtype_of_the_weights_and_rounded_once():
     want = tf.cast(exact, tf.bfloat16).numpy()
     assert_same_bits(positions.embeddings.numpy(), want)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(sa.Adam(1e-2), loss)
+    model.compile(keras.optimizers.Adam(1e-2), loss)
     model.fit(tokens(), tokens(seed=1), verbose=0)
     after = positions.get_weights()
     assert all((old != new).any() for old, new in zip(tables, after))

@@ -125,7 +125,7 @@ def fitted(dtype="float32", epochs=2, jit_compile=False, **options):
     inputs = [keras.Input([TIME], dtype="int32") for _ in "xs"]
     outer = keras.Model(inputs, model(inputs[0], segment_ids=inputs[1]))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    outer.compile(sa.Adam(1e-2), loss, jit_compile=jit_compile)
+    outer.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=jit_compile)
     data, ids = tokens(), documents(BATCH, TIME)
     history = outer.fit(
         [data, ids], np.roll(data, -1, 1), epochs=epochs, batch_size=BATCH, verbose=0

@@ -1,6 +1,7 @@
 """SparseTransformer: the paper's architecture, through fit, files and recomputation."""
 
 import json
+import zipfile
 
 import keras
 import numpy as np
@@ -39,7 +40,7 @@ def tokens(batch=2, seed=0):
 def trained(**options):
     model = transformer(**options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(sa.Adam(), loss)
+    model.compile("adam", loss)
     x = tokens(batch=6)
     model.fit(x, np.roll(x, -1, axis=1), batch_size=2, shuffle=False, verbose=0)
     return model
@@ -82,7 +83,7 @@ def test_it_trains_on_data_whose_time_is_unknown():
         )
         model = transformer(dropout=0.1, recompute=True)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(sa.Adam(), loss)
+        model.compile("adam", loss)
         model.fit(data.batch(2), shuffle=False, verbose=0)
         weights.append(model.get_weights())
     assert_same_bits(*weights)
@@ -289,6 +290,29 @@ def test_wrong_arguments_are_errors_at_once(options, message):
     arguments = {"vocab_size": VOCAB, "time": TIME, "layers": 2, "width": WIDTH}
     with pytest.raises(ValueError, match=message):
         sa.SparseTransformer(**{**arguments, "heads": 4, **options})
+
+
+def test_a_file_with_the_adam_of_version_0_1_trains_on_by_keras_own(tmp_path):
+    trained().save(tmp_path / "new.keras")
+    with zipfile.ZipFile(tmp_path / "new.keras") as new:
+        parts = {name: new.read(name) for name in new.namelist()}
+    config = json.loads(parts["config.json"])
+    config["compile_config"]["optimizer"].update(
+        module="sparse_attention.keras.optimizer",
+        registered_name="sparse_attention>Adam",
+    )
+    parts["config.json"] = json.dumps(config)
+    with zipfile.ZipFile(tmp_path / "old.keras", "w") as old:
+        for name, content in parts.items():
+            old.writestr(name, content)
+    new, old = (
+        keras.models.load_model(tmp_path / f"{n}.keras") for n in ("new", "old")
+    )
+    assert type(old.optimizer) is keras.optimizers.Adam
+    x = tokens(batch=6)
+    for model in new, old:
+        model.fit(x, np.roll(x, -1, axis=1), batch_size=2, shuffle=False, verbose=0)
+    assert_same_bits(new.get_weights(), old.get_weights())
 
 
 @pytest.mark.parametrize("name", ["more.weights.h5", "more.keras"])

@@ -83,7 +83,6 @@ PLAN_NAMES = [
 ]
 
 TENSORFLOW_NAMES = [
-    "Adam",
     "BlocksparseTransformer",
     "Decoder",
     "GroupQueryAttention",

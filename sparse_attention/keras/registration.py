@@ -13,7 +13,6 @@ from typing import Any
 
 PACKAGE = "sparse_attention"
 CLASSES = (
-    "Adam",
     "GroupQueryAttention",
     "MultiHeadAttention",
     "SparseSelfAttention",
@@ -42,6 +41,8 @@ def register(keras):
         if hasattr(keras.utils, "register_keras_serializable"):
             for name in CLASSES:
                 classes.setdefault(f"{PACKAGE}>{name}", StandIn(name))
+            # Models compiled with the Adam of version 0.1, which had Keras's configuration.
+            classes.setdefault(f"{PACKAGE}>Adam", keras.optimizers.Adam)
         else:  # TensorFlow 1 saves names alone; the other classes need Keras 3
             classes.setdefault("SparseSelfAttention", StandIn("SparseSelfAttention"))
 
