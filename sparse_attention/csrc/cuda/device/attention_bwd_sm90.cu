@@ -56,15 +56,16 @@
 //   of a stage   arrived      the copy engine: q and do are there
 //                prepared     Prepare: the numbers of the queries; if the tile needs a mask, that too, and q
 //                             and do are finite
-//                released     every multiplying warp: the next tile may come
+//                released     the multiplying groups: the next tile may come
 //   of a slot    listed       Copy: `gathered` says what the tile is. The slot is free when a stage is
 //                             released for the second time after: before that, the multiplying warps
 //                             wait for dq_emptied of the slot's tile, and AddDq reads no slot after that.
 //   of a buffer  dq_emptied   AddDq: it has left
-//   of n % 2     dq_filled    every multiplying warp. Two, whatever the buffers: an adder that takes every
-//                             second tile must not take another's for its own
+//   of n % 2     dq_filled    every multiplying warp, with one lane. Two, whatever the buffers: an adder that
+//                             takes every second tile must not take another's for its own
 //   named        one of both groups: ds is whole; one for each group: the other has left ds
-//   At listed and prepared every thread that has written arrives: that orders its own writes.
+//   At all but dq_filled, which is for bulk copies, every thread arrives that has written or read what other
+//   threads read or write: that orders its own accesses, as compute-sanitizer's racecheck sees too.
 //
 // Rules:   score_rule.cuh, all but relative_bias. Segments and mask join the bits of the tiles that need a
 //          mask, and each sequence has lists and ranks of its own. A key that nobody attends to, as one
@@ -500,8 +501,7 @@ DEVICE void AddDq(Smem& smem, const Owned& owned, int adder) {
       BulkCommit();
       BulkWaitForReads();
     }
-    __syncwarp();
-    if (lane == 0) smem.dq_emptied[buffer].Arrive();
+    smem.dq_emptied[buffer].Arrive();
     if (first >= 0) {
       BulkWait();
       AddRelease(sums.additions + run);
@@ -792,8 +792,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     __syncwarp();
     if (lane == 0) smem.dq_filled[n % 2].Arrive();
     MatmulWait<1>(dk_frag);
-    __syncwarp();
-    if (lane == 0) smem.released[stage].Arrive();
+    smem.released[Opaque(n) % kStages].Arrive();  // where it lies takes no register from s
     MatmulWait<0>(s_frag);
   }
 
@@ -833,12 +832,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       smem.arrived[i].Init(1);
       smem.prepared[i].Init(kPrepareThreads);
-      smem.released[i].Init(kMathThreads / 32);
+      smem.released[i].Init(kMathThreads);
     }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) smem.listed[i].Init(32);
     for (Mbarrier& filled : smem.dq_filled) filled.Init(kMathThreads / 32);
-    for (Mbarrier& emptied : smem.dq_emptied) emptied.Init(1);
+    for (Mbarrier& emptied : smem.dq_emptied) emptied.Init(32);
     FenceMbarrierInit();
     smem.number = atomicAdd(mapped.sums.started, 1);
   }

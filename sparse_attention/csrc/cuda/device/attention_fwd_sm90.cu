@@ -34,13 +34,14 @@
 //
 // Barriers of tile n. Stage and slot are n modulo kStages and kSlots; n counts on through all parts.
 //   of a stage   k_arrived, v_arrived    the copy engine: all bytes of a tile are there
-//                k_released, v_released  every multiplying warp: the next tile may come
+//                k_released              the multiplying groups: the next tile may come
+//                v_released              every multiplying warp, with one lane: the same
 //   of a slot    listed                  Copy: `gathered` says what the tile is
 //                mask_written            Mask: the mask is there, if the tile needs one
 //                v_checked               Mask: v is finite, if the tile needs a mask
 //   named        turns, one for each group; one among the warps of a group; one among Mask's
-//   Copy and Mask arrive with every thread that has written, not one for its warp: each arrival then
-//   orders that thread's own writes.
+//   At all others every thread arrives that has written or read what other threads read or write, and these
+//   wait there themselves: that orders their own accesses, as compute-sanitizer's racecheck sees too.
 //
 // Memory:  Smem; the table of bytes is in configs.cc.   Registers: 3 groups 160, copying group 32;
 //          2 groups 216 and 72: the sum is what the launch gives.
@@ -480,6 +481,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
   bool may_try;
 
   const auto wait_for_k = [&](unsigned n) {
+    smem.listed[n % kSlots].Wait(SlotParity(n));
     smem.k_arrived[n % kStages].Wait(Parity(n));
     is_masked = smem.gathered[n % kSlots].is_masked, is_last = smem.gathered[n % kSlots].is_last;
   };
@@ -494,10 +496,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
   const auto queue_output = [&](unsigned n) {
     WgmmaPB<VTile>(o_frag, p_frag, SmemOperand::Make(smem.v[n % kStages]));
   };
-  const auto release_k = [&](unsigned n) {
-    __syncwarp();
-    if (lane == 0) smem.k_released[n % kStages].Arrive();
-  };
+  const auto release_k = [&](unsigned n) { smem.k_released[n % kStages].Arrive(); };
   // Found anew where it is wanted: in the loop over tiles every register counts.
   const auto part_of = [&](int i) { return PartOfCta(mapped, Opaque(i)); };
   const auto release_v = [&](unsigned n, int i) {
@@ -625,7 +624,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       smem.k_arrived[i].Init(1);
       smem.v_arrived[i].Init(1);
-      smem.k_released[i].Init(kGroups * 4);
+      smem.k_released[i].Init(kGroups * kGroupThreads);
       smem.v_released[i].Init(kGroups * 4);
     }
 #pragma unroll
