@@ -366,6 +366,15 @@ def _rules():
             lambda: random_block_mask(8, 32, 300, 700, 2, density=0.7),
             dict(long, head_dim=72, head_dim_v=88),
         ),
+        # FULL blocks but on the diagonal; the last rows of the first tile have the most.
+        "long-causal": (
+            lambda: BlockMask(
+                np.tri(10, 45, 35),
+                lambda head, q_idx, kv_idx: kv_idx <= q_idx + 2240,
+                *(64, 610, 2850),
+            ),
+            long,
+        ),
     }
     for dtype in DTYPES:
         is_short = dtype in ("float32", "tf32")
@@ -379,9 +388,13 @@ def _rules():
             rules = rules_of(heads, one.q_len, one.kv_len)
             rules["all"] = {k: v for rule in rules.values() for k, v in rule.items()}
             rules["all"]["q_offset"] = 9
-            alone = rules if shape in ("own", "long") else ["all"]
+            alone = rules if shape in ("own", "long", "long-causal") else ["all"]
             for name in alone:
                 rule = rules[name]
+                if shape == "long-causal":  # whole tiles are behind the queries, too
+                    rule = dict(rule, q_offset=1000)
+                if shape == "long-causal" and "alibi_slopes" in rule:
+                    rule["alibi_slopes"] = rule["alibi_slopes"] / 64
                 yield case(f"{name}-{shape}", block_mask, dtype, rule=rule, **options)
 
 

@@ -64,9 +64,10 @@ def kernels_of(library, arch):
             # attention_bwd_sm90 takes all parts but relative_bias.
             is_ruled = has_long and dtype == RULED[0]
             for shape.rule in LONG_RULES if is_ruled else ():
-                kernel = abi.kernel_of(library, shape, "bwd")
-                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                yield f"{title}, rule {shape.rule}", kernel
+                for phase in ("fwd", "bwd"):
+                    kernel = abi.kernel_of(library, shape, phase)
+                    title = f"{kernel.name.decode()} {name} {dtype} {dim}"
+                    yield f"{title}, rule {shape.rule}", kernel
             if is_ruled:
                 kernel = abi.kernel_of(library, shape, "bwd_ranks")
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel

@@ -20,7 +20,7 @@
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
 // Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
-//          for dropout. Two groups: the registers of three hold no more.
+//          for dropout. Two groups: the registers of three hold no more, save with ALiBi alone (Alibi).
 //
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
 //
@@ -70,6 +70,8 @@ constexpr int kTileKV = 128;
 constexpr int kLists = kGroups == 3 ? 2 : 1;  // plan tiles that a part's queries lie in
 constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
 constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
+// Whether ALiBi is all that changes scores; then it is done here (Alibi), not by PanelRule.
+constexpr bool kAlibiAlone = kHasAlibi && !kHasSoftcap && !kHasBias;
 constexpr int kCopyRegisters = kGroups == 3 ? 32 : 72, kMathRegisters = kGroups == 3 ? 160 : 216;
 static_assert(kGroups == 2 || kGroups == 3, "a tile of the plan, or one and a half");
 static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a tile's stage is a remainder");
@@ -138,6 +140,11 @@ DEVICE RowMap KvRows(const Part& part) {
 // A mask row that is none: all pairs of the block are allowed, or none are.
 constexpr int kFull = -1, kAbsent = -2;
 
+// With ALiBi lists are read from their ends: the largest scores of a causal row come first then, and
+// TryUpdate need not raise its shift tile by tile. Blocks count down, so that the least is the next.
+constexpr bool kReadsFromEnd = kHasAlibi;
+DEVICE unsigned InOrder(unsigned block) { return kReadsFromEnd ? 0x7fffffffu - block : block; }
+
 // What a passing tile consists of: block g gives its keys [g * kPlanKV, (g + 1) * kPlanKV).
 struct Gathered {
   int first[kGather];             // first position, or -1
@@ -179,15 +186,16 @@ struct UnionList {
   // masked, and so is the only tile of a part whose lists are empty.
   __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan) {
     constexpr unsigned kNone = 0xffffffffu;
+    constexpr int kStep = kReadsFromEnd ? -1 : 1;
     const int lane = Opaque(threadIdx.x) % 32;
     unsigned block[kLists];  // lane i: the list's block i from here on
     int mask_id[kLists], taken[kLists] = {};
     const int64_t list_at = kLeavesLists ? first_entry : 0;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      const int from = at[i] + lane;
-      const bool is_there = from < end[i];
-      block[i] = is_there ? __ldg(plan.indices + list_at + from) : kNone;
+      const int from = kReadsFromEnd ? end[i] - 1 - lane : at[i] + lane;
+      const bool is_there = kReadsFromEnd ? from >= at[i] : from < end[i];
+      block[i] = is_there ? InOrder(__ldg(plan.indices + list_at + from)) : kNone;
       mask_id[i] = is_there ? __ldg(plan.mask_ids + list_at + from) : 0;
     }
     // Lane g finds what block g of the tile is: the least block ahead, and where each list has it.
@@ -218,6 +226,7 @@ struct UnionList {
     }
     unsigned ahead[kLists];
     const bool is_last = least_ahead(ahead) == kNone;
+    my_block = InOrder(my_block);
     bool is_masked = !(my_block < static_cast<unsigned>(plan.blocks)), is_checked = false;
     int first = is_masked ? -1 : static_cast<int>(my_block) * kPlanKV;
     int rows[kLists];
@@ -242,9 +251,54 @@ struct UnionList {
     if (lane == 0) {
       to->is_masked = is_masked, to->is_last = is_last;
 #pragma unroll
-      for (int i = 0; i < kLists; ++i) at[i] += taken[i];
+      for (int i = 0; i < kLists; ++i) (kReadsFromEnd ? end[i] : at[i]) += kStep * taken[i];
     }
     __syncwarp();
+  }
+};
+
+// ---- ALiBi ----
+
+// ALiBi of a tile, where nothing else changes scores. It lies in shared memory, as registers are few.
+//
+// Where each block's keys are all before or all behind the part's queries, the distance is linear in the
+// column. So it is one FFMA of constants of the thread for each score, and goes with the shift into the
+// FFMA that scales.
+struct Alibi {
+  float slope;  // in the exponents' base
+  int is_beside;
+  int ahead[kGather];  // how far the part's first query is ahead of the first key of block g
+
+  // Called by a warp; first_query: with q_offset.
+  __forceinline__ void Init(const Gathered& tile, int first_query, float slope_exp) {
+    const int lane = Opaque(threadIdx.x) % 32, my_ahead = first_query - tile.first[lane % kGather];
+    const bool all_beside =
+        __all_sync(kFullWarp, my_ahead >= kPlanKV - 1 || my_ahead <= 1 - kTileQ);
+    if (lane < kGather) ahead[lane] = my_ahead;
+    if (lane == 0) slope = slope_exp, is_beside = all_beside;
+  }
+
+  // How far this lane's row h is ahead of its first column of fragment n's block.
+  __forceinline__ float Ahead(int n, int h) const {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    return static_cast<float>(ahead[n * 8 / kPlanKV] + row - column) + static_cast<float>(h * 8);
+  }
+  // A product as exponent less its row's shift, if is_beside. Column n * 8 + j.
+  __forceinline__ float Exponent(float x, float scale, float shift, int h, int n, int j) const {
+    const float rise = ahead[n * 8 / kPlanKV] < 0 ? -slope : slope;  // from a key to the next
+    const float first = fmaf(-rise, Ahead(n, h), -shift);
+    return fmaf(x, scale, fmaf(rise, static_cast<float>(n * 8 % kPlanKV + j), first));
+  }
+  // Products become scores in the exponents' base.
+  __forceinline__ void Apply(float (&s)[1][kN][4], float scale) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float distance = Ahead(n, i / 2) - static_cast<float>(n * 8 % kPlanKV + i % 2);
+        s[0][n][i] = fmaf(-slope, fabsf(distance), s[0][n][i] * scale);
+      }
+    }
   }
 };
 
@@ -264,6 +318,7 @@ struct Smem {
   UnionList list;
   Mbarrier k_arrived[kStages], k_released[kStages], v_arrived[kStages], v_released[kStages];
   Mbarrier listed[kSlots], mask_written[kSlots], v_checked[kSlots];
+  Alibi alibi[kAlibiAlone ? kSlots : 1];
 };
 static_assert(sizeof(Smem) <= SPATTN_SHARED_MEMORY, "the host counts fewer bytes");
 
@@ -334,7 +389,10 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
       smem.v_released[stage].Wait(Parity(n) ^ 1);
       start(Number<VTile::kPanels>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
     };
-    smem.list.Init(PartOfCta(mapped, i), rule);
+    const Part part = PartOfCta(mapped, i);
+    smem.list.Init(part, rule);
+    const int first_query = part.index * kTileQ + rule.q_offset;
+    const float slope = kAlibiAlone ? __ldg(rule.alibi_slopes + part.head) * kExpScale : 0;
     const unsigned first = n;
     unsigned end = kUnknown;
 #pragma unroll 1
@@ -346,6 +404,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
         smem.list.Take(&smem.gathered[slot], plan);
         if (smem.gathered[slot].is_last) end = n + 1;
+        if (kAlibiAlone) smem.alibi[slot].Init(smem.gathered[slot], first_query, slope);
         smem.listed[slot].Arrive();
         smem.k_released[stage].Wait(Parity(n) ^ 1);
         start(Number<KTile::kPanels>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
@@ -519,23 +578,41 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
                             column * 8 % kPlanKV};
     };
   };
+  const float alibi_scale = problem.softmax_scale * kExpScale;
   const auto apply_rule = [&](unsigned n) {
-    if (kChangesScores) panel_rule.ApplyToScores(s_frag, columns_of(n));
+    if constexpr (kAlibiAlone) {
+      smem.alibi[n % kSlots].Apply(s_frag, alibi_scale);
+    } else if constexpr (kChangesScores) {
+      panel_rule.ApplyToScores(s_frag, columns_of(n));
+    }
   };
   const auto drop = [&](unsigned n) {
     if (kHasDropout) panel_rule.Drop(s_frag, smem.key_words[n % kSlots]);
+  };
+  // Whether s_frag has become exp(s - shift), scores unseen; if not, it is to be computed anew.
+  const auto try_update = [&](unsigned n) {
+    if constexpr (kAlibiAlone) {
+      const Alibi& alibi = smem.alibi[n % kSlots];
+      return softmax.TryUpdate(s_frag, [&](float x, int, int h, int column, int j) {
+        return alibi.Exponent(x, alibi_scale, softmax.shift[0][h], h, column, j);
+      });
+    } else {
+      return softmax.TryUpdate(s_frag, scale_exp);
+    }
   };
   // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
   // part: it would compute too many of them twice.
   const auto exponentiate = [&](unsigned n) {
     if (kHasDropout) smem.mask_written[n % kSlots].Wait(SlotParity(n));  // the words are there
-    apply_rule(n);
-    if (may_try && !is_masked && softmax.HasShifts()) {
-      may_try = softmax.TryUpdate(s_frag, scale_exp);
+    if (!kAlibiAlone) apply_rule(n);
+    const bool is_fit = !kAlibiAlone || smem.alibi[n % kSlots].is_beside;
+    if (may_try && !is_masked && is_fit && softmax.HasShifts()) {
+      may_try = try_update(n);
       if (may_try) return drop(n);
       ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
-      apply_rule(n);
+      if (!kAlibiAlone) apply_rule(n);
     }
+    if (kAlibiAlone) apply_rule(n);
     if (is_masked) {
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
       ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
@@ -555,7 +632,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     Clear(o_frag);
     softmax.Init();
     may_try = true;
-    if (kChangesScores || kHasDropout) {
+    if ((kChangesScores && !kAlibiAlone) || kHasDropout) {
       const Part part = part_of(i);
       panel_rule.Init(problem, part.batch, part.head,
                       [&](int, int h) { return q_row(part, warp * 16 + h * 8 + lane / 4); });

@@ -72,7 +72,9 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], scale_exp);
+      row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], [&](float x, int m, int h, int, int) {
+        return fmaf(x, scale_exp, -shift[m][h]);
+      });
     }
   }
 
@@ -96,6 +98,13 @@ struct OnlineSoftmax {
   // else has changed. Scores seldom outgrow those of the first keys, and their maximum is a fifth of
   // all instructions here, for which the exponentials would wait.
   __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], float scale_exp) {
+    return TryUpdate(
+        s, [&](float x, int m, int h, int, int) { return fmaf(x, scale_exp, -shift[m][h]); });
+  }
+
+  // The same where exponent(x, m, h, n, j) makes s - shift of a product x, from column j of fragment n.
+  template <typename Exponent>
+  __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], Exponent exponent) {
     constexpr float kLargestSum = 8192;
     has_shifted = false;
     float tile_sum[kM][2];
@@ -103,7 +112,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      tile_sum[m][h] = SumExp(s, m, h, 0, scale_exp);
+      tile_sum[m][h] = SumExp(s, m, h, 0, exponent);
       is_over |= tile_sum[m][h] > kLargestSum;
     }
     if (__any_sync(kFullWarp, is_over)) return false;
@@ -113,13 +122,14 @@ struct OnlineSoftmax {
   }
 
   // Turns a row's scores into exp(s - shift); returns their sum and `sum`.
-  __forceinline__ float SumExp(float (&s)[kM][kN][4], int m, int h, float sum, float scale_exp) {
+  template <typename Exponent>
+  __forceinline__ float SumExp(float (&s)[kM][kN][4], int m, int h, float sum, Exponent exponent) {
     float sums[2] = {sum, 0};
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift[m][h]));
+        const float p = Exp(exponent(s[m][n][h * 2 + j], m, h, n, j));
         s[m][n][h * 2 + j] = p;
         sums[j] += p;
       }
