@@ -21,6 +21,8 @@
 //
 // Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
 //          for dropout. Two groups: the registers of three hold no more, save with ALiBi alone (Alibi).
+//          Where a tile's mask is the same for all queries it has 4 words instead of bits of every
+//          query (KeyBits), and TryUpdate takes it as any other tile.
 //
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
 //
@@ -72,6 +74,9 @@ constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
 constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
 // Whether ALiBi is all that changes scores; then it is done here (Alibi), not by PanelRule.
 constexpr bool kAlibiAlone = kHasAlibi && !kHasSoftcap && !kHasBias;
+// Whether a tile's mask may be one of keys, the same for all queries.
+constexpr bool kMasksKeys = kHasSegments && !kHasMask;
+static_assert(!kMasksKeys || kLists == 1, "one list says which keys there are");
 constexpr int kCopyRegisters = kGroups == 3 ? 32 : 72, kMathRegisters = kGroups == 3 ? 160 : 216;
 static_assert(kGroups == 2 || kGroups == 3, "a tile of the plan, or one and a half");
 static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a tile's stage is a remainder");
@@ -150,8 +155,9 @@ struct Gathered {
   int first[kGather];             // first position, or -1
   int mask_row[kLists][kGather];  // of mask_bits, for each plan tile of the part; kFull; kAbsent
   int is_checked[kLeavesLists ? kGather : 1];  // for segments and mask
-  int is_masked, is_last;
+  int is_masked, is_last;                      // is_masked: 0, or how
 };
+constexpr int kByPairs = 1, kByKeys = 2;
 
 // The blocks that the part's plan tiles list, in order. It lies in shared memory; one warp uses it.
 struct UnionList {
@@ -184,7 +190,8 @@ struct UnionList {
 
   // Takes the next kGather blocks from the lists. Where none is left there is no block: such a tile is
   // masked, and so is the only tile of a part whose lists are empty.
-  __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan) {
+  // checks_keys: what is to be checked is the same for all queries.
+  __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan, bool checks_keys) {
     constexpr unsigned kNone = 0xffffffffu;
     constexpr int kStep = kReadsFromEnd ? -1 : 1;
     const int lane = Opaque(threadIdx.x) % 32;
@@ -240,6 +247,7 @@ struct UnionList {
       is_masked |= rows[i] != kFull;
     }
     is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV) || is_checked;
+    const bool by_pairs = rows[0] >= 0 || (is_checked && !checks_keys);
     if (lane < kGather) {
       to->first[lane] = first;
       if (kLeavesLists) to->is_checked[lane] = is_checked;
@@ -247,9 +255,10 @@ struct UnionList {
       for (int i = 0; i < kLists; ++i) to->mask_row[i][lane] = rows[i];
     }
     is_masked = __any_sync(kFullWarp, lane < kGather && is_masked);
+    const bool by_keys = kMasksKeys && !__any_sync(kFullWarp, lane < kGather && by_pairs);
     __syncwarp();  // all lanes have read `at`
     if (lane == 0) {
-      to->is_masked = is_masked, to->is_last = is_last;
+      to->is_masked = !is_masked ? 0 : by_keys ? kByKeys : kByPairs, to->is_last = is_last;
 #pragma unroll
       for (int i = 0; i < kLists; ++i) (kReadsFromEnd ? end[i] : at[i]) += kStep * taken[i];
     }
@@ -302,6 +311,27 @@ struct Alibi {
   }
 };
 
+// ---- masks of keys ----
+
+// Which of this lane's columns are allowed where a tile's mask is the same for all queries.
+struct KeyBits {
+  uint32_t words[kTileKV / 32];  // bit n % 4 * 8 + j of word n / 4: column j of fragment n
+
+  DEVICE KeyBits Read(const uint32_t (&key_bits)[kTileKV / 32]) {
+    const uint4 all = *reinterpret_cast<const uint4*>(key_bits);
+    const int column = threadIdx.x % 4 * 2;
+    return {{all.x >> column, all.y >> column, all.z >> column, all.w >> column}};
+  }
+  __forceinline__ bool Allow(int n, int j) const { return words[n / 4] >> (n % 4 * 8 + j) & 1; }
+  // Scores of keys that are not allowed become -inf, whatever they were.
+  __forceinline__ void Apply(float (&s)[1][kN][4]) const {
+#pragma unroll
+    for (int i = 0; i < kN * 4; ++i) {
+      if (!Allow(i / 4, i % 2)) s[0][i / 4][i % 4] = -kInf;
+    }
+  }
+};
+
 // ---- shared memory ----
 
 struct Smem {
@@ -319,6 +349,7 @@ struct Smem {
   Mbarrier k_arrived[kStages], k_released[kStages], v_arrived[kStages], v_released[kStages];
   Mbarrier listed[kSlots], mask_written[kSlots], v_checked[kSlots];
   Alibi alibi[kAlibiAlone ? kSlots : 1];
+  alignas(16) uint32_t key_bits[kMasksKeys ? kSlots : 1][kTileKV / 32];  // of tiles masked by keys
 };
 static_assert(sizeof(Smem) <= SPATTN_SHARED_MEMORY, "the host counts fewer bytes");
 
@@ -402,7 +433,7 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         // Mask does not look at the slot any more. Nor do the multiplying groups: this tile's
         // predecessor has waited for v of tile n - 2 - kStages, which is kSlots ago or later.
         smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
-        smem.list.Take(&smem.gathered[slot], plan);
+        smem.list.Take(&smem.gathered[slot], plan, rule.q_segments == nullptr);
         if (smem.gathered[slot].is_last) end = n + 1;
         if (kAlibiAlone) smem.alibi[slot].Init(smem.gathered[slot], first_query, slope);
         smem.listed[slot].Arrive();
@@ -418,6 +449,15 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
 // Warps 1 to 3: the masks of tiles that need one, and v of these tiles without NaN and Inf.
 DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const SpattnCudaRule& rule) {
   const int thread = threadIdx.x % kGroupThreads - 32;
+  // Each warp has its own words of key_bits.
+  const auto for_each_key_word = [&](auto work) {
+#pragma unroll
+    for (int i = 0; i < CeilDiv(kTileKV, kMaskThreads); ++i) {
+      const int w = thread / 32 + i * (kMaskThreads / 32);
+      if (w < kTileKV / 32) work(w);
+    }
+    __syncwarp();
+  };
   const auto write_mask = [&](unsigned n, int i) {
     const int slot = n % kSlots;
     smem.listed[slot].Wait(SlotParity(n));
@@ -432,7 +472,20 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         smem.key_words[slot][key] = row < 0 ? 0 : __ldg(words + row);
       }
     }
-    if (smem.gathered[slot].is_masked) {
+    if (kMasksKeys && smem.gathered[slot].is_masked == kByKeys) {
+      const Part part = PartOfCta(mapped, Opaque(i));
+      const RowMap kv_rows = KvRows(part);
+      for_each_key_word([&](int w) {
+        const int key = w * 32 + threadIdx.x % 32, g = key / kPlanKV;
+        const Gathered& tile = smem.gathered[slot];
+        const int position = tile.mask_row[0][g] == kFull ? tile.first[g] + key % kPlanKV : -1;
+        const int row = kv_rows.Row(position);
+        const bool is_allowed =
+            row >= 0 &&
+            (!tile.is_checked[g] || KeySegment(rule, mapped.call.problem, part.batch, row) == 0);
+        smem.key_bits[slot][w] = __ballot_sync(kFullWarp, is_allowed);
+      });
+    } else if (smem.gathered[slot].is_masked) {
       const Part part = PartOfCta(mapped, Opaque(i));
       const RowMap kv_rows = KvRows(part);
       const SpattnProblem& problem = mapped.call.problem;
@@ -457,7 +510,21 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
   };
   const auto check_v = [&](unsigned n) {
     const int slot = n % kSlots;
-    if (smem.gathered[slot].is_masked) {
+    if (kMasksKeys && smem.gathered[slot].is_masked == kByKeys) {
+      // Nobody attends to these keys: whatever their v is, it must not meet p = 0.
+      smem.v_arrived[n % kStages].Wait(Parity(n));
+      for_each_key_word([&](int w) {
+        const int lane = threadIdx.x % 32;
+        if (smem.key_bits[slot][w] >> lane & 1) return;
+#pragma unroll
+        for (int column = 0; column < VTile::kColumns; column += kVector) {
+          T* to = smem.v[n % kStages] + VTile::Offset(w * 32 + lane, column);
+          *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
+        }
+      });
+      if (thread == 0) smem.has_nonfinite[slot] = 0;
+      FenceForWgmma();
+    } else if (smem.gathered[slot].is_masked) {
       smem.v_arrived[n % kStages].Wait(Parity(n));
       bool found = false;
       uint4* v_vectors = reinterpret_cast<uint4*>(smem.v[n % kStages]);
@@ -516,7 +583,8 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
                      const SpattnCudaRule& rule, int group) {
   const SpattnProblem& problem = mapped.call.problem;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const float scale_exp = kChangesScores ? 1 : problem.softmax_scale * kExpScale;
+  const float product_scale = problem.softmax_scale * kExpScale;
+  const float scale_exp = kChangesScores ? 1 : product_scale;  // of what apply_rule leaves
   const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
   const auto q_row = [&](const Part& part, int r) {
     return q_rows.Row(part.index * kTileQ + group * kGroupRows + r);
@@ -536,11 +604,13 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
   OnlineSoftmax<1, kN, kOut> softmax;
   unsigned n = 0;
   bool is_masked = false, is_last = false, v_is_masked = false;  // tile n; tile n - 1
+  bool masks_keys = false;                                       // tile n, and only them
   bool may_try;
 
   const auto wait_for_k = [&](unsigned n) {
     smem.k_arrived[n % kStages].Wait(Parity(n));
     is_masked = smem.gathered[n % kSlots].is_masked, is_last = smem.gathered[n % kSlots].is_last;
+    masks_keys = kMasksKeys && smem.gathered[n % kSlots].is_masked == kByKeys;
   };
   const auto wait_for_v = [&](unsigned n) {
     smem.v_arrived[n % kStages].Wait(Parity(n));
@@ -578,10 +648,9 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
                             column * 8 % kPlanKV};
     };
   };
-  const float alibi_scale = problem.softmax_scale * kExpScale;
   const auto apply_rule = [&](unsigned n) {
     if constexpr (kAlibiAlone) {
-      smem.alibi[n % kSlots].Apply(s_frag, alibi_scale);
+      smem.alibi[n % kSlots].Apply(s_frag, product_scale);
     } else if constexpr (kChangesScores) {
       panel_rule.ApplyToScores(s_frag, columns_of(n));
     }
@@ -590,30 +659,39 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     if (kHasDropout) panel_rule.Drop(s_frag, smem.key_words[n % kSlots]);
   };
   // Whether s_frag has become exp(s - shift), scores unseen; if not, it is to be computed anew.
-  const auto try_update = [&](unsigned n) {
-    if constexpr (kAlibiAlone) {
-      const Alibi& alibi = smem.alibi[n % kSlots];
-      return softmax.TryUpdate(s_frag, [&](float x, int, int h, int column, int j) {
-        return alibi.Exponent(x, alibi_scale, softmax.shift[0][h], h, column, j);
-      });
-    } else {
-      return softmax.TryUpdate(s_frag, scale_exp);
-    }
+  // allows(column, j): whether the mask has the key.
+  const auto try_update = [&](unsigned n, auto allows) {
+    const Alibi& alibi = smem.alibi[kAlibiAlone ? n % kSlots : 0];
+    return softmax.TryUpdate(s_frag, [&](float x, int, int h, int column, int j) {
+      const float shift = softmax.shift[0][h];
+      const float exponent = kAlibiAlone ? alibi.Exponent(x, product_scale, shift, h, column, j)
+                                         : fmaf(x, scale_exp, -shift);
+      return allows(column, j) ? exponent : -kInf;
+    });
   };
   // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
   // part: it would compute too many of them twice.
   const auto exponentiate = [&](unsigned n) {
-    if (kHasDropout) smem.mask_written[n % kSlots].Wait(SlotParity(n));  // the words are there
+    if (kHasDropout || (is_masked && kMasksKeys)) {  // dropout's words are there
+      smem.mask_written[n % kSlots].Wait(SlotParity(n));
+    }
     if (!kAlibiAlone) apply_rule(n);
     const bool is_fit = !kAlibiAlone || smem.alibi[n % kSlots].is_beside;
-    if (may_try && !is_masked && is_fit && softmax.HasShifts()) {
-      may_try = try_update(n);
+    if (may_try && (!is_masked || masks_keys) && is_fit && softmax.HasShifts()) {
+      if (masks_keys) {
+        const KeyBits bits = KeyBits::Read(smem.key_bits[n % kSlots]);
+        may_try = try_update(n, [&](int column, int j) { return bits.Allow(column, j); });
+      } else {
+        may_try = try_update(n, [](int, int) { return true; });
+      }
       if (may_try) return drop(n);
       ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
       if (!kAlibiAlone) apply_rule(n);
     }
     if (kAlibiAlone) apply_rule(n);
-    if (is_masked) {
+    if (masks_keys) {
+      KeyBits::Read(smem.key_bits[n % kSlots]).Apply(s_frag);
+    } else if (is_masked) {
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
       ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
     }

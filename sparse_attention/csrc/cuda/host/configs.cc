@@ -133,8 +133,10 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
       groups * 64 * (WholePanels(s.head_dim) + RoundUp(s.head_dim_v, 16) + 8) * 2;        // q, o
   const int stage = tile_kv * (WholePanels(s.head_dim) + WholePanels(s.head_dim_v)) * 2;  // k, v
   const int words = s.rule & SPATTN_RULE_DROPOUT ? 4 : 0;
-  const int slot = tile_kv * (groups * 8 + 4 + words);                 // mask, rows of its keys
-  const int barriers = 2048 + (s.rule & SPATTN_RULE_ALIBI ? 640 : 0);  // and lists
+  const int slot = tile_kv * (groups * 8 + 4 + words);  // mask, rows of its keys
+  const int rule =                                      // ALiBi of tiles; bits of their keys
+      (s.rule & SPATTN_RULE_ALIBI ? 640 : 0) + (s.rule & SPATTN_RULE_SEGMENTS ? 256 : 0);
+  const int barriers = 2048 + rule;  // and lists
   const int shared_memory = queries + stages * stage + 2 * stages * slot + barriers;
   SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
