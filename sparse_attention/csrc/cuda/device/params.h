@@ -119,7 +119,7 @@ typedef struct {
   int32_t* kv_ranges;  // [batch, kv blocks, 2] first and last segment of a block; first is -1 where
                        // a row is in none, last where all are; {2^31 - 1, -1} of no row at all
   int32_t* q_ranges;   // [batch, q blocks, 2]
-  uint8_t* pair_kinds;  // [batch, q blocks, kv blocks] SpattnPairKinds of `mask`; null without one
+  uint8_t* pair_kinds;  // [batch or 1, q blocks, kv blocks] SpattnPairKinds of `mask`; or null
   // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
   // the list has m + 1, and kCheckPairs beside it where segments and mask must be looked at.
   const int32_t *q_tile_ends, *kv_tile_ends;  // [batch, plan heads * tiles]
@@ -157,6 +157,7 @@ typedef struct {
   SpattnProblem problem;
   SpattnCudaRule rule;
   int32_t block_size, q_blocks, kv_blocks;
+  int32_t batch;  // of pair_kinds
 } SpattnCudaRulePairsParams;
 
 typedef struct {
@@ -166,6 +167,7 @@ typedef struct {
   int32_t is_by_kv;
   int32_t block_size, tile;            // positions in a block and in a tile
   int32_t q_blocks, kv_blocks;         // of pair_kinds
+  int32_t pairs_batch;                 // of pair_kinds
   int32_t *indices, *mask_ids, *ends;  // what is left, written: [batch, entries] and ends
 } SpattnCudaRuleListsParams;
 

@@ -62,6 +62,11 @@ DEVICE int KeySegment(const SpattnCudaRule& rule, const SpattnProblem& problem, 
   return rule.kv_segments ? __ldg(rule.kv_segments + batch * problem.kv_len + row) : 0;
 }
 
+// The highest bit of each byte that is not 0.
+DEVICE uint32_t NonzeroBytes(uint32_t word) {
+  return (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) & 0x80808080u;
+}
+
 // Takes out of a passing row's bits those that segments and mask do not allow. owned_row(r): the row
 // of the tile's row r, or -1.
 // kRun: so many neighbouring keys, of the passing or the owned side, are neighbouring rows.
@@ -153,9 +158,7 @@ struct Restriction {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = i == 0 ? bytes.x : i == 1 ? bytes.y : i == 2 ? bytes.z : bytes.w;
-      // The highest bit of each byte that is not 0, then the four of them side by side.
-      const uint32_t highest = (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) & 0x80808080u;
-      bits |= ((highest >> 7) * 0x10204080u >> 28) << (i * 4);
+      bits |= ((NonzeroBytes(word) >> 7) * 0x10204080u >> 28) << (i * 4);  // side by side
     }
     return bits;
   }

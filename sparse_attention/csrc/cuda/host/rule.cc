@@ -115,7 +115,10 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
         by_kv != nullptr ? by_kv->q_blocks
                          : CountTiles(problem.q_len, problem.row_stride, by_q.block_size));
     if (parts_ & SPATTN_RULE_MASK) {
-      rule_.pair_kinds = arena->Take<uint8_t>(problem.batch * q_blocks_ * int64_t{kv_blocks_});
+      // One mask for all sequences, of one length.
+      const bool is_shared = rule.mask_strides[0] == 0 && problem.kv_lengths == nullptr;
+      pairs_batch_ = is_shared ? 1 : problem.batch;
+      rule_.pair_kinds = arena->Take<uint8_t>(pairs_batch_ * q_blocks_ * int64_t{kv_blocks_});
     }
     rule_.kv_ranges = arena->Take<int32_t>(2 * problem.batch * kv_blocks_);
     by_q_ = take(by_q.entries, by_q.heads * by_q.q_tiles, by_q.block_size, by_q.tile_q);
@@ -154,9 +157,18 @@ SpattnStatus RuleOnDevice::Launch(const Stream& stream, int phase, const Params&
 
 SpattnStatus RuleOnDevice::LeaveLists(const Stream& stream, const Lists& lists,
                                       SpattnTilePlan* plan) const {
-  const SpattnCudaRuleListsParams params = {
-      problem_,  rule_,      *plan,         &lists == &by_kv_, lists.block_size, lists.tile,
-      q_blocks_, kv_blocks_, lists.indices, lists.mask_ids,    lists.ends};
+  const SpattnCudaRuleListsParams params = {problem_,
+                                            rule_,
+                                            *plan,
+                                            &lists == &by_kv_,
+                                            lists.block_size,
+                                            lists.tile,
+                                            q_blocks_,
+                                            kv_blocks_,
+                                            static_cast<int32_t>(pairs_batch_),
+                                            lists.indices,
+                                            lists.mask_ids,
+                                            lists.ends};
   plan->indices = lists.indices;
   plan->mask_ids = lists.mask_ids;
   return Launch(stream, SPATTN_RULE_LISTS, params,
@@ -179,10 +191,11 @@ SpattnStatus RuleOnDevice::Prepare(const Stream& stream, SpattnTilePlan* by_q,
   SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_RANGES, ranges,
                                 problem_.batch * (ranges_of_q + int64_t{kv_blocks_}) * 32));
   if (parts_ & SPATTN_RULE_MASK) {
-    const SpattnCudaRulePairsParams pairs = {problem_, rule_, by_q_.block_size, q_blocks_,
-                                             kv_blocks_};
+    const SpattnCudaRulePairsParams pairs = {problem_,         rule_,
+                                             by_q_.block_size, q_blocks_,
+                                             kv_blocks_,       static_cast<int32_t>(pairs_batch_)};
     SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_PAIRS, pairs,
-                                  problem_.batch * q_blocks_ * int64_t{kv_blocks_} * 32));
+                                  pairs_batch_ * q_blocks_ * int64_t{kv_blocks_} * 32));
   }
   if (by_q != nullptr) SPATTN_RETURN_IF_ERROR(LeaveLists(stream, by_q_, by_q));
   return by_kv == nullptr ? Ok() : LeaveLists(stream, by_kv_, by_kv);

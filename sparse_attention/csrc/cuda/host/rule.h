@@ -63,6 +63,7 @@ class RuleOnDevice {
   float* drelative_bias_ = nullptr;
   int parts_ = 0;
   int32_t q_blocks_ = 0, kv_blocks_ = 0;
+  int64_t pairs_batch_ = 1;  // of pair_kinds
   Lists by_q_ = {}, by_kv_ = {};
 };
 
