@@ -20,7 +20,8 @@
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
 // Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
-//          for dropout. Two groups: the registers of three hold no more, save with ALiBi alone (Alibi).
+//          for dropout. Two groups: the registers of three hold no more, save with ALiBi or a
+//          soft cap alone, which are part of the exponent (try_update).
 //          Where a tile's mask is the same for all queries it has 4 words instead of bits of every
 //          query (KeyBits), and TryUpdate takes it as any other tile.
 //
@@ -74,6 +75,9 @@ constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
 constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
 // Whether ALiBi is all that changes scores; then it is done here (Alibi), not by PanelRule.
 constexpr bool kAlibiAlone = kHasAlibi && !kHasSoftcap && !kHasBias;
+// The same of the soft cap. Either may be part of the exponent, for most tiles (try_update).
+constexpr bool kCapAlone = kHasSoftcap && !kHasAlibi && !kHasBias;
+constexpr bool kJoinsRule = kAlibiAlone || kCapAlone;
 // Whether a tile's mask may be one of keys, the same for all queries.
 constexpr bool kMasksKeys = kHasSegments && !kHasMask;
 static_assert(!kMasksKeys || kLists == 1, "one list says which keys there are");
@@ -662,12 +666,22 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
   // allows(column, j): whether the mask has the key.
   const auto try_update = [&](unsigned n, auto allows) {
     const Alibi& alibi = smem.alibi[kAlibiAlone ? n % kSlots : 0];
-    return softmax.TryUpdate(s_frag, [&](float x, int, int h, int column, int j) {
+    int all_beyond = -1;  // negative as long as all logits are small
+    const auto exponent = [&](float x, int, int h, int column, int j) {
       const float shift = softmax.shift[0][h];
-      const float exponent = kAlibiAlone ? alibi.Exponent(x, product_scale, shift, h, column, j)
-                                         : fmaf(x, scale_exp, -shift);
+      float exponent;
+      if constexpr (kAlibiAlone) {
+        exponent = alibi.Exponent(x, product_scale, shift, h, column, j);
+      } else if constexpr (kCapAlone) {
+        const float beyond = BeyondSmall(rule, x);
+        all_beyond &= __float_as_int(beyond);
+        exponent = fmaf(x, SumOfTerms(rule.cap_exponents, beyond), -shift);
+      } else {
+        exponent = fmaf(x, scale_exp, -shift);
+      }
       return allows(column, j) ? exponent : -kInf;
-    });
+    };
+    return softmax.TryUpdate(s_frag, exponent, [&] { return all_beyond < 0; });
   };
   // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
   // part: it would compute too many of them twice.
@@ -675,7 +689,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     if (kHasDropout || (is_masked && kMasksKeys)) {  // dropout's words are there
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
     }
-    if (!kAlibiAlone) apply_rule(n);
+    if (!kJoinsRule) apply_rule(n);
     const bool is_fit = !kAlibiAlone || smem.alibi[n % kSlots].is_beside;
     if (may_try && (!is_masked || masks_keys) && is_fit && softmax.HasShifts()) {
       if (masks_keys) {
@@ -686,9 +700,9 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
       }
       if (may_try) return drop(n);
       ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
-      if (!kAlibiAlone) apply_rule(n);
+      if (!kJoinsRule) apply_rule(n);
     }
-    if (kAlibiAlone) apply_rule(n);
+    if (kJoinsRule) apply_rule(n);
     if (masks_keys) {
       KeyBits::Read(smem.key_bits[n % kSlots]).Apply(s_frag);
     } else if (is_masked) {

@@ -100,6 +100,10 @@ enum SpattnPairKinds { SPATTN_SOME_ALLOWED = 1, SPATTN_SOME_FORBIDDEN = 2 };
 // same with this as without; the others are given a SpattnCudaRuled.
 typedef struct {
   float logit_softcap;
+  // tanh of a small logit (score_rule.cuh), by the product x = <q, k>: where x^2 < cap_square it is
+  // x * sum_i cap_terms[i] (x^2 - cap_square)^i. cap_exponents: the same for the capped score in the
+  // base of exponents, which is 2.
+  float cap_square, cap_terms[4], cap_exponents[4];
   float kept_times;            // 1 / (1 - dropout_rate)
   uint32_t dropout_threshold;  // bits of a weight that is kept are at least that
   int32_t q_offset;

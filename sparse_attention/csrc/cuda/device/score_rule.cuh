@@ -208,22 +208,20 @@ DEVICE float Tanh(float x) {
   return fmaf(-2, inverse, 1);
 }
 
-// The same where |x| < kSmallLogit, as logits far below their cap are, without special functions, of
-// which the softmax has too many already: x + x^3 P(x^2), P minimax in relative error.
-constexpr float kSmallLogit = 0.55f;
-DEVICE float TanhOfSmall(float x) {
-  const float z = x * x;
-  float p = fmaf(z, -0x1.9b3016p-8f, 0x1.593cfep-6f);
-  p = fmaf(p, z, -0x1.b92878p-5f);
-  p = fmaf(p, z, 0x1.110d26p-3f);
-  p = fmaf(p, z, -0x1.55554ap-2f);
-  return fmaf(x, z * p, x);
+// The same of small logits, as those far below their cap are, from the product x of a query and a key:
+// without special functions, of which the softmax has too many already, and with what scales the
+// product in the terms. Its sign says whether `beyond`, x^2 less the largest, belongs to a small one.
+DEVICE float BeyondSmall(const SpattnCudaRule& rule, float x) {
+  return fmaf(x, x, -rule.cap_square);
+}
+DEVICE float SumOfTerms(const float (&terms)[4], float beyond) {
+  return fmaf(fmaf(fmaf(terms[3], beyond, terms[2]), beyond, terms[1]), beyond, terms[0]);
 }
 
 // What a warp finds of a fragment before it computes its scores, so that most need no case by case.
 enum FragmentCase {
   kAnyFragment = 0,
-  kSmallLogits = 1,  // all are small: TanhOfSmall
+  kSmallLogits = 1,  // all are small: SumOfTerms
   kBeyondReach = 2,  // all distances are, on one side: they have one bias
   kWithinReach = 3,  // all are less: no index is clipped
 };
@@ -352,10 +350,10 @@ struct PanelRule {
       for (int i = 0; i < kM * kN * 4; ++i) {
         largest = fmaxf(largest, fabsf(s[i / (kN * 4)][i / 4 % kN][i % 4]));
       }
-      if (__any_sync(kFullWarp, largest * fabsf(scale) >= kSmallLogit)) {
-        work(Case<kAnyFragment>{});
-      } else {
+      if (__all_sync(kFullWarp, BeyondSmall(rule, largest) < 0)) {
         work(Case<kSmallLogits>{});
+      } else {
+        work(Case<kAnyFragment>{});
       }
     } else if constexpr (kHasBias && !kHasSoftcap && !SPATTN_ROW_STRIDED) {
       int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
@@ -398,13 +396,15 @@ struct PanelRule {
     for (int i = 0; kChangesScores && i < kM * 4; ++i) {
       const int m = i / 4, h = i / 2 % 2, j = i % 2;
       float& at = x[m][i % 4];
-      at *= scale;
       if (kHasSoftcap) {
         // Each by itself, as if its fragment were small: no score may depend on another's.
-        const bool is_small = kCase == kSmallLogits || (!kIsExact && fabsf(at) < kSmallLogit);
-        at = is_small ? TanhOfSmall(at) : Tanh(at);
+        const float beyond = kIsExact ? 0 : BeyondSmall(rule, at);
+        const bool is_small = kCase == kSmallLogits || beyond < 0;
+        at = is_small ? at * SumOfTerms(rule.cap_terms, beyond) : Tanh(at * scale);
         cap_slopes[m][i % 4] = fmaf(-at, at, 1);
         at *= cap;
+      } else {
+        at *= scale;
       }
       if (kHasAlibi) {
         const float ahead =

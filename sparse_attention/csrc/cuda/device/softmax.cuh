@@ -20,6 +20,10 @@ DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int firs
   }
 }
 
+struct Always {
+  constexpr bool operator()() const { return true; }
+};
+
 template <int kM, int kN, int kOut>
 struct OnlineSoftmax {
   // The state of a row, scaled as exponents are (scale_exp). A shift is rounded once and is the same in
@@ -103,8 +107,10 @@ struct OnlineSoftmax {
   }
 
   // The same where exponent(x, m, h, n, j) makes s - shift of a product x, from column j of fragment n.
-  template <typename Exponent>
-  __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], Exponent exponent) {
+  // Also false where are_right(), asked afterwards, says that not all of them were right.
+  template <typename Exponent, typename AreRight = Always>
+  __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], Exponent exponent,
+                                 AreRight are_right = {}) {
     constexpr float kLargestSum = 8192;
     has_shifted = false;
     float tile_sum[kM][2];
@@ -115,6 +121,7 @@ struct OnlineSoftmax {
       tile_sum[m][h] = SumExp(s, m, h, 0, exponent);
       is_over |= tile_sum[m][h] > kLargestSum;
     }
+    is_over |= !are_right();
     if (__any_sync(kFullWarp, is_over)) return false;
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) row_sum[i / 2][i % 2] += tile_sum[i / 2][i % 2];

@@ -263,12 +263,11 @@ bool RunsFwdSm90(const SpattnCudaShape& s) {
 }
 
 // The accumulators of three groups fit the registers with head dims up to 64 alone, and with no rule
-// beside them but ALiBi, which spills a few registers where a tile is masked.
+// beside them but ALiBi or a soft cap, which spill a few registers where a tile is masked or logits are
+// large.
 int FwdSm90PartQueries(const SpattnCudaShape& s) {
-  return WidestDim(s) <= 64 && s.list_keys >= kLongestList &&
-                 (s.rule == 0 || s.rule == SPATTN_RULE_ALIBI)
-             ? 192
-             : 128;
+  const bool is_light = s.rule == 0 || s.rule == SPATTN_RULE_ALIBI || s.rule == SPATTN_RULE_SOFTCAP;
+  return WidestDim(s) <= 64 && s.list_keys >= kLongestList && is_light ? 192 : 128;
 }
 
 int RoundListQueries(int64_t average, int64_t q_len) {

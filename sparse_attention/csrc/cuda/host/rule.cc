@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "abi/checks.h"
 #include "abi/score_rule.h"
@@ -52,6 +53,23 @@ int32_t PitchOf(int64_t rows) {
   return static_cast<int32_t>(std::max<int64_t>((rows + 1) / 2 * 2, 2));
 }
 
+// What SpattnCudaRule says of tanh(t x), t = softmax_scale / logit_softcap. Of |t x| < 1/2, with an
+// absolute error below 1.3e-7: tanh(y) / y as a polynomial of y^2 - 1/4, minimax in the error of tanh(y).
+void SetCapTerms(float softmax_scale, float cap, SpattnCudaRule* rule) {
+  constexpr double kTerms[] = {0.9242340591277163, -0.2756131644828143, 0.09892209482241934,
+                               -0.04337248097900576};
+  constexpr double kLargest = 1 << 18, kLog2e = 1.4426950408889634;
+  const double t = softmax_scale / static_cast<double>(cap);
+  // Where terms would leave float32's range no logit is small.
+  const bool is_in_range = std::abs(t) > 1 / kLargest && std::abs(t) < kLargest;
+  rule->cap_square = is_in_range ? static_cast<float>(0.25 / (t * t)) : 0;
+  double power = t;
+  for (int i = 0; i < 4; ++i, power *= t * t) {
+    rule->cap_terms[i] = is_in_range ? static_cast<float>(kTerms[i] * power) : 0;
+    rule->cap_exponents[i] = static_cast<float>(rule->cap_terms[i] * (cap * kLog2e));
+  }
+}
+
 }  // namespace
 
 SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreRule& rule,
@@ -64,6 +82,7 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
   parts_ = PartsOf(problem, rule);
   rule_.kept_times = 1;
   rule_.logit_softcap = rule.logit_softcap;
+  if (rule.logit_softcap != 0) SetCapTerms(problem.softmax_scale, rule.logit_softcap, &rule_);
   rule_.q_offset = static_cast<int32_t>(rule.q_offset);
   rule_.alibi_slopes = rule.alibi_slopes;
   rule_.relative_bias = rule.relative_bias;
