@@ -75,9 +75,10 @@ constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
 constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
 // Whether ALiBi is all that changes scores; then it is done here (Alibi), not by PanelRule.
 constexpr bool kAlibiAlone = kHasAlibi && !kHasSoftcap && !kHasBias;
-// The same of the soft cap. Either may be part of the exponent, for most tiles (try_update).
+// The same of the soft cap, and of the bias. Each may be part of the exponent, for most tiles (try_update).
 constexpr bool kCapAlone = kHasSoftcap && !kHasAlibi && !kHasBias;
-constexpr bool kJoinsRule = kAlibiAlone || kCapAlone;
+constexpr bool kBiasAlone = kHasBias && !kHasAlibi && !kHasSoftcap;
+constexpr bool kJoinsRule = kAlibiAlone || kCapAlone || kBiasAlone;
 // Whether a tile's mask may be one of keys, the same for all queries.
 constexpr bool kMasksKeys = kHasSegments && !kHasMask;
 static_assert(!kMasksKeys || kLists == 1, "one list says which keys there are");
@@ -676,6 +677,8 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
         const float beyond = BeyondSmall(rule, x);
         all_beyond &= __float_as_int(beyond);
         exponent = fmaf(x, SumOfTerms(rule.cap_exponents, beyond), -shift);
+      } else if constexpr (kBiasAlone) {
+        exponent = fmaf(x, product_scale, panel_rule.edge - shift);
       } else {
         exponent = fmaf(x, scale_exp, -shift);
       }
@@ -690,7 +693,11 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
     }
     if (!kJoinsRule) apply_rule(n);
-    const bool is_fit = !kAlibiAlone || smem.alibi[n % kSlots].is_beside;
+    bool is_fit = true;  // for try_update
+    if (kAlibiAlone) is_fit = smem.alibi[n % kSlots].is_beside;
+    if constexpr (kBiasAlone) {
+      is_fit = panel_rule.CaseOfDistances<kN>(columns_of(n)) == kBeyondReach;
+    }
     if (may_try && (!is_masked || masks_keys) && is_fit && softmax.HasShifts()) {
       if (masks_keys) {
         const KeyBits bits = KeyBits::Read(smem.key_bits[n % kSlots]);

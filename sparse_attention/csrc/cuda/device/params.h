@@ -127,8 +127,9 @@ typedef struct {
   // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
   // the list has m + 1, and kCheckPairs beside it where segments and mask must be looked at.
   const int32_t *q_tile_ends, *kv_tile_ends;  // [batch, plan heads * tiles]
-  // The gradient of relative_bias, of slices of the queries; sum_reach is more than any distance, or
-  // bias_reach if that is less. With dropout without the factor kept_times.
+  // The gradient of relative_bias, of slices of the queries, or of attention_bwd_sm90 of each kv tile of
+  // each sequence; sum_reach is more than any distance, or bias_reach if that is less. With dropout
+  // without the factor kept_times.
   float* bias_sums;  // [slices, heads, 2 * sum_reach - 1]
   int32_t slices, sum_reach;
 } SpattnCudaRule;

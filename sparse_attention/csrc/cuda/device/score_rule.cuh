@@ -224,6 +224,7 @@ enum FragmentCase {
   kSmallLogits = 1,  // all are small: SumOfTerms
   kBeyondReach = 2,  // all distances are, on one side: they have one bias
   kWithinReach = 3,  // all are less: no index is clipped
+  kEdgeInShift = 4,  // as kBeyondReach, and their bias has been taken from the shifts
 };
 template <FragmentCase kTheCase>
 struct Case {
@@ -341,6 +342,30 @@ struct PanelRule {
     }
   }
 
+  // Whether the distances of a warp's fragment are beyond the reach, which sets `edge`, or within.
+  template <int kN, typename ColumnOf>
+  __forceinline__ FragmentCase CaseOfDistances(ColumnOf column_of) {
+    int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const ColumnPair columns = PlacedColumns(column_of, n);
+      first = Min(first, columns.row + columns.ahead[0]);
+      last = Max(last, columns.row + columns.ahead[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      first_row = Min(first_row, rows[i / 2][i % 2]), last_row = Max(last_row, rows[i / 2][i % 2]);
+    }
+    const int least = kOwnsQueries ? first_row - last : first - last_row;
+    const int most = kOwnsQueries ? last_row - first : last - first_row;
+    const int reach = rule.bias_reach - 1;
+    if (__all_sync(kFullWarp, least >= reach) || __all_sync(kFullWarp, most <= -reach)) {
+      edge = __ldg(bias + (least >= reach ? 2 * reach : 0)) * kExpScale;
+      return kBeyondReach;
+    }
+    return __all_sync(kFullWarp, least > -reach && most < reach) ? kWithinReach : kAnyFragment;
+  }
+
   // Calls work(Case<...>) with what all of a warp's fragment is.
   template <int kN, typename ColumnOf, typename Work>
   __forceinline__ void ByCase(const float (&s)[kM][kN][4], ColumnOf column_of, Work work) {
@@ -356,25 +381,10 @@ struct PanelRule {
         work(Case<kAnyFragment>{});
       }
     } else if constexpr (kHasBias && !kHasSoftcap && !SPATTN_ROW_STRIDED) {
-      int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const ColumnPair columns = PlacedColumns(column_of, n);
-        first = Min(first, columns.row + columns.ahead[0]);
-        last = Max(last, columns.row + columns.ahead[1]);
-      }
-#pragma unroll
-      for (int i = 0; i < kM * 2; ++i) {
-        first_row = Min(first_row, rows[i / 2][i % 2]),
-        last_row = Max(last_row, rows[i / 2][i % 2]);
-      }
-      const int least = kOwnsQueries ? first_row - last : first - last_row;
-      const int most = kOwnsQueries ? last_row - first : last - first_row;
-      const int reach = rule.bias_reach - 1;
-      if (__all_sync(kFullWarp, least >= reach) || __all_sync(kFullWarp, most <= -reach)) {
-        edge = __ldg(bias + (least >= reach ? 2 * reach : 0)) * kExpScale;
+      const FragmentCase found = CaseOfDistances<kN>(column_of);
+      if (found == kBeyondReach) {
         work(Case<kBeyondReach>{});
-      } else if (__all_sync(kFullWarp, least > -reach && most < reach)) {
+      } else if (found == kWithinReach) {
         work(Case<kWithinReach>{});
       } else {
         work(Case<kAnyFragment>{});
@@ -413,7 +423,7 @@ struct PanelRule {
       }
       if (kHasBias && kCase == kBeyondReach) {
         at += edge;
-      } else if (kHasBias) {
+      } else if (kHasBias && kCase != kEdgeInShift) {
         const int reach = rule.bias_reach - 1, bias_at = Distance(m, h, columns, j) + reach;
         const int clipped = kCase == kWithinReach ? bias_at : Max(0, Min(bias_at, 2 * reach));
         at = fmaf(__ldg(bias + clipped), kExpScale, at);

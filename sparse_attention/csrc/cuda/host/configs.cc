@@ -188,7 +188,9 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int dq = tile_q * BwdSm90DqColumns(s) * 4;
   const int barriers = 1024;  // and lists
   const int words = s.rule & SPATTN_RULE_DROPOUT ? stages * (tile_q * 8 + tile_kv * 4) : 0;
-  const int rule = s.rule == 0 ? 0 : 1536 + words;  // rows and segments of keys; blocks to look at
+  const int beyond = s.rule & SPATTN_RULE_BIAS_SUMS ? 2 * 256 * 4 : 0;
+  const int rule =
+      s.rule == 0 ? 0 : 1600 + words + beyond;  // rows, segments of keys; blocks to look at
   const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers + rule;
   SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
@@ -205,6 +207,7 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   define("WGMMA", 1);
   define("SHARED_MEMORY", shared_memory);
   DefineRule(&kernel, s);
+  if (s.rule & SPATTN_RULE_BIAS_SUMS) define("BIAS_SUMS", 1);
   return kernel;
 }
 
@@ -276,8 +279,9 @@ int RoundListQueries(int64_t average, int64_t q_len) {
 }
 
 bool RunsBwdSm90(const SpattnCudaShape& s) {
+  const int capped_bias = SPATTN_RULE_BIAS | SPATTN_RULE_SOFTCAP;
   return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
-         s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided &&
+         s.tile_kv == 128 && (s.rule & capped_bias) != capped_bias && !s.is_row_strided &&
          FitsPanels(s.head_dim) && FitsPanels(s.head_dim_v);
 }
 
