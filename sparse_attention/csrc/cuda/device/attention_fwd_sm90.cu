@@ -20,10 +20,10 @@
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
 // Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
-//          for dropout. Two groups: the registers of three hold no more, save with ALiBi or a
-//          soft cap alone, which are part of the exponent (try_update).
-//          Where a tile's mask is the same for all queries it has 4 words instead of bits of every
-//          query (KeyBits), and TryUpdate takes it as any other tile.
+//          for dropout. ALiBi, a soft cap or a bias alone is part of the exponent in most tiles
+//          (try_update). Where a tile's mask is the same for all queries it has 4 words instead of bits
+//          of every query (KeyBits), and TryUpdate takes it as any other tile. Two groups: the
+//          registers of three hold no more rules than ALiBi or a soft cap.
 //
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
 //
@@ -290,6 +290,7 @@ struct Alibi {
         __all_sync(kFullWarp, my_ahead >= kPlanKV - 1 || my_ahead <= 1 - kTileQ);
     if (lane < kGather) ahead[lane] = my_ahead;
     if (lane == 0) slope = slope_exp, is_beside = all_beside;
+    __syncwarp();  // before one lane says for all that the tile is there
   }
 
   // How far this lane's row h is ahead of its first column of fragment n's block.

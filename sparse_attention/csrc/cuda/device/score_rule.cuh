@@ -208,9 +208,10 @@ DEVICE float Tanh(float x) {
   return fmaf(-2, inverse, 1);
 }
 
-// The same of small logits, as those far below their cap are, from the product x of a query and a key:
-// without special functions, of which the softmax has too many already, and with what scales the
-// product in the terms. Its sign says whether `beyond`, x^2 less the largest, belongs to a small one.
+// The same of a small logit, as those far below their cap are, from the product x of a query and a key:
+// x * SumOfTerms(terms, BeyondSmall(x)). It takes no special functions, of which the softmax has too
+// many already, and what scales the product is in the terms. A logit is small where BeyondSmall, which
+// is x^2 less that of the largest, is below 0.
 DEVICE float BeyondSmall(const SpattnCudaRule& rule, float x) {
   return fmaf(x, x, -rule.cap_square);
 }
@@ -410,7 +411,9 @@ struct PanelRule {
         // Each by itself, as if its fragment were small: no score may depend on another's.
         const float beyond = kIsExact ? 0 : BeyondSmall(rule, at);
         const bool is_small = kCase == kSmallLogits || beyond < 0;
-        at = is_small ? at * SumOfTerms(rule.cap_terms, beyond) : Tanh(at * scale);
+        // Both are computed: a branch would read the terms anew for each score.
+        const float small = at * SumOfTerms(rule.cap_terms, beyond);
+        at = is_small ? small : Tanh(at * scale);
         cap_slopes[m][i % 4] = fmaf(-at, at, 1);
         at *= cap;
       } else {
