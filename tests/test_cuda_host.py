@@ -475,9 +475,30 @@ def test_long_lists_of_queries_sum_dq_in_whole_16s_of_columns(machine, head_dims
 def test_where_long_lists_of_queries_have_no_kernel_of_their_own(machine):
     short = ["attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"]
     bias = {"relative_bias": 0x4000, "bias_heads": 6, "bias_reach": 1000}
-    for arch, rule in ((80, {}), (90, bias)):
+    for arch, rule in ((80, {}), (90, {**bias, "logit_softcap": 2.0})):
         got = machine.run(launch_long_lists_of_queries_elsewhere, arch, rule)
         assert got == [short, 0]
+
+
+def launch_bias_on_long_lists_of_queries(core, reach):
+    call = Call(core, length=4400)
+    bias = {"relative_bias": 0x4000, "bias_heads": 6, "bias_reach": reach}
+    set_rule(call.bwd_params.rule, bias)
+    call.bwd_params.drelative_bias = 0x4000
+    call.bwd()
+    return [launch.name.decode() for launch in call.launches()]
+
+
+def test_a_wide_table_has_its_gradient_from_the_kernels_of_short_lists(machine):
+    """Its sums for each kv tile would take more memory than those of dq."""
+    narrow, wide = (
+        machine.run(launch_bias_on_long_lists_of_queries, reach)
+        for reach in (1000, 10000)
+    )
+    bwd = ["delta", "ranks", "sm90", "finish"]
+    assert narrow == [*(f"attention_bwd_{name}" for name in bwd), "score_rule_bias"]
+    delta, dq, dkv = (f"attention_bwd_{name}" for name in ("delta", "dq", "dkv"))
+    assert wide == [delta, dq, "score_rule_bias", dkv]
 
 
 def launch_rules_on_long_lists_of_queries(core, rule):
@@ -536,6 +557,8 @@ def test_rules_on_long_lists_of_queries(machine):
     ranges, lists = ([f"score_rule_{n}", eight] for n in ("ranges", "lists"))
     pairs = ["score_rule_pairs", "-DSPATTN_RULE=16"]
     check_rule({"logit_softcap": 2.0, "alibi_slopes": address}, [], 3, False)
+    bias = {"relative_bias": address, "bias_heads": 6, "bias_reach": 1000}
+    check_rule(bias, [], 4, False)
     words = ["score_rule_words", "-DSPATTN_RULE=32"]
     dropout = {"dropout_rate": 0.5, "dropout_seed": address}
     check_rule(dropout, [words], 32, False, 2.0)

@@ -366,6 +366,15 @@ def _rules():
             lambda: random_block_mask(8, 32, 300, 700, 2, density=0.7),
             dict(long, head_dim=72, head_dim_v=88),
         ),
+        # FULL blocks but on the diagonal; the last rows of the first tile have the most.
+        "long-causal": (
+            lambda: BlockMask(
+                np.tri(10, 45, 35),
+                lambda head, q_idx, kv_idx: kv_idx <= q_idx + 2240,
+                *(64, 610, 2850),
+            ),
+            long,
+        ),
     }
     for dtype in DTYPES:
         is_short = dtype in ("float32", "tf32")
@@ -379,14 +388,22 @@ def _rules():
             rules = rules_of(heads, one.q_len, one.kv_len)
             rules["all"] = {k: v for rule in rules.values() for k, v in rule.items()}
             rules["all"]["q_offset"] = 9
-            alone = rules if shape in ("own", "long") else ["all"]
+            alone = rules if shape in ("own", "long", "long-causal") else ["all"]
             for name in alone:
                 rule = rules[name]
+                if shape == "long-causal":  # whole tiles are behind the queries, too
+                    rule = dict(rule, q_offset=1000)
+                if shape == "long-causal" and "alibi_slopes" in rule:
+                    rule["alibi_slopes"] = rule["alibi_slopes"] / 64
+                if shape == "long-causal" and name == "softcap":
+                    rule["logit_softcap"] = 9.0  # most logits are small
+                if shape == "long-causal" and name == "mask-of-blocks":
+                    rule["mask"] = rule["mask"][:1]  # one for all sequences
                 yield case(f"{name}-{shape}", block_mask, dtype, rule=rule, **options)
 
 
 def _rules_by_keys():
-    """Those of which attention_bwd_sm90 takes the rule: all but relative_bias."""
+    """Those of which attention_bwd_sm90 takes the rule."""
     long = {"tile_q": 128, "tile_kv": 128}
     shapes = {
         # Of 336 keys a mask of pairs is read 16 bytes at a time.
@@ -425,10 +442,13 @@ def _rules_by_keys():
         for shape, (block_mask, options) in shapes.items():
             one, heads = block_mask(), options.get("heads", 2)
             rules = rules_of(heads, one.q_len, one.kv_len)
-            rules.pop("bias")
-            rules["all"] = {k: v for rule in rules.values() for k, v in rule.items()}
-            rules["all"]["q_offset"] = 9
-            scores = {k: v for k, v in rules["all"].items() if k != "mask"}
+            if shape == "64":
+                rules["softcap"] = {"logit_softcap": 9.0}
+            every = {k: v for rule in rules.values() for k, v in rule.items()}
+            every["q_offset"] = 9
+            # A relative_bias and a soft cap each have this kernel, but not together.
+            rules["all"] = {k: v for k, v in every.items() if k != "relative_bias"}
+            scores = {k: v for k, v in every.items() if k != "mask"}
             scores.pop("logit_softcap")
             rules["documents"] = scores  # all that changes weights, within documents
             alone = rules if shape in ("64", "128") else ["all", "documents"]

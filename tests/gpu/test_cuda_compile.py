@@ -32,7 +32,8 @@ SHAPES = {  # (dtype, head_dim): the architectures it is compiled for here
     ("float16", 96): (90,),
 }
 RULED = ("float16", 64)  # of these, that with score rules
-LONG_RULES = (1, 2, 8, 16, 32, 0b101011, 0b110011)  # each alone, and together
+# Each part alone, and together; relative_bias with its gradient, and without a soft cap.
+LONG_RULES = (1, 2, 8, 16, 32, 0b1000100, 0b1101110, 0b101011, 0b110011)
 BLOCKS = {  # of the three ops, (dtype, block_size, head_dim)
     ("float16", 64, 64): (70, 80, 89, 90, 100, 120),
     ("float32", 32, 64): (75, 86),
@@ -61,12 +62,12 @@ def kernels_of(library, arch):
             for phase in abi.LONG_PHASES if has_long else ():
                 kernel = abi.kernel_of(library, shape, phase)
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
-            # attention_bwd_sm90 takes all parts but relative_bias.
             is_ruled = has_long and dtype == RULED[0]
             for shape.rule in LONG_RULES if is_ruled else ():
-                kernel = abi.kernel_of(library, shape, "bwd")
-                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                yield f"{title}, rule {shape.rule}", kernel
+                for phase in ("fwd", "bwd"):
+                    kernel = abi.kernel_of(library, shape, phase)
+                    title = f"{kernel.name.decode()} {name} {dtype} {dim}"
+                    yield f"{title}, rule {shape.rule}", kernel
             if is_ruled:
                 kernel = abi.kernel_of(library, shape, "bwd_ranks")
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel

@@ -67,11 +67,14 @@
 //   At all but dq_filled, which is for bulk copies, every thread arrives that has written or read what other
 //   threads read or write: that orders its own accesses, as compute-sanitizer's racecheck sees too.
 //
-// Rules:   score_rule.cuh, all but relative_bias. Segments and mask join the bits of the tiles that need a
-//          mask, and each sequence has lists and ranks of its own. A key that nobody attends to, as one
-//          of padding, gives no tile a mask: its ds and its gradients are set to zero (FindKeys). What
-//          a tile's scores need besides the fragments lies in shared memory (RuleSmem), as the
-//          multiplying groups have few registers.
+// Rules:   score_rule.cuh, all but relative_bias with a soft cap. Segments and mask join the bits of the
+//          tiles that need a mask, and each sequence has lists and ranks of its own. A key that nobody
+//          attends to, as one of padding, gives no tile a mask: its ds and its gradients are set to zero
+//          (FindKeys). What a tile's scores need besides the fragments lies in shared memory (RuleSmem),
+//          as the multiplying groups have few registers.
+//          A tile whose distances are all beyond the reach of relative_bias has one bias, which Prepare
+//          takes from lse_exp, and one sum of ds. Of the others ds is added up as dq reads it, by
+//          distances (BiasStrip).
 //
 // Memory:  Smem, and RuleSmem behind it.   Registers: 2 groups 240, the third 24: the sum is what the
 //          launch gives. Below 240 ptxas serializes the products (C7512), and so it does where k or v,
@@ -85,8 +88,8 @@
 // Measured: H100, all, 4 x 16384, with the small kernels around it: 16 x 64 11.6 ms (attention_bwd_dq and
 //          attention_bwd_dkv 14.8, cuDNN 13.5), 8 x 128 10.5 (13.8, 11.0): 490 and 540 TFLOP/s. The products
 //          alone take 8.1; what was tried: benchmarks/results/gpu_kernels_h100.txt.
+#include "cuda/device/bias_sums.cuh"
 #include "cuda/device/matmul.cuh"
-#include "cuda/device/score_rule.cuh"
 #include "cuda/device/warpgroup.cuh"
 
 namespace spattn {
@@ -123,7 +126,7 @@ static_assert(kHasWgmma && kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "whole units
 static_assert((kSharesQueries || kTileQ == 64) && kDqN <= 8, "64 queries and a panel to a group");
 static_assert(kGather * Max(kPanels, kPanelsV) <= 32, "a lane for each box");
 constexpr bool kHasRule = SPATTN_RULE != 0;
-static_assert(!kHasBias, "its gradient is added up by attention_bwd_dq");
+static_assert(!kHasBias || !kHasSoftcap, "the gradient of the bias is ds without the cap's slope");
 
 using KTile = Tile<kTileKV, kHeadDim>;
 using VTile = Tile<kTileKV, kHeadDimV>;
@@ -239,10 +242,18 @@ struct RuleSmem {
   int key_segments[kHasSegments ? kTileKV : 1];
   int is_checked[kSlots][kGather];  // for segments and mask
   float slope[kStages];
+  // Of relative_bias: the table of the tile's head; which distances the tile has; the least and the
+  // greatest row of each 32 keys; and what each multiplying thread has added up beyond the reach.
+  const float* bias[kHasBias ? kStages : 1];
+  int reach[kHasBias ? kStages : 1];  // TileReach
+  int least_row[kHasBias ? kMaskWords : 1], greatest_row[kHasBias ? kMaskWords : 1];
+  float beyond[2][kSumsBias ? kMathThreads : 1];  // below and above
   // Of dropout:
   alignas(16) uint32_t query_words[kStages][kHasDropout ? kTileQ * 2 : 1];
   uint32_t key_words[kStages][kHasDropout ? kTileKV : 1];
 };
+// Whether all distances of a tile are beyond the reach of relative_bias, on one side.
+enum TileReach { kIsWithin = 0, kIsBelow = 1, kIsAbove = 2 };
 DEVICE RuleSmem& RuleOf(Smem& smem) { return reinterpret_cast<RuleSmem*>(&smem + 1)[0]; }
 static_assert(sizeof(Smem) + (kHasRule ? sizeof(RuleSmem) : 0) <= SPATTN_SHARED_MEMORY,
               "the host counts fewer bytes");
@@ -276,6 +287,9 @@ DEVICE void ForEachTile(const Owned& owned, Work work) {
   }
 }
 
+// Farther than any two rows are (host: CheckRuleLimits).
+constexpr int kFar = 1 << 30;
+
 // All threads find which of the tile's keys anyone may attend to, where there is a rule. The ds and the
 // gradients of the others are 0, whatever their products are, and no tile needs a mask because of them.
 DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) {
@@ -290,6 +304,17 @@ DEVICE void FindKeys(Smem& smem, const Owned& owned, const SpattnCudaRule& rule)
     const uint32_t word = __ballot_sync(kFullWarp, segment >= 0);
     RuleOf(smem).key_rows[r] = row;
     if (r % 32 == 0) smem.keys_exist[r / 32] = word;
+    if (kHasBias) {
+      int least = row < 0 ? kFar : row, greatest = row < 0 ? -kFar : row;
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) {
+        least = Min(least, __shfl_xor_sync(kFullWarp, least, lanes));
+        greatest = Max(greatest, __shfl_xor_sync(kFullWarp, greatest, lanes));
+      }
+      if (r % 32 == 0) {
+        RuleOf(smem).least_row[r / 32] = least, RuleOf(smem).greatest_row[r / 32] = greatest;
+      }
+    }
   }
   __syncthreads();
 }
@@ -394,6 +419,21 @@ DEVICE void Restricted(Smem& smem, const Owned& owned, const SpattnCudaRule& rul
   }
 }
 
+// What the distances of a passing tile are. Called by whole warps.
+DEVICE TileReach ReachOf(Smem& smem, const SpattnCudaRule& rule, const Gathered& tile) {
+  const RuleSmem& of_rule = RuleOf(smem);
+  int least = kFar, greatest = -kFar;
+#pragma unroll
+  for (int w = 0; w < kMaskWords; ++w) {
+    least = Min(least, of_rule.least_row[w]), greatest = Max(greatest, of_rule.greatest_row[w]);
+  }
+  const int lane = threadIdx.x % 32, first = lane < kGather ? tile.first[lane] : -1;
+  const int edge = rule.bias_reach - 1, ahead = first + rule.q_offset;
+  if (__all_sync(kFullWarp, first < 0 || ahead - greatest >= edge)) return kIsAbove;
+  if (__all_sync(kFullWarp, first < 0 || ahead + kRun - 1 - least <= -edge)) return kIsBelow;
+  return kIsWithin;
+}
+
 // The warps behind AddDq's bring lse_exp and delta of all tiles and what a rule needs besides, and make the
 // masks of those tiles that need one. In these q and do become finite: a masked query's NaN must not meet
 // its p = 0 or ds = 0, and a key that may be paired with it has NaN from its lse_exp.
@@ -411,12 +451,22 @@ DEVICE void Prepare(Smem& smem, const Owned& owned, const SpattnCudaRule& rule) 
       const int first = tile.first[r / kRun], row = first + r % kRun;
       return first >= 0 && row < q_len ? row : -1;
     };
+    float edge = 0;  // the bias of all pairs, if there is one
+    if (kHasBias) {
+      const float* bias = rule.relative_bias +
+                          (rule.bias_heads == 1 ? 0 : head * (2 * int64_t{rule.bias_reach} - 1));
+      const TileReach reach = ReachOf(smem, rule, tile);
+      if (reach != kIsWithin) {
+        edge = __ldg(bias + (reach == kIsAbove ? 2 * rule.bias_reach - 2 : 0)) * kExpScale;
+      }
+      if (thread == 0) RuleOf(smem).bias[stage] = bias, RuleOf(smem).reach[stage] = reach;
+    }
 #pragma unroll 1
     for (int r = thread; r < kTileQ; r += kPrepareThreads) {
       const int row = row_of(r), at = stats_at + Max(row, 0);
       const float lse_exp = __ldg(call.lse_exp + at), delta = __ldg(call.delta + at);
       const int place = ColumnStats::Place(Opaque(r));
-      smem.lse_exp[stage].values[place] = row >= 0 ? lse_exp : kInf;
+      smem.lse_exp[stage].values[place] = row >= 0 ? lse_exp - edge : kInf;
       smem.delta[stage].values[place] = row >= 0 ? delta * delta_times : 0;
       if (kHasDropout) {
         const uint2 words = __ldg(
@@ -542,7 +592,9 @@ DEVICE PanelRule<false, 1> RuleOfTile(Smem& smem, const SpattnCudaRule& rule, in
       of_tile.rows_as_floats[0][h] = static_cast<float>(RuleOf(smem).key_rows[key + h * 8]);
     }
     if (kHasDropout) of_tile.multiplier[0][h] = RuleOf(smem).key_words[stage][key + h * 8];
+    if (kHasBias) of_tile.rows[0][h] = RuleOf(smem).key_rows[key + h * 8];
   }
+  if (kHasBias) of_tile.bias = RuleOf(smem).bias[stage];
   return of_tile;
 }
 
@@ -551,8 +603,17 @@ DEVICE PanelRule<false, 1> RuleOfTile(Smem& smem, const SpattnCudaRule& rule, in
 template <typename ColumnOf>
 DEVICE void RuledProbabilities(float (&s)[1][kN][4], uint32_t (&p_frag)[kN / 2][1][4],
                                const ColumnStats& lse_exp, PanelRule<false, 1>& rule,
-                               const uint32_t* words, ColumnOf column_of) {
-  rule.ByCase(s, column_of, [&](auto the_case) {
+                               const uint32_t* words, ColumnOf column_of, int reach) {
+  const auto by_case = [&](auto work) {
+    if constexpr (!kHasBias) {
+      rule.ByCase(s, column_of, work);
+    } else if (reach != kIsWithin) {
+      work(Case<kEdgeInShift>{});
+    } else {
+      work(Case<kAnyFragment>{});
+    }
+  };
+  by_case([&](auto the_case) {
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       const float4 lse = lse_exp.Read(n);
@@ -649,6 +710,100 @@ DEVICE void KeepKeys(uint32_t (&c)[kN / 2][1][4], const uint32_t* keys_exist) {
   }
 }
 
+// The sum of this lane's ds of keys that anybody attends to.
+DEVICE float SumOfKeys(const float (&ds)[1][kN][4], const uint32_t* keys_exist) {
+  const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const uint32_t bits = keys_exist[key / 32] >> key % 32;
+  float sums[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kN * 4; ++i) sums[i / 2 % 2] += ds[0][i / 4][i % 4];
+  return (bits & 1 ? sums[0] : 0) + (bits >> 8 & 1 ? sums[1] : 0);
+}
+
+// Adds up the gradient of relative_bias in strips of device memory, one for each kv tile of each head
+// (bias_sums.cuh). A distance belongs to one thread, so that its sum has one order and no barriers: to that
+// whose number is what its place in the strip leaves, divided by the threads.
+struct BiasStrip {
+  const Owned& owned;
+  const SpattnCudaRule& rule;
+  int head;
+  unsigned head_end;  // the tile behind the head's
+
+  // All multiplying threads call it and what follows.
+  __forceinline__ void Init(Smem& smem) {
+    for (head = owned.FirstHead(); head < owned.EndHead(); ++head) {
+      float* sums = Sums(head);
+      for (int i = threadIdx.x; i < 2 * rule.sum_reach - 1; i += kMathThreads) sums[i] = 0;
+    }
+    RuleOf(smem).beyond[0][threadIdx.x] = RuleOf(smem).beyond[1][threadIdx.x] = 0;
+    head = owned.FirstHead(), head_end = KvList::Make(owned, head).Tiles();
+    GoTo(0);
+  }
+
+  // [2 * sum_reach - 1]
+  __forceinline__ float* Sums(int head) const {
+    const int64_t slice =
+        static_cast<int64_t>(owned.batch) * owned.mapped.call.by_kv.tiles + owned.tile;
+    return rule.bias_sums + (slice * owned.mapped.call.problem.heads + head) *
+                                (2 * static_cast<int64_t>(rule.sum_reach) - 1);
+  }
+
+  // Finds the head of tile n, which is the next one.
+  __forceinline__ void GoTo(unsigned n) {
+    while (n >= head_end && head + 1 < owned.EndHead()) {
+      head_end += KvList::Make(owned, ++head).Tiles();
+    }
+  }
+
+  // Adds a tile's ds, as it lies in shared memory.
+  __forceinline__ void Add(Smem& smem, const Gathered& tile) const {
+    const int zero = rule.sum_reach - 1, last = 2 * zero, thread = threadIdx.x;
+    float* sums = Sums(head);
+#pragma unroll 1
+    for (int i = 0; i < kGather * kOwned; ++i) {
+      const int run = i / kOwned, block = i % kOwned;
+      const int first_query = tile.first[run],
+                first_key = RuleOf(smem).key_rows[block * kPlanBlock];
+      if (first_query < 0 || first_key < 0) continue;
+      // The diagonal of this run and this block that is the thread's: column less row.
+      const int first = first_query + rule.q_offset - first_key + zero;
+      int diagonal = (thread - first) & (kMathThreads - 1);
+      if (diagonal >= kRun) diagonal -= kMathThreads;
+      if (diagonal <= -kPlanBlock) continue;
+      float sum = 0;
+#pragma unroll 4
+      for (int column = Max(diagonal, 0); column < Min(kRun, kPlanBlock + diagonal); ++column) {
+        const int query = run * kRun + column, key = block * kPlanBlock + column - diagonal;
+        sum += ToFloat(smem.ds[DsTile::Offset(key, query) + query % 8]);
+      }
+      const int at = first + diagonal;
+      if (at <= 0) {
+        RuleOf(smem).beyond[0][thread] += sum;
+      } else if (at >= last) {
+        RuleOf(smem).beyond[1][thread] += sum;
+      } else {
+        sums[at] += sum;
+      }
+    }
+  }
+
+  // Ends a head: warps 0 and 1 add up what lies beyond the reach.
+  __forceinline__ void Finish(Smem& smem) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    BarrierSync(kMathBarrier, kMathThreads);
+    if (warp < 2) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < kMathThreads / 32; ++i) sum += RuleOf(smem).beyond[warp][i * 32 + lane];
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+      if (lane == 0) Sums(head)[warp == 0 ? 0 : 2 * rule.sum_reach - 2] += sum;
+    }
+    BarrierSync(kMathBarrier, kMathThreads);
+    RuleOf(smem).beyond[0][threadIdx.x] = RuleOf(smem).beyond[1][threadIdx.x] = 0;
+  }
+};
+
 // Writes 16 rows of dsT, in fragments, to their place in a DsTile.
 DEVICE void StoreDs(T* ds_smem, const uint32_t (&ds)[kN / 2][1][4], int first_row) {
   const int lane = threadIdx.x % 32, row = first_row + lane % 16;
@@ -722,6 +877,8 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     tiles += KvList::Make(owned, head).Tiles();
   }
   LoadKeys(smem, owned);
+  BiasStrip strip{owned, rule, 0, 0};
+  if constexpr (kSumsBias) strip.Init(smem);
   BarrierArrive(kDsLeft + 1 - group, kMathThreads);
 
   RowOperand<1, KTile, false> k;
@@ -745,6 +902,8 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     const T *q_smem = smem.q[stage], *do_smem = smem.dout[stage];
     const bool is_masked = smem.gathered[n % kSlots].is_masked;
 
+    const int reach = kHasBias ? RuleOf(smem).reach[stage] : 0;
+
     float dp_frag[1][kN][4];
     v.group = SmemOperand::Make(smem.v + group * kGroupRows * 64);
     MatmulABt<DoTile>(dp_frag, v, SmemOperand::Make(do_smem), nullptr);
@@ -754,7 +913,8 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
       const int* firsts = smem.gathered[n % kSlots].first;
       RuledProbabilities(
           s_frag, p_frag, smem.lse_exp[stage], of_tile, RuleOf(smem).query_words[stage],
-          [&](int n) { return FragmentColumn{firsts[n * 8 / kRun] + lane % 4 * 2, n * 8 % kRun}; });
+          [&](int n) { return FragmentColumn{firsts[n * 8 / kRun] + lane % 4 * 2, n * 8 % kRun}; },
+          reach);
     } else {
       Probabilities(s_frag, scale_exp, smem.lse_exp[stage]);
     }
@@ -765,6 +925,9 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     MatmulWait<0>(dp_frag);
     ScoreGradient(dp_frag, s_frag, smem.delta[stage]);
     if (is_masked) KeepAllowed(dp_frag, smem.mask[stage]);
+    if (kSumsBias && reach != kIsWithin) {
+      RuleOf(smem).beyond[reach == kIsAbove][threadIdx.x] += SumOfKeys(dp_frag, smem.keys_exist);
+    }
     if (!kHasSoftcap) PackAllFragments(p_frag, s_frag);
     if (kHasDropout) DropBelowZero(p_frag);
     // This changes no result, but without it ptxas serializes the products (C7512): p is packed so early.
@@ -783,7 +946,7 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
         SmemOperand::Make(smem.k_finite + (kSharesQueries ? 0 : group * KTile::kPanel)));
     WgmmaPB<QTile>(dk_frag, ds_frag, SmemOperand::Make(q_smem));
     MatmulWait<1>(dv_frag, dq_frag);
-    BarrierArrive(kDsLeft + 1 - group, kMathThreads);
+    if (!kSumsBias) BarrierArrive(kDsLeft + 1 - group, kMathThreads);
 
     queue_scores(n + 1 < tiles ? n + 1 : n, s_frag);  // of the last tile again: no branch here
     smem.dq_emptied[buffer].Wait(Parity<kDqBuffers>(n) ^ 1);
@@ -792,8 +955,18 @@ DEVICE void Multiply(Smem& smem, const Owned& owned, const SpattnCudaRule& rule,
     __syncwarp();
     if (lane == 0) smem.dq_filled[n % 2].Arrive();
     MatmulWait<1>(dk_frag);
-    smem.released[Opaque(n) % kStages].Arrive();  // where it lies takes no register from s
+    // Where the barrier lies takes no register from s.
+    if (!kSumsBias) smem.released[Opaque(n) % kStages].Arrive();
     MatmulWait<0>(s_frag);
+    if (kSumsBias) {
+      if (reach == kIsWithin) strip.Add(smem, smem.gathered[n % kSlots]);
+      smem.released[Opaque(n) % kStages].Arrive();
+      BarrierArrive(kDsLeft + 1 - group, kMathThreads);
+      if (n + 1 == strip.head_end) {
+        strip.Finish(smem);
+        strip.GoTo(n + 1);
+      }
+    }
   }
 
   // ---- epilogue ----

@@ -20,7 +20,10 @@
 //          tiles' lists, which Copy merges, and where only one of them has a block there is a mask.
 //
 // Rules:   score_rule.cuh. Mask also sees to who attends to whom, and brings the words of every tile's keys
-//          for dropout. Two groups: the registers of three hold no more.
+//          for dropout. ALiBi, a soft cap or a bias alone is part of the exponent in most tiles
+//          (try_update). Where a tile's mask is the same for all queries it has 4 words instead of bits
+//          of every query (KeyBits), and TryUpdate takes it as any other tile. Two groups: the
+//          registers of three hold no more rules than ALiBi or a soft cap.
 //
 // Schedule of one multiplying group (of three; the others are a third of a round behind):
 //
@@ -71,6 +74,15 @@ constexpr int kTileKV = 128;
 constexpr int kLists = kGroups == 3 ? 2 : 1;  // plan tiles that a part's queries lie in
 constexpr int kGather = kTileKV / kPlanKV;    // blocks in a tile
 constexpr int kN = kTileKV / 8, kOut = PaddedDim(kHeadDimV) / 8;
+// Whether ALiBi is all that changes scores; then it is done here (Alibi), not by PanelRule.
+constexpr bool kAlibiAlone = kHasAlibi && !kHasSoftcap && !kHasBias;
+// The same of the soft cap, and of the bias. Each may be part of the exponent, for most tiles (try_update).
+constexpr bool kCapAlone = kHasSoftcap && !kHasAlibi && !kHasBias;
+constexpr bool kBiasAlone = kHasBias && !kHasAlibi && !kHasSoftcap;
+constexpr bool kJoinsRule = kAlibiAlone || kCapAlone || kBiasAlone;
+// Whether a tile's mask may be one of keys, the same for all queries.
+constexpr bool kMasksKeys = kHasSegments && !kHasMask;
+static_assert(!kMasksKeys || kLists == 1, "one list says which keys there are");
 constexpr int kCopyRegisters = kGroups == 3 ? 32 : 72, kMathRegisters = kGroups == 3 ? 160 : 216;
 static_assert(kGroups == 2 || kGroups == 3, "a tile of the plan, or one and a half");
 static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a tile's stage is a remainder");
@@ -139,13 +151,19 @@ DEVICE RowMap KvRows(const Part& part) {
 // A mask row that is none: all pairs of the block are allowed, or none are.
 constexpr int kFull = -1, kAbsent = -2;
 
+// With ALiBi lists are read from their ends: the largest scores of a causal row come first then, and
+// TryUpdate need not raise its shift tile by tile. Blocks count down, so that the least is the next.
+constexpr bool kReadsFromEnd = kHasAlibi;
+DEVICE unsigned InOrder(unsigned block) { return kReadsFromEnd ? 0x7fffffffu - block : block; }
+
 // What a passing tile consists of: block g gives its keys [g * kPlanKV, (g + 1) * kPlanKV).
 struct Gathered {
   int first[kGather];             // first position, or -1
   int mask_row[kLists][kGather];  // of mask_bits, for each plan tile of the part; kFull; kAbsent
   int is_checked[kLeavesLists ? kGather : 1];  // for segments and mask
-  int is_masked, is_last;
+  int is_masked, is_last;                      // is_masked: 0, or how
 };
+constexpr int kByPairs = 1, kByKeys = 2;
 
 // The blocks that the part's plan tiles list, in order. It lies in shared memory; one warp uses it.
 struct UnionList {
@@ -178,17 +196,19 @@ struct UnionList {
 
   // Takes the next kGather blocks from the lists. Where none is left there is no block: such a tile is
   // masked, and so is the only tile of a part whose lists are empty.
-  __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan) {
+  // checks_keys: what is to be checked is the same for all queries.
+  __forceinline__ void Take(Gathered* to, const SpattnTilePlan& plan, bool checks_keys) {
     constexpr unsigned kNone = 0xffffffffu;
+    constexpr int kStep = kReadsFromEnd ? -1 : 1;
     const int lane = Opaque(threadIdx.x) % 32;
     unsigned block[kLists];  // lane i: the list's block i from here on
     int mask_id[kLists], taken[kLists] = {};
     const int64_t list_at = kLeavesLists ? first_entry : 0;
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
-      const int from = at[i] + lane;
-      const bool is_there = from < end[i];
-      block[i] = is_there ? __ldg(plan.indices + list_at + from) : kNone;
+      const int from = kReadsFromEnd ? end[i] - 1 - lane : at[i] + lane;
+      const bool is_there = kReadsFromEnd ? from >= at[i] : from < end[i];
+      block[i] = is_there ? InOrder(__ldg(plan.indices + list_at + from)) : kNone;
       mask_id[i] = is_there ? __ldg(plan.mask_ids + list_at + from) : 0;
     }
     // Lane g finds what block g of the tile is: the least block ahead, and where each list has it.
@@ -219,6 +239,7 @@ struct UnionList {
     }
     unsigned ahead[kLists];
     const bool is_last = least_ahead(ahead) == kNone;
+    my_block = InOrder(my_block);
     bool is_masked = !(my_block < static_cast<unsigned>(plan.blocks)), is_checked = false;
     int first = is_masked ? -1 : static_cast<int>(my_block) * kPlanKV;
     int rows[kLists];
@@ -232,6 +253,7 @@ struct UnionList {
       is_masked |= rows[i] != kFull;
     }
     is_masked |= !kv_rows.AllExist(Max(first, 0), kPlanKV) || is_checked;
+    const bool by_pairs = rows[0] >= 0 || (is_checked && !checks_keys);
     if (lane < kGather) {
       to->first[lane] = first;
       if (kLeavesLists) to->is_checked[lane] = is_checked;
@@ -239,13 +261,81 @@ struct UnionList {
       for (int i = 0; i < kLists; ++i) to->mask_row[i][lane] = rows[i];
     }
     is_masked = __any_sync(kFullWarp, lane < kGather && is_masked);
+    const bool by_keys = kMasksKeys && !__any_sync(kFullWarp, lane < kGather && by_pairs);
     __syncwarp();  // all lanes have read `at`
     if (lane == 0) {
-      to->is_masked = is_masked, to->is_last = is_last;
+      to->is_masked = !is_masked ? 0 : by_keys ? kByKeys : kByPairs, to->is_last = is_last;
 #pragma unroll
-      for (int i = 0; i < kLists; ++i) at[i] += taken[i];
+      for (int i = 0; i < kLists; ++i) (kReadsFromEnd ? end[i] : at[i]) += kStep * taken[i];
     }
     __syncwarp();
+  }
+};
+
+// ---- ALiBi ----
+
+// ALiBi of a tile, where nothing else changes scores. It lies in shared memory, as registers are few.
+//
+// Where each block's keys are all before or all behind the part's queries, the distance is linear in the
+// column. So it is one FFMA of constants of the thread for each score, and goes with the shift into the
+// FFMA that scales.
+struct Alibi {
+  float slope;  // in the exponents' base
+  int is_beside;
+  int ahead[kGather];  // how far the part's first query is ahead of the first key of block g
+
+  // Called by a warp; first_query: with q_offset.
+  __forceinline__ void Init(const Gathered& tile, int first_query, float slope_exp) {
+    const int lane = Opaque(threadIdx.x) % 32, my_ahead = first_query - tile.first[lane % kGather];
+    const bool all_beside =
+        __all_sync(kFullWarp, my_ahead >= kPlanKV - 1 || my_ahead <= 1 - kTileQ);
+    if (lane < kGather) ahead[lane] = my_ahead;
+    if (lane == 0) slope = slope_exp, is_beside = all_beside;
+    __syncwarp();  // before one lane says for all that the tile is there
+  }
+
+  // How far this lane's row h is ahead of its first column of fragment n's block.
+  __forceinline__ float Ahead(int n, int h) const {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    return static_cast<float>(ahead[n * 8 / kPlanKV] + row - column) + static_cast<float>(h * 8);
+  }
+  // A product as exponent less its row's shift, if is_beside. Column n * 8 + j.
+  __forceinline__ float Exponent(float x, float scale, float shift, int h, int n, int j) const {
+    const float rise = ahead[n * 8 / kPlanKV] < 0 ? -slope : slope;  // from a key to the next
+    const float first = fmaf(-rise, Ahead(n, h), -shift);
+    return fmaf(x, scale, fmaf(rise, static_cast<float>(n * 8 % kPlanKV + j), first));
+  }
+  // Products become scores in the exponents' base.
+  __forceinline__ void Apply(float (&s)[1][kN][4], float scale) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float distance = Ahead(n, i / 2) - static_cast<float>(n * 8 % kPlanKV + i % 2);
+        s[0][n][i] = fmaf(-slope, fabsf(distance), s[0][n][i] * scale);
+      }
+    }
+  }
+};
+
+// ---- masks of keys ----
+
+// Which of this lane's columns are allowed where a tile's mask is the same for all queries.
+struct KeyBits {
+  uint32_t words[kTileKV / 32];  // bit n % 4 * 8 + j of word n / 4: column j of fragment n
+
+  DEVICE KeyBits Read(const uint32_t (&key_bits)[kTileKV / 32]) {
+    const uint4 all = *reinterpret_cast<const uint4*>(key_bits);
+    const int column = threadIdx.x % 4 * 2;
+    return {{all.x >> column, all.y >> column, all.z >> column, all.w >> column}};
+  }
+  __forceinline__ bool Allow(int n, int j) const { return words[n / 4] >> (n % 4 * 8 + j) & 1; }
+  // Scores of keys that are not allowed become -inf, whatever they were.
+  __forceinline__ void Apply(float (&s)[1][kN][4]) const {
+#pragma unroll
+    for (int i = 0; i < kN * 4; ++i) {
+      if (!Allow(i / 4, i % 2)) s[0][i / 4][i % 4] = -kInf;
+    }
   }
 };
 
@@ -265,6 +355,8 @@ struct Smem {
   UnionList list;
   Mbarrier k_arrived[kStages], k_released[kStages], v_arrived[kStages], v_released[kStages];
   Mbarrier listed[kSlots], mask_written[kSlots], v_checked[kSlots];
+  Alibi alibi[kAlibiAlone ? kSlots : 1];
+  alignas(16) uint32_t key_bits[kMasksKeys ? kSlots : 1][kTileKV / 32];  // of tiles masked by keys
 };
 static_assert(sizeof(Smem) <= SPATTN_SHARED_MEMORY, "the host counts fewer bytes");
 
@@ -335,7 +427,10 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
       smem.v_released[stage].Wait(Parity(n) ^ 1);
       start(Number<VTile::kPanels>{}, smem.v[stage], mapped.v, n, smem.v_arrived[stage]);
     };
-    smem.list.Init(PartOfCta(mapped, i), rule);
+    const Part part = PartOfCta(mapped, i);
+    smem.list.Init(part, rule);
+    const int first_query = part.index * kTileQ + rule.q_offset;
+    const float slope = kAlibiAlone ? __ldg(rule.alibi_slopes + part.head) * kExpScale : 0;
     const unsigned first = n;
     unsigned end = kUnknown;
 #pragma unroll 1
@@ -345,8 +440,9 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         // Mask does not look at the slot any more. Nor do the multiplying groups: this tile's
         // predecessor has waited for v of tile n - 2 - kStages, which is kSlots ago or later.
         smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
-        smem.list.Take(&smem.gathered[slot], plan);
+        smem.list.Take(&smem.gathered[slot], plan, rule.q_segments == nullptr);
         if (smem.gathered[slot].is_last) end = n + 1;
+        if (kAlibiAlone) smem.alibi[slot].Init(smem.gathered[slot], first_query, slope);
         smem.listed[slot].Arrive();
         smem.k_released[stage].Wait(Parity(n) ^ 1);
         start(Number<KTile::kPanels>{}, smem.k[stage], mapped.k, n, smem.k_arrived[stage]);
@@ -360,6 +456,15 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
 // Warps 1 to 3: the masks of tiles that need one, and v of these tiles without NaN and Inf.
 DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const SpattnCudaRule& rule) {
   const int thread = threadIdx.x % kGroupThreads - 32;
+  // Each warp has its own words of key_bits.
+  const auto for_each_key_word = [&](auto work) {
+#pragma unroll
+    for (int i = 0; i < CeilDiv(kTileKV, kMaskThreads); ++i) {
+      const int w = thread / 32 + i * (kMaskThreads / 32);
+      if (w < kTileKV / 32) work(w);
+    }
+    __syncwarp();
+  };
   const auto write_mask = [&](unsigned n, int i) {
     const int slot = n % kSlots;
     smem.listed[slot].Wait(SlotParity(n));
@@ -374,7 +479,20 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
         smem.key_words[slot][key] = row < 0 ? 0 : __ldg(words + row);
       }
     }
-    if (smem.gathered[slot].is_masked) {
+    if (kMasksKeys && smem.gathered[slot].is_masked == kByKeys) {
+      const Part part = PartOfCta(mapped, Opaque(i));
+      const RowMap kv_rows = KvRows(part);
+      for_each_key_word([&](int w) {
+        const int key = w * 32 + threadIdx.x % 32, g = key / kPlanKV;
+        const Gathered& tile = smem.gathered[slot];
+        const int position = tile.mask_row[0][g] == kFull ? tile.first[g] + key % kPlanKV : -1;
+        const int row = kv_rows.Row(position);
+        const bool is_allowed =
+            row >= 0 &&
+            (!tile.is_checked[g] || KeySegment(rule, mapped.call.problem, part.batch, row) == 0);
+        smem.key_bits[slot][w] = __ballot_sync(kFullWarp, is_allowed);
+      });
+    } else if (smem.gathered[slot].is_masked) {
       const Part part = PartOfCta(mapped, Opaque(i));
       const RowMap kv_rows = KvRows(part);
       const SpattnProblem& problem = mapped.call.problem;
@@ -399,7 +517,21 @@ DEVICE void Mask(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
   };
   const auto check_v = [&](unsigned n) {
     const int slot = n % kSlots;
-    if (smem.gathered[slot].is_masked) {
+    if (kMasksKeys && smem.gathered[slot].is_masked == kByKeys) {
+      // Nobody attends to these keys: whatever their v is, it must not meet p = 0.
+      smem.v_arrived[n % kStages].Wait(Parity(n));
+      for_each_key_word([&](int w) {
+        const int lane = threadIdx.x % 32;
+        if (smem.key_bits[slot][w] >> lane & 1) return;
+#pragma unroll
+        for (int column = 0; column < VTile::kColumns; column += kVector) {
+          T* to = smem.v[n % kStages] + VTile::Offset(w * 32 + lane, column);
+          *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
+        }
+      });
+      if (thread == 0) smem.has_nonfinite[slot] = 0;
+      FenceForWgmma();
+    } else if (smem.gathered[slot].is_masked) {
       smem.v_arrived[n % kStages].Wait(Parity(n));
       bool found = false;
       uint4* v_vectors = reinterpret_cast<uint4*>(smem.v[n % kStages]);
@@ -458,7 +590,8 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
                      const SpattnCudaRule& rule, int group) {
   const SpattnProblem& problem = mapped.call.problem;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const float scale_exp = kChangesScores ? 1 : problem.softmax_scale * kExpScale;
+  const float product_scale = problem.softmax_scale * kExpScale;
+  const float scale_exp = kChangesScores ? 1 : product_scale;  // of what apply_rule leaves
   const RowMap q_rows = RowMap::Make(problem.q_len, problem.row_stride, problem.q_len);
   const auto q_row = [&](const Part& part, int r) {
     return q_rows.Row(part.index * kTileQ + group * kGroupRows + r);
@@ -478,12 +611,14 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
   OnlineSoftmax<1, kN, kOut> softmax;
   unsigned n = 0;
   bool is_masked = false, is_last = false, v_is_masked = false;  // tile n; tile n - 1
+  bool masks_keys = false;                                       // tile n, and only them
   bool may_try;
 
   const auto wait_for_k = [&](unsigned n) {
     smem.listed[n % kSlots].Wait(SlotParity(n));
     smem.k_arrived[n % kStages].Wait(Parity(n));
     is_masked = smem.gathered[n % kSlots].is_masked, is_last = smem.gathered[n % kSlots].is_last;
+    masks_keys = kMasksKeys && smem.gathered[n % kSlots].is_masked == kByKeys;
   };
   const auto wait_for_v = [&](unsigned n) {
     smem.v_arrived[n % kStages].Wait(Parity(n));
@@ -519,23 +654,65 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     };
   };
   const auto apply_rule = [&](unsigned n) {
-    if (kChangesScores) panel_rule.ApplyToScores(s_frag, columns_of(n));
+    if constexpr (kAlibiAlone) {
+      smem.alibi[n % kSlots].Apply(s_frag, product_scale);
+    } else if constexpr (kChangesScores) {
+      panel_rule.ApplyToScores(s_frag, columns_of(n));
+    }
   };
   const auto drop = [&](unsigned n) {
     if (kHasDropout) panel_rule.Drop(s_frag, smem.key_words[n % kSlots]);
   };
+  // Whether s_frag has become exp(s - shift), scores unseen; if not, it is to be computed anew.
+  // allows(column, j): whether the mask has the key.
+  const auto try_update = [&](unsigned n, auto allows) {
+    const Alibi& alibi = smem.alibi[kAlibiAlone ? n % kSlots : 0];
+    int all_beyond = -1;  // negative as long as all logits are small
+    const auto exponent = [&](float x, int, int h, int column, int j) {
+      const float shift = softmax.shift[0][h];
+      float exponent;
+      if constexpr (kAlibiAlone) {
+        exponent = alibi.Exponent(x, product_scale, shift, h, column, j);
+      } else if constexpr (kCapAlone) {
+        const float beyond = BeyondSmall(rule, x);
+        all_beyond &= __float_as_int(beyond);
+        exponent = fmaf(x, SumOfTerms(rule.cap_exponents, beyond), -shift);
+      } else if constexpr (kBiasAlone) {
+        exponent = fmaf(x, product_scale, panel_rule.edge - shift);
+      } else {
+        exponent = fmaf(x, scale_exp, -shift);
+      }
+      return allows(column, j) ? exponent : -kInf;
+    };
+    return softmax.TryUpdate(s_frag, exponent, [&] { return all_beyond < 0; });
+  };
   // Turns s_frag into exp(s - shift). A warp that met with scores too large does not try again in its
   // part: it would compute too many of them twice.
   const auto exponentiate = [&](unsigned n) {
-    if (kHasDropout) smem.mask_written[n % kSlots].Wait(SlotParity(n));  // the words are there
-    apply_rule(n);
-    if (may_try && !is_masked && softmax.HasShifts()) {
-      may_try = softmax.TryUpdate(s_frag, scale_exp);
+    if (kHasDropout || (is_masked && kMasksKeys)) {  // dropout's words are there
+      smem.mask_written[n % kSlots].Wait(SlotParity(n));
+    }
+    if (!kJoinsRule) apply_rule(n);
+    bool is_fit = true;  // for try_update
+    if (kAlibiAlone) is_fit = smem.alibi[n % kSlots].is_beside;
+    if constexpr (kBiasAlone) {
+      is_fit = panel_rule.CaseOfDistances<kN>(columns_of(n)) == kBeyondReach;
+    }
+    if (may_try && (!is_masked || masks_keys) && is_fit && softmax.HasShifts()) {
+      if (masks_keys) {
+        const KeyBits bits = KeyBits::Read(smem.key_bits[n % kSlots]);
+        may_try = try_update(n, [&](int column, int j) { return bits.Allow(column, j); });
+      } else {
+        may_try = try_update(n, [](int, int) { return true; });
+      }
       if (may_try) return drop(n);
       ScoresByWarp(s_frag, smem.q[group], smem.k[n % kStages]);
-      apply_rule(n);
+      if (!kJoinsRule) apply_rule(n);
     }
-    if (is_masked) {
+    if (kJoinsRule) apply_rule(n);
+    if (masks_keys) {
+      KeyBits::Read(smem.key_bits[n % kSlots]).Apply(s_frag);
+    } else if (is_masked) {
       smem.mask_written[n % kSlots].Wait(SlotParity(n));
       ApplyMask<kTileQ>(s_frag, smem.mask[n % kSlots], 0);
     }
@@ -554,7 +731,7 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     Clear(o_frag);
     softmax.Init();
     may_try = true;
-    if (kChangesScores || kHasDropout) {
+    if ((kChangesScores && !kAlibiAlone) || kHasDropout) {
       const Part part = part_of(i);
       panel_rule.Init(problem, part.batch, part.head,
                       [&](int, int h) { return q_row(part, warp * 16 + h * 8 + lane / 4); });

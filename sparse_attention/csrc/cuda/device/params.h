@@ -100,6 +100,10 @@ enum SpattnPairKinds { SPATTN_SOME_ALLOWED = 1, SPATTN_SOME_FORBIDDEN = 2 };
 // same with this as without; the others are given a SpattnCudaRuled.
 typedef struct {
   float logit_softcap;
+  // tanh of a small logit (score_rule.cuh), by the product x = <q, k>: where x^2 < cap_square it is
+  // x * sum_i cap_terms[i] (x^2 - cap_square)^i. cap_exponents: the same for the capped score in the
+  // base of exponents, which is 2.
+  float cap_square, cap_terms[4], cap_exponents[4];
   float kept_times;            // 1 / (1 - dropout_rate)
   uint32_t dropout_threshold;  // bits of a weight that is kept are at least that
   int32_t q_offset;
@@ -119,12 +123,13 @@ typedef struct {
   int32_t* kv_ranges;  // [batch, kv blocks, 2] first and last segment of a block; first is -1 where
                        // a row is in none, last where all are; {2^31 - 1, -1} of no row at all
   int32_t* q_ranges;   // [batch, q blocks, 2]
-  uint8_t* pair_kinds;  // [batch, q blocks, kv blocks] SpattnPairKinds of `mask`; null without one
+  uint8_t* pair_kinds;  // [batch or 1, q blocks, kv blocks] SpattnPairKinds of `mask`; or null
   // Lists of a plan that are left, for each sequence: they begin where the plan's do. Of a mask id m
   // the list has m + 1, and kCheckPairs beside it where segments and mask must be looked at.
   const int32_t *q_tile_ends, *kv_tile_ends;  // [batch, plan heads * tiles]
-  // The gradient of relative_bias, of slices of the queries; sum_reach is more than any distance, or
-  // bias_reach if that is less. With dropout without the factor kept_times.
+  // The gradient of relative_bias, of slices of the queries, or of attention_bwd_sm90 of each kv tile of
+  // each sequence; sum_reach is more than any distance, or bias_reach if that is less. With dropout
+  // without the factor kept_times.
   float* bias_sums;  // [slices, heads, 2 * sum_reach - 1]
   int32_t slices, sum_reach;
 } SpattnCudaRule;
@@ -157,6 +162,7 @@ typedef struct {
   SpattnProblem problem;
   SpattnCudaRule rule;
   int32_t block_size, q_blocks, kv_blocks;
+  int32_t batch;  // of pair_kinds
 } SpattnCudaRulePairsParams;
 
 typedef struct {
@@ -166,6 +172,7 @@ typedef struct {
   int32_t is_by_kv;
   int32_t block_size, tile;            // positions in a block and in a tile
   int32_t q_blocks, kv_blocks;         // of pair_kinds
+  int32_t pairs_batch;                 // of pair_kinds
   int32_t *indices, *mask_ids, *ends;  // what is left, written: [batch, entries] and ends
 } SpattnCudaRuleListsParams;
 

@@ -62,6 +62,11 @@ DEVICE int KeySegment(const SpattnCudaRule& rule, const SpattnProblem& problem, 
   return rule.kv_segments ? __ldg(rule.kv_segments + batch * problem.kv_len + row) : 0;
 }
 
+// The highest bit of each byte that is not 0.
+DEVICE uint32_t NonzeroBytes(uint32_t word) {
+  return (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) & 0x80808080u;
+}
+
 // Takes out of a passing row's bits those that segments and mask do not allow. owned_row(r): the row
 // of the tile's row r, or -1.
 // kRun: so many neighbouring keys, of the passing or the owned side, are neighbouring rows.
@@ -153,9 +158,7 @@ struct Restriction {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = i == 0 ? bytes.x : i == 1 ? bytes.y : i == 2 ? bytes.z : bytes.w;
-      // The highest bit of each byte that is not 0, then the four of them side by side.
-      const uint32_t highest = (((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) & 0x80808080u;
-      bits |= ((highest >> 7) * 0x10204080u >> 28) << (i * 4);
+      bits |= ((NonzeroBytes(word) >> 7) * 0x10204080u >> 28) << (i * 4);  // side by side
     }
     return bits;
   }
@@ -205,24 +208,24 @@ DEVICE float Tanh(float x) {
   return fmaf(-2, inverse, 1);
 }
 
-// The same where |x| < kSmallLogit, as logits far below their cap are, without special functions, of
-// which the softmax has too many already: x + x^3 P(x^2), P minimax in relative error.
-constexpr float kSmallLogit = 0.55f;
-DEVICE float TanhOfSmall(float x) {
-  const float z = x * x;
-  float p = fmaf(z, -0x1.9b3016p-8f, 0x1.593cfep-6f);
-  p = fmaf(p, z, -0x1.b92878p-5f);
-  p = fmaf(p, z, 0x1.110d26p-3f);
-  p = fmaf(p, z, -0x1.55554ap-2f);
-  return fmaf(x, z * p, x);
+// The same of a small logit, as those far below their cap are, from the product x of a query and a key:
+// x * SumOfTerms(terms, BeyondSmall(x)). It takes no special functions, of which the softmax has too
+// many already, and what scales the product is in the terms. A logit is small where BeyondSmall, which
+// is x^2 less that of the largest, is below 0.
+DEVICE float BeyondSmall(const SpattnCudaRule& rule, float x) {
+  return fmaf(x, x, -rule.cap_square);
+}
+DEVICE float SumOfTerms(const float (&terms)[4], float beyond) {
+  return fmaf(fmaf(fmaf(terms[3], beyond, terms[2]), beyond, terms[1]), beyond, terms[0]);
 }
 
 // What a warp finds of a fragment before it computes its scores, so that most need no case by case.
 enum FragmentCase {
   kAnyFragment = 0,
-  kSmallLogits = 1,  // all are small: TanhOfSmall
+  kSmallLogits = 1,  // all are small: SumOfTerms
   kBeyondReach = 2,  // all distances are, on one side: they have one bias
   kWithinReach = 3,  // all are less: no index is clipped
+  kEdgeInShift = 4,  // as kBeyondReach, and their bias has been taken from the shifts
 };
 template <FragmentCase kTheCase>
 struct Case {
@@ -340,6 +343,30 @@ struct PanelRule {
     }
   }
 
+  // Whether the distances of a warp's fragment are beyond the reach, which sets `edge`, or within.
+  template <int kN, typename ColumnOf>
+  __forceinline__ FragmentCase CaseOfDistances(ColumnOf column_of) {
+    int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const ColumnPair columns = PlacedColumns(column_of, n);
+      first = Min(first, columns.row + columns.ahead[0]);
+      last = Max(last, columns.row + columns.ahead[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kM * 2; ++i) {
+      first_row = Min(first_row, rows[i / 2][i % 2]), last_row = Max(last_row, rows[i / 2][i % 2]);
+    }
+    const int least = kOwnsQueries ? first_row - last : first - last_row;
+    const int most = kOwnsQueries ? last_row - first : last - first_row;
+    const int reach = rule.bias_reach - 1;
+    if (__all_sync(kFullWarp, least >= reach) || __all_sync(kFullWarp, most <= -reach)) {
+      edge = __ldg(bias + (least >= reach ? 2 * reach : 0)) * kExpScale;
+      return kBeyondReach;
+    }
+    return __all_sync(kFullWarp, least > -reach && most < reach) ? kWithinReach : kAnyFragment;
+  }
+
   // Calls work(Case<...>) with what all of a warp's fragment is.
   template <int kN, typename ColumnOf, typename Work>
   __forceinline__ void ByCase(const float (&s)[kM][kN][4], ColumnOf column_of, Work work) {
@@ -349,31 +376,16 @@ struct PanelRule {
       for (int i = 0; i < kM * kN * 4; ++i) {
         largest = fmaxf(largest, fabsf(s[i / (kN * 4)][i / 4 % kN][i % 4]));
       }
-      if (__any_sync(kFullWarp, largest * fabsf(scale) >= kSmallLogit)) {
-        work(Case<kAnyFragment>{});
-      } else {
+      if (__all_sync(kFullWarp, BeyondSmall(rule, largest) < 0)) {
         work(Case<kSmallLogits>{});
+      } else {
+        work(Case<kAnyFragment>{});
       }
     } else if constexpr (kHasBias && !kHasSoftcap && !SPATTN_ROW_STRIDED) {
-      int first = 0x7fffffff, last = -first, first_row = first, last_row = last;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const ColumnPair columns = PlacedColumns(column_of, n);
-        first = Min(first, columns.row + columns.ahead[0]);
-        last = Max(last, columns.row + columns.ahead[1]);
-      }
-#pragma unroll
-      for (int i = 0; i < kM * 2; ++i) {
-        first_row = Min(first_row, rows[i / 2][i % 2]),
-        last_row = Max(last_row, rows[i / 2][i % 2]);
-      }
-      const int least = kOwnsQueries ? first_row - last : first - last_row;
-      const int most = kOwnsQueries ? last_row - first : last - first_row;
-      const int reach = rule.bias_reach - 1;
-      if (__all_sync(kFullWarp, least >= reach) || __all_sync(kFullWarp, most <= -reach)) {
-        edge = __ldg(bias + (least >= reach ? 2 * reach : 0)) * kExpScale;
+      const FragmentCase found = CaseOfDistances<kN>(column_of);
+      if (found == kBeyondReach) {
         work(Case<kBeyondReach>{});
-      } else if (__all_sync(kFullWarp, least > -reach && most < reach)) {
+      } else if (found == kWithinReach) {
         work(Case<kWithinReach>{});
       } else {
         work(Case<kAnyFragment>{});
@@ -395,13 +407,17 @@ struct PanelRule {
     for (int i = 0; kChangesScores && i < kM * 4; ++i) {
       const int m = i / 4, h = i / 2 % 2, j = i % 2;
       float& at = x[m][i % 4];
-      at *= scale;
       if (kHasSoftcap) {
         // Each by itself, as if its fragment were small: no score may depend on another's.
-        const bool is_small = kCase == kSmallLogits || (!kIsExact && fabsf(at) < kSmallLogit);
-        at = is_small ? TanhOfSmall(at) : Tanh(at);
+        const float beyond = kIsExact ? 0 : BeyondSmall(rule, at);
+        const bool is_small = kCase == kSmallLogits || beyond < 0;
+        // Both are computed: a branch would read the terms anew for each score.
+        const float small = at * SumOfTerms(rule.cap_terms, beyond);
+        at = is_small ? small : Tanh(at * scale);
         cap_slopes[m][i % 4] = fmaf(-at, at, 1);
         at *= cap;
+      } else {
+        at *= scale;
       }
       if (kHasAlibi) {
         const float ahead =
@@ -410,7 +426,7 @@ struct PanelRule {
       }
       if (kHasBias && kCase == kBeyondReach) {
         at += edge;
-      } else if (kHasBias) {
+      } else if (kHasBias && kCase != kEdgeInShift) {
         const int reach = rule.bias_reach - 1, bias_at = Distance(m, h, columns, j) + reach;
         const int clipped = kCase == kWithinReach ? bias_at : Max(0, Min(bias_at, 2 * reach));
         at = fmaf(__ldg(bias + clipped), kExpScale, at);

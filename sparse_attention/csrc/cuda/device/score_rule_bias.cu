@@ -1,5 +1,5 @@
-// score_rule_bias.cu — adds up the gradient of relative_bias over the slices that attention_bwd_dq has
-// written, and over heads where they share it.
+// score_rule_bias.cu — adds up the gradient of relative_bias over the slices that attention_bwd_dq or
+// attention_bwd_sm90 has written, and over heads where they share it.
 //
 // Mapping: a thread for each element.
 // Numerics: float64 sums, in a fixed order; rounded once.
@@ -19,14 +19,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int64_t at = index % width - rule.bias_reach + rule.sum_reach;
   double sum = 0;
   if (at >= 0 && at < sum_width) {
-    const int heads = params.problem.heads, bias_head = static_cast<int>(index / width);
-    const int first = rule.bias_heads == 1 ? 0 : bias_head,
-              end = rule.bias_heads == 1 ? heads : bias_head + 1;
-    for (int slice = 0; slice < rule.slices; ++slice) {
-      for (int head = first; head < end; ++head) {
-        sum += rule.bias_sums[(static_cast<int64_t>(slice) * heads + head) * sum_width + at];
-      }
-    }
+    // Of all heads of all slices, or of one in each.
+    const int heads = params.problem.heads, step = rule.bias_heads == 1 ? 1 : heads;
+    const int64_t end = static_cast<int64_t>(rule.slices) * heads;
+#pragma unroll 8
+    for (int64_t i = index / width; i < end; i += step) sum += rule.bias_sums[i * sum_width + at];
   }
   params.drelative_bias[index] = static_cast<float>(sum * rule.kept_times);
 }

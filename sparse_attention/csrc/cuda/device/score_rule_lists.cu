@@ -41,6 +41,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto kinds_with = [&](int block) {
     const uint8_t* all_kinds = params.rule.pair_kinds;
     if (all_kinds == nullptr) return static_cast<int>(SPATTN_SOME_ALLOWED);
+    const int64_t first_row =
+        params.pairs_batch == 1 ? 0 : static_cast<int64_t>(batch) * params.q_blocks;
     int kinds = 0;
 #pragma unroll 1  // or sm_90a spills
     for (int i = 0; i < owned_blocks; ++i) {
@@ -50,9 +52,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
           static_cast<unsigned>(kv_block) >= static_cast<unsigned>(params.kv_blocks)) {
         continue;
       }
-      kinds |= __ldg(all_kinds +
-                     (static_cast<int64_t>(batch) * params.q_blocks + q_block) * params.kv_blocks +
-                     kv_block);
+      kinds |= __ldg(all_kinds + (first_row + q_block) * params.kv_blocks + kv_block);
     }
     return kinds;
   };

@@ -20,6 +20,10 @@ DEVICE void ApplyMask(float (&s)[kM][kN][4], const uint32_t* mask_smem, int firs
   }
 }
 
+struct Always {
+  constexpr bool operator()() const { return true; }
+};
+
 template <int kM, int kN, int kOut>
 struct OnlineSoftmax {
   // The state of a row, scaled as exponents are (scale_exp). A shift is rounded once and is the same in
@@ -72,7 +76,9 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], scale_exp);
+      row_sum[m][h] = SumExp(s, m, h, row_sum[m][h], [&](float x, int m, int h, int, int) {
+        return fmaf(x, scale_exp, -shift[m][h]);
+      });
     }
   }
 
@@ -96,6 +102,15 @@ struct OnlineSoftmax {
   // else has changed. Scores seldom outgrow those of the first keys, and their maximum is a fifth of
   // all instructions here, for which the exponentials would wait.
   __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], float scale_exp) {
+    return TryUpdate(
+        s, [&](float x, int m, int h, int, int) { return fmaf(x, scale_exp, -shift[m][h]); });
+  }
+
+  // The same where exponent(x, m, h, n, j) makes s - shift of a product x, from column j of fragment n.
+  // Also false where are_right(), asked afterwards, says that not all of them were right.
+  template <typename Exponent, typename AreRight = Always>
+  __forceinline__ bool TryUpdate(float (&s)[kM][kN][4], Exponent exponent,
+                                 AreRight are_right = {}) {
     constexpr float kLargestSum = 8192;
     has_shifted = false;
     float tile_sum[kM][2];
@@ -103,9 +118,10 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) {
       const int m = i / 2, h = i % 2;
-      tile_sum[m][h] = SumExp(s, m, h, 0, scale_exp);
+      tile_sum[m][h] = SumExp(s, m, h, 0, exponent);
       is_over |= tile_sum[m][h] > kLargestSum;
     }
+    is_over |= !are_right();
     if (__any_sync(kFullWarp, is_over)) return false;
 #pragma unroll
     for (int i = 0; i < kM * 2; ++i) row_sum[i / 2][i % 2] += tile_sum[i / 2][i % 2];
@@ -113,13 +129,14 @@ struct OnlineSoftmax {
   }
 
   // Turns a row's scores into exp(s - shift); returns their sum and `sum`.
-  __forceinline__ float SumExp(float (&s)[kM][kN][4], int m, int h, float sum, float scale_exp) {
+  template <typename Exponent>
+  __forceinline__ float SumExp(float (&s)[kM][kN][4], int m, int h, float sum, Exponent exponent) {
     float sums[2] = {sum, 0};
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float p = Exp(fmaf(s[m][n][h * 2 + j], scale_exp, -shift[m][h]));
+        const float p = Exp(exponent(s[m][n][h * 2 + j], m, h, n, j));
         s[m][n][h * 2 + j] = p;
         sums[j] += p;
       }

@@ -134,7 +134,9 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   const int stage = tile_kv * (WholePanels(s.head_dim) + WholePanels(s.head_dim_v)) * 2;  // k, v
   const int words = s.rule & SPATTN_RULE_DROPOUT ? 4 : 0;
   const int slot = tile_kv * (groups * 8 + 4 + words);  // mask, rows of its keys
-  const int barriers = 2048;                            // and lists
+  const int rule =                                      // ALiBi of tiles; bits of their keys
+      (s.rule & SPATTN_RULE_ALIBI ? 640 : 0) + (s.rule & SPATTN_RULE_SEGMENTS ? 256 : 0);
+  const int barriers = 2048 + rule;  // and lists
   const int shared_memory = queries + stages * stage + 2 * stages * slot + barriers;
   SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
@@ -186,7 +188,9 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   const int dq = tile_q * BwdSm90DqColumns(s) * 4;
   const int barriers = 1024;  // and lists
   const int words = s.rule & SPATTN_RULE_DROPOUT ? stages * (tile_q * 8 + tile_kv * 4) : 0;
-  const int rule = s.rule == 0 ? 0 : 1536 + words;  // rows and segments of keys; blocks to look at
+  const int beyond = s.rule & SPATTN_RULE_BIAS_SUMS ? 2 * 256 * 4 : 0;
+  const int rule =
+      s.rule == 0 ? 0 : 1600 + words + beyond;  // rows, segments of keys; blocks to look at
   const int shared_memory = keys + stages * stage + scores + dq_buffers * dq + barriers + rule;
   SpattnCudaKernel kernel = {"attention_bwd_sm90", "", shared_memory, 3 * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
@@ -203,6 +207,7 @@ SpattnCudaKernel ConfigureBwdSm90(const SpattnCudaShape& s) {
   define("WGMMA", 1);
   define("SHARED_MEMORY", shared_memory);
   DefineRule(&kernel, s);
+  if (s.rule & SPATTN_RULE_BIAS_SUMS) define("BIAS_SUMS", 1);
   return kernel;
 }
 
@@ -260,9 +265,12 @@ bool RunsFwdSm90(const SpattnCudaShape& s) {
          FitsPanels(s.head_dim_v);
 }
 
-// The accumulators of three groups fit the registers with head dims up to 64 alone, and with no rule beside them.
+// The accumulators of three groups fit the registers with head dims up to 64 alone, and with no rule
+// beside them but ALiBi or a soft cap, which spill a few registers where a tile is masked or logits are
+// large.
 int FwdSm90PartQueries(const SpattnCudaShape& s) {
-  return WidestDim(s) <= 64 && s.list_keys >= kLongestList && s.rule == 0 ? 192 : 128;
+  const bool is_light = s.rule == 0 || s.rule == SPATTN_RULE_ALIBI || s.rule == SPATTN_RULE_SOFTCAP;
+  return WidestDim(s) <= 64 && s.list_keys >= kLongestList && is_light ? 192 : 128;
 }
 
 int RoundListQueries(int64_t average, int64_t q_len) {
@@ -271,8 +279,9 @@ int RoundListQueries(int64_t average, int64_t q_len) {
 }
 
 bool RunsBwdSm90(const SpattnCudaShape& s) {
+  const int capped_bias = SPATTN_RULE_BIAS | SPATTN_RULE_SOFTCAP;
   return s.list_keys >= kLongQueries && s.arch == 90 && ElementSize(s.dtype) == 2 &&
-         s.tile_kv == 128 && !(s.rule & SPATTN_RULE_BIAS) && !s.is_row_strided &&
+         s.tile_kv == 128 && (s.rule & capped_bias) != capped_bias && !s.is_row_strided &&
          FitsPanels(s.head_dim) && FitsPanels(s.head_dim_v);
 }
 

@@ -195,6 +195,7 @@ void UseListQueries(SpattnCudaShape* shape, const SpattnKvPlan& plan, int64_t q_
 struct DqWorkspace {
   SpattnCudaDqSums sums = {};  // dq null: it does not run
   int64_t zeroed_words = 0;    // from sums.copied on
+  float* bias_sums = nullptr;  // a slice for each kv tile of each sequence
   int64_t sequences = 1;       // that have lists of their own
 
   void Init(const SpattnProblem& p, const SpattnKvPlan& plan, const RuleOnDevice& rule, int arch,
@@ -202,6 +203,11 @@ struct DqWorkspace {
     SpattnCudaShape shape = ShapeOf(p, rule.parts(), arch);
     UseListQueries(&shape, plan, p.q_len);
     if (!RunsBwdSm90(shape)) return;
+    // Slices may take as much memory as dq's sums, but no more.
+    if (plan.kv_tiles * rule.SliceFloats() > p.q_len * BwdSm90DqColumns(shape)) return;
+    if (rule.SliceFloats() > 0) {
+      bias_sums = arena->Take<float>(p.batch * plan.kv_tiles * p.heads * rule.SliceFloats());
+    }
     if (rule.LeavesLists()) sequences = p.batch;
     const int64_t run_rows = BwdSm90RunRows(shape), runs = (p.q_len + run_rows - 1) / run_rows;
     const int64_t all_runs = p.batch * p.heads * runs, lists = plan.heads * plan.kv_tiles;
@@ -240,6 +246,8 @@ class Launcher {
   }
 
   const Stream& stream() const { return stream_; }
+
+  void UseRule(const RuleOnDevice& rule) { rule_ = rule.params(); }
 
   template <class Plan>
   void UsePlan(const Plan& plan) {
@@ -433,6 +441,10 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
   SPATTN_RETURN_IF_ERROR(launcher.Init(problem, space.rule, stream));
   SpattnCudaMappedBwdParams mapped = {};
   const bool is_fused = launcher.MapBwdSm90(params, by_kv, space.dq, &mapped);
+  if (is_fused && space.dq.bias_sums != nullptr) {
+    space.rule.UseSlices(static_cast<int32_t>(by_kv.kv_tiles * problem.batch), space.dq.bias_sums);
+    launcher.UseRule(space.rule);
+  }
   // attention_bwd_sm90 reads no lists by queries.
   SPATTN_RETURN_IF_ERROR(
       space.rule.Prepare(launcher.stream(), is_fused ? nullptr : &tiles_by_q, &tiles_by_kv));
@@ -444,7 +456,8 @@ SpattnStatus Backward(const SpattnBwdParams& params, const SpattnKvPlan& by_kv, 
       launcher.Launch(SPATTN_BWD_DELTA, kernel_params, DeltaTiles(problem), 1, 1));
   if (is_fused) {
     mapped.call = kernel_params;
-    return launcher.LaunchBwdSm90(mapped, by_kv, space.dq);
+    SPATTN_RETURN_IF_ERROR(launcher.LaunchBwdSm90(mapped, by_kv, space.dq));
+    return space.rule.SumSlices(launcher.stream());
   }
   launcher.UsePlan(params.plan);
   if (space.rule.slices() > 0) {

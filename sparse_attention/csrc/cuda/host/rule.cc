@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "abi/checks.h"
 #include "abi/score_rule.h"
@@ -52,6 +53,23 @@ int32_t PitchOf(int64_t rows) {
   return static_cast<int32_t>(std::max<int64_t>((rows + 1) / 2 * 2, 2));
 }
 
+// What SpattnCudaRule says of tanh(t x), t = softmax_scale / logit_softcap. Of |t x| < 1/2, with an
+// absolute error below 1.3e-7: tanh(y) / y as a polynomial of y^2 - 1/4, minimax in the error of tanh(y).
+void SetCapTerms(float softmax_scale, float cap, SpattnCudaRule* rule) {
+  constexpr double kTerms[] = {0.9242340591277163, -0.2756131644828143, 0.09892209482241934,
+                               -0.04337248097900576};
+  constexpr double kLargest = 1 << 18, kLog2e = 1.4426950408889634;
+  const double t = softmax_scale / static_cast<double>(cap);
+  // Where terms would leave float32's range no logit is small.
+  const bool is_in_range = std::abs(t) > 1 / kLargest && std::abs(t) < kLargest;
+  rule->cap_square = is_in_range ? static_cast<float>(0.25 / (t * t)) : 0;
+  double power = t;
+  for (int i = 0; i < 4; ++i, power *= t * t) {
+    rule->cap_terms[i] = is_in_range ? static_cast<float>(kTerms[i] * power) : 0;
+    rule->cap_exponents[i] = static_cast<float>(rule->cap_terms[i] * (cap * kLog2e));
+  }
+}
+
 }  // namespace
 
 SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreRule& rule,
@@ -64,6 +82,7 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
   parts_ = PartsOf(problem, rule);
   rule_.kept_times = 1;
   rule_.logit_softcap = rule.logit_softcap;
+  if (rule.logit_softcap != 0) SetCapTerms(problem.softmax_scale, rule.logit_softcap, &rule_);
   rule_.q_offset = static_cast<int32_t>(rule.q_offset);
   rule_.alibi_slopes = rule.alibi_slopes;
   rule_.relative_bias = rule.relative_bias;
@@ -115,7 +134,10 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
         by_kv != nullptr ? by_kv->q_blocks
                          : CountTiles(problem.q_len, problem.row_stride, by_q.block_size));
     if (parts_ & SPATTN_RULE_MASK) {
-      rule_.pair_kinds = arena->Take<uint8_t>(problem.batch * q_blocks_ * int64_t{kv_blocks_});
+      // One mask for all sequences, of one length.
+      const bool is_shared = rule.mask_strides[0] == 0 && problem.kv_lengths == nullptr;
+      pairs_batch_ = is_shared ? 1 : problem.batch;
+      rule_.pair_kinds = arena->Take<uint8_t>(pairs_batch_ * q_blocks_ * int64_t{kv_blocks_});
     }
     rule_.kv_ranges = arena->Take<int32_t>(2 * problem.batch * kv_blocks_);
     by_q_ = take(by_q.entries, by_q.heads * by_q.q_tiles, by_q.block_size, by_q.tile_q);
@@ -154,9 +176,18 @@ SpattnStatus RuleOnDevice::Launch(const Stream& stream, int phase, const Params&
 
 SpattnStatus RuleOnDevice::LeaveLists(const Stream& stream, const Lists& lists,
                                       SpattnTilePlan* plan) const {
-  const SpattnCudaRuleListsParams params = {
-      problem_,  rule_,      *plan,         &lists == &by_kv_, lists.block_size, lists.tile,
-      q_blocks_, kv_blocks_, lists.indices, lists.mask_ids,    lists.ends};
+  const SpattnCudaRuleListsParams params = {problem_,
+                                            rule_,
+                                            *plan,
+                                            &lists == &by_kv_,
+                                            lists.block_size,
+                                            lists.tile,
+                                            q_blocks_,
+                                            kv_blocks_,
+                                            static_cast<int32_t>(pairs_batch_),
+                                            lists.indices,
+                                            lists.mask_ids,
+                                            lists.ends};
   plan->indices = lists.indices;
   plan->mask_ids = lists.mask_ids;
   return Launch(stream, SPATTN_RULE_LISTS, params,
@@ -179,10 +210,11 @@ SpattnStatus RuleOnDevice::Prepare(const Stream& stream, SpattnTilePlan* by_q,
   SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_RANGES, ranges,
                                 problem_.batch * (ranges_of_q + int64_t{kv_blocks_}) * 32));
   if (parts_ & SPATTN_RULE_MASK) {
-    const SpattnCudaRulePairsParams pairs = {problem_, rule_, by_q_.block_size, q_blocks_,
-                                             kv_blocks_};
+    const SpattnCudaRulePairsParams pairs = {problem_,         rule_,
+                                             by_q_.block_size, q_blocks_,
+                                             kv_blocks_,       static_cast<int32_t>(pairs_batch_)};
     SPATTN_RETURN_IF_ERROR(Launch(stream, SPATTN_RULE_PAIRS, pairs,
-                                  problem_.batch * q_blocks_ * int64_t{kv_blocks_} * 32));
+                                  pairs_batch_ * q_blocks_ * int64_t{kv_blocks_} * 32));
   }
   if (by_q != nullptr) SPATTN_RETURN_IF_ERROR(LeaveLists(stream, by_q_, by_q));
   return by_kv == nullptr ? Ok() : LeaveLists(stream, by_kv_, by_kv);

@@ -43,8 +43,15 @@ class RuleOnDevice {
   SpattnStatus Prepare(const Stream& stream, SpattnTilePlan* by_q, SpattnTilePlan* by_kv);
 
   // The slices into which attention_bwd_dq parts the tiles of a head to add up the gradient of
-  // relative_bias; 0 where it does not. What sums up the slices comes behind it.
+  // relative_bias; 0 where it does not.
   int32_t slices() const { return rule_.slices; }
+  // What a head of a slice has; 0 where nobody wants that gradient.
+  int64_t SliceFloats() const {
+    return drelative_bias_ == nullptr ? 0 : 2 * int64_t{rule_.sum_reach} - 1;
+  }
+  // In place of these, `slices` that attention_bwd_sm90 writes to `sums`.
+  void UseSlices(int32_t slices, float* sums) { rule_.slices = slices, rule_.bias_sums = sums; }
+  // Sums up the slices, behind the kernel that writes them.
   SpattnStatus SumSlices(const Stream& stream) const;
 
  private:
@@ -63,6 +70,7 @@ class RuleOnDevice {
   float* drelative_bias_ = nullptr;
   int parts_ = 0;
   int32_t q_blocks_ = 0, kv_blocks_ = 0;
+  int64_t pairs_batch_ = 1;  // of pair_kinds
   Lists by_q_ = {}, by_kv_ = {};
 };
 
