@@ -145,6 +145,18 @@ def plain_attention_bwd(
             terms, row = _round(ds[b, h], q.dtype), h % len(rule.bias)
             np.add.at(dbias[0, row], rule.bias_index, terms)
             np.add.at(dbias[1, row], rule.bias_index, np.abs(terms))
+        if q.dtype.itemsize == 2:
+            # Kernels have delta from o as stored, whose rounding moves all ds of a row: a
+            # sum by so much. In units of what `assert_close` multiplies sizes with.
+            o = p * rule.kept @ v32
+            spread = eps(q.dtype) * np.linalg.norm(o * do32, axis=3)
+            squares, rows = np.zeros_like(dbias[1]), np.arange(len(p[0, 0]))[:, None]
+            for b, h in np.ndindex(ds.shape[:2]):
+                moved = np.zeros((len(rows), squares.shape[1]), np.float32)
+                weights = p[b, h] * spread[b, h][:, None]
+                np.add.at(moved, (rows, rule.bias_index), weights)
+                squares[h % len(rule.bias)] += np.sum(moved**2, axis=0)
+            dbias[1] += np.sqrt(squares) / (2 * EPS["float32"])
         extra.append(dbias)
     if rule.has_sinks:  # from o as it was stored, added one after another
         o = _round(_factor(_round(p * rule.kept, q.dtype), tf32) @ v32, q.dtype)
