@@ -73,10 +73,11 @@ def kernels_of(library, arch):
                 yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel
                 # A passing tile has the most blocks where they are of 8.
                 size, shape.block_size = shape.block_size, 8
-                shape.rule = LONG_RULES[-2]
-                kernel = abi.kernel_of(library, shape, "bwd")
-                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                yield f"{title}, blocks of 8, rule {shape.rule}", kernel
+                for shape.rule in (0, LONG_RULES[-2]):
+                    for phase in ("fwd", "bwd"):
+                        kernel = abi.kernel_of(library, shape, phase)
+                        title = f"{kernel.name.decode()} {name} {dtype} {dim}"
+                        yield f"{title}, blocks of 8, rule {shape.rule}", kernel
                 shape.block_size = size
             shape.rule = 0
             # The parts of a rule together, where it looks at segments and where at a mask.

@@ -438,7 +438,9 @@ DEVICE void Copy(Smem& smem, const SpattnCudaMappedFwdParams& mapped, const Spat
       if (n != end) {
         const int stage = n % kStages, slot = n % kSlots;
         // Mask does not look at the slot any more. Nor do the multiplying groups: this tile's
-        // predecessor has waited for v of tile n - 2 - kStages, which is kSlots ago or later.
+        // predecessor has waited for v of tile n - 2 - kStages, which is kSlots ago or later. The groups
+        // wait for masks of masked tiles alone; somebody must for each, says synccheck.
+        smem.mask_written[slot].Wait(SlotParity(n) ^ 1);
         smem.v_checked[slot].Wait(SlotParity(n) ^ 1);
         smem.list.Take(&smem.gathered[slot], plan, rule.q_segments == nullptr);
         if (smem.gathered[slot].is_last) end = n + 1;

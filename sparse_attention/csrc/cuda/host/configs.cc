@@ -136,7 +136,7 @@ SpattnCudaKernel ConfigureFwdSm90(const SpattnCudaShape& s) {
   const int slot = tile_kv * (groups * 8 + 4 + words);  // mask, rows of its keys
   const int rule =                                      // ALiBi of tiles; bits of their keys
       (s.rule & SPATTN_RULE_ALIBI ? 640 : 0) + (s.rule & SPATTN_RULE_SEGMENTS ? 256 : 0);
-  const int barriers = 2048 + rule;  // and lists
+  const int barriers = 2304 + rule;  // and lists
   const int shared_memory = queries + stages * stage + 2 * stages * slot + barriers;
   SpattnCudaKernel kernel = {"attention_fwd_sm90", "", shared_memory, (groups + 1) * 128, 1};
   const auto define = [&](const char* name, int value) { Define(&kernel, name, value); };
