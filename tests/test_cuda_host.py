@@ -587,6 +587,23 @@ def test_a_workspace_suits_the_device_and_without_one_all(machine):
     assert elsewhere == [0, stats]
 
 
+def workspaces_with_shared_mask(core, has_lengths):
+    call = Call(core)
+    for params in (call.fwd_params, call.bwd_params):
+        set_rule(params.rule, {"mask": 0x4000, "mask_strides": [0, 0, 128, 1]})
+        params.problem.kv_lengths = 0x4000 if has_lengths else None
+    return call.workspaces()
+
+
+def test_a_workspace_does_not_depend_on_lengths(machine):
+    """While XLA compiles they are null: nobody has their values yet."""
+    without, with_lengths = (
+        machine.run(workspaces_with_shared_mask, has_lengths)
+        for has_lengths in (False, True)
+    )
+    assert without == with_lengths
+
+
 def leave_out(core):
     call = Call(core)
     call.bwd_params.dq = Tensor()

@@ -134,10 +134,11 @@ SpattnStatus RuleOnDevice::Init(const SpattnProblem& problem, const SpattnScoreR
         by_kv != nullptr ? by_kv->q_blocks
                          : CountTiles(problem.q_len, problem.row_stride, by_q.block_size));
     if (parts_ & SPATTN_RULE_MASK) {
-      // One mask for all sequences, of one length.
+      // One mask for all sequences, of one length. The workspace has room for all: while XLA compiles,
+      // kv_lengths is null, whether or not the call has lengths.
       const bool is_shared = rule.mask_strides[0] == 0 && problem.kv_lengths == nullptr;
       pairs_batch_ = is_shared ? 1 : problem.batch;
-      rule_.pair_kinds = arena->Take<uint8_t>(pairs_batch_ * q_blocks_ * int64_t{kv_blocks_});
+      rule_.pair_kinds = arena->Take<uint8_t>(problem.batch * q_blocks_ * int64_t{kv_blocks_});
     }
     rule_.kv_ranges = arena->Take<int32_t>(2 * problem.batch * kv_blocks_);
     by_q_ = take(by_q.entries, by_q.heads * by_q.q_tiles, by_q.block_size, by_q.tile_q);
