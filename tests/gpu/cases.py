@@ -451,6 +451,8 @@ def _rules_by_keys():
             scores = {k: v for k, v in every.items() if k != "mask"}
             scores.pop("logit_softcap")
             rules["documents"] = scores  # all that changes weights, within documents
+            # All distances are beyond it, on both sides.
+            rules["bias-of-one"] = {"relative_bias": np.full((heads, 1), 0.25)}
             alone = rules if shape in ("64", "128") else ["all", "documents"]
             for name in alone:
                 title = f"{name}-long-queries-{shape}"

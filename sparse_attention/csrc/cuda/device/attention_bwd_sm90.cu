@@ -787,19 +787,21 @@ struct BiasStrip {
     }
   }
 
-  // Ends a head: warps 0 and 1 add up what lies beyond the reach.
+  // Ends a head: warps 0 and 1 add up what lies beyond the reach. With a reach of 1 both sides are one
+  // distance, so warp 1 is behind warp 0.
   __forceinline__ void Finish(Smem& smem) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     BarrierSync(kMathBarrier, kMathThreads);
+    float sum = 0;
     if (warp < 2) {
-      float sum = 0;
 #pragma unroll
       for (int i = 0; i < kMathThreads / 32; ++i) sum += RuleOf(smem).beyond[warp][i * 32 + lane];
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
-      if (lane == 0) Sums(head)[warp == 0 ? 0 : 2 * rule.sum_reach - 2] += sum;
     }
+    if (threadIdx.x == 0) Sums(head)[0] += sum;
     BarrierSync(kMathBarrier, kMathThreads);
+    if (threadIdx.x == 32) Sums(head)[2 * rule.sum_reach - 2] += sum;
     RuleOf(smem).beyond[0][threadIdx.x] = RuleOf(smem).beyond[1][threadIdx.x] = 0;
   }
 };
