@@ -119,6 +119,19 @@ def test_rules_are_bitwise_reproducible(case):
         assert x.tobytes() == second[name].tobytes(), name
 
 
+def test_what_masked_keys_hold_changes_no_bit():
+    """With a soft cap, where scores are computed in another way if all logits are small."""
+    capped = next(c for c in RULE_CASES if c.name == "padding-long-causal-bfloat16")
+    capped = capped._replace(rule=dict(capped.rule, logit_softcap=9.0))
+    first = Run(capped)
+    q, k, *others = first.inputs
+    is_allowed = capped.rule["mask"][:, 0, 0, :, None, None]
+    k = np.where(is_allowed, k, (20 * k.astype(np.float32)).astype(k.dtype))
+    second = Run(capped, inputs=(q, k, *others))
+    for name, x in first.results.items():
+        assert x.tobytes() == second.results[name].tobytes(), name
+
+
 FEATURES = (
     *("tile_q-64", "row-stride", "dim-64", "long-2900-32", "long-1500-8", "long-128"),
     *("long-queries-32", "long-queries-own"),

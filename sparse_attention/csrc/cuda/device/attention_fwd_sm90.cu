@@ -700,8 +700,10 @@ DEVICE void Multiply(Smem& smem, const SpattnCudaMappedFwdParams& mapped,
     if constexpr (kBiasAlone) {
       is_fit = panel_rule.CaseOfDistances<kN>(columns_of(n)) == kBeyondReach;
     }
-    if (may_try && (!is_masked || masks_keys) && is_fit && softmax.HasShifts()) {
-      if (masks_keys) {
+    // With a soft cap not under a mask: no bit may depend on whether logits of masked keys are small.
+    const bool tries_keys = masks_keys && !kCapAlone;
+    if (may_try && (!is_masked || tries_keys) && is_fit && softmax.HasShifts()) {
+      if (tries_keys) {
         const KeyBits bits = KeyBits::Read(smem.key_bits[n % kSlots]);
         may_try = try_update(n, [&](int column, int j) { return bits.Allow(column, j); });
       } else {
