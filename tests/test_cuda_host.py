@@ -314,6 +314,36 @@ def test_rules_are_prepared_and_have_kernels_of_their_own(machine):
     assert bwd_bytes == stats + -(-4 * 12 * 6 * 803 // 64) * 64
 
 
+class CudaCappedParams(ctypes.Structure):
+    _fields_ = [
+        *(("call", CudaFwdParams), ("softcap", ctypes.c_float)),
+        *(("square", ctypes.c_float), ("terms", ctypes.c_float * 4)),
+        ("exponents", ctypes.c_float * 4),
+    ]
+
+
+def terms_of_cap(core, cap):
+    """t, and what kernels are given of tanh(t x)."""
+    call = Call(core)
+    call.fwd_params.rule.logit_softcap = cap
+    call.fwd(CudaCappedParams)
+    at = Launch.params.offset
+    got = CudaCappedParams.from_buffer_copy(bytes(call.launches()[0])[at:])
+    scale = got.call.problem.softmax_scale
+    return scale / cap, got.square, list(got.terms), list(got.exponents)
+
+
+@pytest.mark.parametrize("cap", [0.01, 1.5, 50, 3e3, 3e4, 1e6, 1e9, 1e30])
+def test_small_logits_have_terms_for_any_cap(machine, cap):
+    t, square, terms, exponents = machine.run(terms_of_cap, cap)
+    x = np.linspace(-1, 1, 1001) * min(np.sqrt(square), 500)
+    assert abs(x[0] * t) > 0.0219 or x[0] == -500
+    want = np.tanh(t * x)
+    for of, times in ((terms, 1), (exponents, cap * np.log2(np.e))):
+        got = x * np.polyval(of[::-1], x * x - square)
+        np.testing.assert_allclose(got, times * want, rtol=3e-6)
+
+
 def test_rules_that_a_gpu_cannot_count_are_refused(machine):
     for rule in ({"q_offset": 2**30 + 1}, {"q_offset": -(2**30) - 1}):
         error = machine.run(rule_error, {"alibi_slopes": 0x4000, **rule})

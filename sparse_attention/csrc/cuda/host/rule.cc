@@ -58,15 +58,25 @@ int32_t PitchOf(int64_t rows) {
 void SetCapTerms(float softmax_scale, float cap, SpattnCudaRule* rule) {
   constexpr double kTerms[] = {0.9242340591277163, -0.2756131644828143, 0.09892209482241934,
                                -0.04337248097900576};
-  constexpr double kLargest = 1 << 18, kLog2e = 1.4426950408889634;
-  const double t = softmax_scale / static_cast<double>(cap);
-  // Where terms would leave float32's range no logit is small.
-  const bool is_in_range = std::abs(t) > 1 / kLargest && std::abs(t) < kLargest;
-  rule->cap_square = is_in_range ? static_cast<float>(0.25 / (t * t)) : 0;
-  double power = t;
-  for (int i = 0; i < 4; ++i, power *= t * t) {
-    rule->cap_terms[i] = is_in_range ? static_cast<float>(kTerms[i] * power) : 0;
-    rule->cap_exponents[i] = static_cast<float>(rule->cap_terms[i] * (cap * kLog2e));
+  constexpr double kLargest = 1 << 18, kLeast = 1.0 / (1 << 15), kLog2e = 1.4426950408889634;
+  const double t = softmax_scale / static_cast<double>(cap), square = t * t;
+  double terms[4] = {}, cap_square = 0;
+  // A cap far above all scores: tanh(y) = y - y^3 / 3 of |y| < 0.022, and of |x| < 2^20, or t^3 would leave
+  // float32's range. Tanh, exact to 2e-7 of the cap, would leave nothing of them.
+  if (std::abs(t) < kLeast) {
+    cap_square = std::min(0.022 * 0.022 / square, std::ldexp(1, 40));
+    terms[0] = t - t * square * cap_square / 3, terms[1] = -t * square / 3;
+  }
+  // Above, too, terms would leave that range; no logit is small there.
+  if (std::abs(t) >= kLeast && std::abs(t) < kLargest) {
+    cap_square = 0.25 / square;
+    double power = t;
+    for (int i = 0; i < 4; ++i, power *= square) terms[i] = kTerms[i] * power;
+  }
+  rule->cap_square = static_cast<float>(cap_square);
+  for (int i = 0; i < 4; ++i) {
+    rule->cap_terms[i] = static_cast<float>(terms[i]);
+    rule->cap_exponents[i] = static_cast<float>(terms[i] * (cap * kLog2e));
   }
 }
 
