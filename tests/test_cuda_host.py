@@ -341,7 +341,8 @@ def test_small_logits_have_terms_for_any_cap(machine, cap):
     want = np.tanh(t * x)
     for of, times in ((terms, 1), (exponents, cap * np.log2(np.e))):
         got = x * np.polyval(of[::-1], x * x - square)
-        np.testing.assert_allclose(got, times * want, rtol=3e-6)
+        # Far below a high cap scores must not lose what 1.3e-7 of the cap is of them.
+        np.testing.assert_allclose(got, times * want, rtol=3e-6 if cap < 2e3 else 3e-7)
 
 
 def test_rules_that_a_gpu_cannot_count_are_refused(machine):

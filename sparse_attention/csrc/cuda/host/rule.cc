@@ -58,11 +58,11 @@ int32_t PitchOf(int64_t rows) {
 void SetCapTerms(float softmax_scale, float cap, SpattnCudaRule* rule) {
   constexpr double kTerms[] = {0.9242340591277163, -0.2756131644828143, 0.09892209482241934,
                                -0.04337248097900576};
-  constexpr double kLargest = 1 << 18, kLeast = 1.0 / (1 << 15), kLog2e = 1.4426950408889634;
+  constexpr double kLargest = 1 << 18, kLeast = 1.0 / (1 << 13), kLog2e = 1.4426950408889634;
   const double t = softmax_scale / static_cast<double>(cap), square = t * t;
   double terms[4] = {}, cap_square = 0;
-  // A cap far above all scores: tanh(y) = y - y^3 / 3 of |y| < 0.022, and of |x| < 2^20, or t^3 would leave
-  // float32's range. Tanh, exact to 2e-7 of the cap, would leave nothing of them.
+  // A cap far above all scores, for which an error of 1.3e-7 of it is too much: tanh(y) = y - y^3 / 3 of
+  // |y| < 0.022, exact to 3e-8 of itself, and of |x| < 2^20, or t^3 would leave float32's range.
   if (std::abs(t) < kLeast) {
     cap_square = std::min(0.022 * 0.022 / square, std::ldexp(1, 40));
     terms[0] = t - t * square * cap_square / 3, terms[1] = -t * square / 3;
