@@ -10,7 +10,7 @@ import pytest
 
 from sparse_attention.plan.patterns import pattern_block_mask
 
-HEADS = 16  # kHeads of attention_bwd_sm90.cu
+HEADS = 16  # kHeads of attention_bwd_sm90.cuh
 
 
 def copy_plan(indptr, indices, blocks, from_last=False):
