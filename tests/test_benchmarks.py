@@ -219,7 +219,6 @@ def test_the_axis_says_that_the_batch_shrinks_as_the_length_grows(cpu):
 
 PART = """
 import sys
-import threading
 import gpu
 gpu.emit({"framework": "fake 1", "gpu": "fake", "matmul_tflops": 500.0})
 print("not a row", sys.argv[1:])
