@@ -50,6 +50,7 @@ from core_abi import (  # noqa: E402
     plan_of,
     rule_of,
 )
+from helpers import np_dtype, to_dtype  # noqa: E402
 
 from sparse_attention.compat.tables import BlocksparseTables  # noqa: E402
 from sparse_attention.native import abi, libraries  # noqa: E402
@@ -286,22 +287,6 @@ class Memory:
         return array
 
 
-def encoded(x, dtype):
-    """Floats as the bits of a dtype; NumPy has no bfloat16."""
-    x = np.asarray(x, np.float32)
-    if dtype != "bfloat16":
-        return x.astype(dtype)
-    bits = x.view(np.uint32)
-    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
-
-
-def decoded(raw, dtype):
-    """Bytes of a dtype as float32."""
-    if dtype != "bfloat16":
-        return raw.view(dtype).astype(np.float32)
-    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
 class Arrays:
     """The tensors of a case. Those that a call writes are `results`."""
 
@@ -311,11 +296,11 @@ class Arrays:
 
     def given(self, shape, dtype, scale=1.0):
         values = scale * self.random.standard_normal(shape)
-        return self.memory.put(encoded(values, dtype))
+        return self.memory.put(to_dtype(values, dtype))
 
     def written(self, name, shape, dtype):
-        size = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
-        self.results[name] = self.memory.new(size), shape, dtype
+        address = self.memory.new(_size_of(shape, dtype))
+        self.results[name] = address, shape, dtype
         return self.results[name][0]
 
     def read(self):
@@ -323,13 +308,18 @@ class Arrays:
         self.memory.call("cuCtxSynchronize")
         found = {}
         for name, (address, shape, dtype) in self.results.items():
-            size = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
-            found[name] = decoded(self.memory.get(address, size), dtype).reshape(shape)
+            raw = self.memory.get(address, _size_of(shape, dtype))
+            found[name] = raw.view(np_dtype(dtype)).astype(np.float32).reshape(shape)
             assert self.memory.is_fresh or not np.isnan(found[name]).any(), name
         return found
 
 
-def _call(core, memory, name, workspace_name, structs, *more):
+def _size_of(shape, dtype):
+    """In bytes."""
+    return int(np.prod(shape)) * np_dtype(dtype).itemsize
+
+
+def _call(core, memory, name, workspace_name, structs):
     structs = [ctypes.byref(struct) for struct in structs]
     size, workspace = ctypes.c_int64(), []
     if workspace_name:

@@ -47,49 +47,39 @@ def kernels_of(library, arch):
     for (dtype, dim), archs in SHAPES.items():
         if arch in archs:
             shape = abi.shape_of(library, arch, dtype, [dim, dim], block_mask)
-            for phase in abi.PHASES:
+
+            def named(phase, more="", shape=shape, sizes=f"{dtype} {dim}"):
                 kernel = abi.kernel_of(library, shape, phase)
-                yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
+                return f"{kernel.name.decode()} {name} {sizes}{more}", kernel
+
+            yield from map(named, abi.PHASES)
             for shape.uses_tf32 in [1] if dtype == "float32" and arch >= 80 else ():
                 for phase in abi.PHASES:
-                    kernel = abi.kernel_of(library, shape, phase)
-                    yield f"{kernel.name.decode()} {name} tf32 {dim}", kernel
+                    yield named(phase, sizes=f"tf32 {dim}")
             has_long = arch == 90 and dtype != "float32"
             for shape.list_keys in abi.LIST_KEYS[1:] if has_long else ():
-                kernel = abi.kernel_of(library, shape, "fwd")
-                title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                yield f"{title}, lists of {shape.list_keys}", kernel
-            for phase in abi.LONG_PHASES if has_long else ():
-                kernel = abi.kernel_of(library, shape, phase)
-                yield f"{kernel.name.decode()} {name} {dtype} {dim}", kernel
+                yield named("fwd", f", lists of {shape.list_keys}")
+            yield from map(named, abi.LONG_PHASES if has_long else ())
             is_ruled = has_long and dtype == RULED[0]
             for shape.rule in LONG_RULES if is_ruled else ():
                 for phase in ("fwd", "bwd"):
-                    kernel = abi.kernel_of(library, shape, phase)
-                    title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                    yield f"{title}, rule {shape.rule}", kernel
+                    yield named(phase, f", rule {shape.rule}")
             if is_ruled:
-                kernel = abi.kernel_of(library, shape, "bwd_ranks")
-                yield f"{kernel.name.decode()} {name} {dtype} {dim}, rule", kernel
+                yield named("bwd_ranks", ", rule")
                 # A passing tile has the most blocks where they are of 8.
                 size, shape.block_size = shape.block_size, 8
                 for shape.rule in (0, LONG_RULES[-2]):
                     for phase in ("fwd", "bwd"):
-                        kernel = abi.kernel_of(library, shape, phase)
-                        title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                        yield f"{title}, blocks of 8, rule {shape.rule}", kernel
+                        yield named(phase, f", blocks of 8, rule {shape.rule}")
                 shape.block_size = size
             shape.rule = 0
             # The parts of a rule together, where it looks at segments and where at a mask.
             shape.list_keys, segments, mask = 0, 0b1101111, 0b0110111
             for shape.rule in [segments, mask] if (dtype, dim) == RULED else ():
                 for phase in ("fwd", "bwd_dq", "bwd_dkv"):
-                    kernel = abi.kernel_of(library, shape, phase)
-                    title = f"{kernel.name.decode()} {name} {dtype} {dim}"
-                    yield f"{title}, rule {shape.rule}", kernel
+                    yield named(phase, f", rule {shape.rule}")
             for phase in abi.RULE_PHASES if (dtype, dim) == RULED else ():
-                kernel = abi.kernel_of(library, shape, phase)
-                yield f"{kernel.name.decode()} {name} rule", kernel
+                yield named(phase, sizes="rule")
     for (dtype, block_size, head_dim), archs in BLOCKS.items():
         if arch in archs:
             kernels = abi.blocks_kernels(library, arch, block_size, dtype, head_dim)
